@@ -1,0 +1,171 @@
+"""Weights are values: mappings from a name to a floating tensor, and the algebra on them.
+
+Everything here is pure but `set_weights`. This is the one place that checks keys and shapes, and that closes the
+traps of `state_dict`: integer counters (BatchNorm's `num_batches_tracked`) are dropped, and a tensor that a model
+holds under several names (tied weights, a module registered twice) appears once, under its first name.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Weights = Mapping[str, Tensor]
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own floating parameters and buffers by name, not copied, one entry per storage."""
+    seen, live = set(), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if place not in seen:
+            seen.add(place)
+            live[name] = tensor.detach()
+    return live
+
+
+def get_weights(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """Copies the model's floating parameters and buffers out of it; later training does not change the copies.
+
+    `device` places the copies (default: where the model is).
+    """
+    return {name: tensor.to(device, copy=True) for name, tensor in live_tensors(model).items()}
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: Weights) -> None:
+    """Writes `weights` into the model in place, so that optimizers keep their references.
+
+    Every name and shape must match `get_weights(model)`; a ValueError is raised before anything is written.
+    """
+    live = live_tensors(model)
+    check_same(live, weights, names=("the model", "weights"))
+    for name, tensor in live.items():
+        tensor.copy_(weights[name])
+
+
+def check_same(*ws: Weights, names: Sequence[str] | None = None) -> None:
+    """Raises ValueError unless all weights have the same names and shapes, in any order."""
+    if not ws:
+        raise ValueError("weights: none were given; pass at least one mapping of names to tensors")
+    first, label = ws[0], names or [f"weights {i}" for i in range(len(ws))]
+    for i, other in enumerate(ws[1:], 1):
+        if first.keys() != other.keys():
+            missing, extra = sorted(first.keys() - other.keys())[:3], sorted(other.keys() - first.keys())[:3]
+            raise ValueError(
+                f"{label[i]} and {label[0]} have different names: missing {missing}, unexpected {extra}; "
+                "both must come from get_weights of the same architecture"
+            )
+        for name, tensor in first.items():
+            if tensor.shape != other[name].shape:
+                raise ValueError(
+                    f"{label[i]} and {label[0]} differ in the shape of {name!r}: {tuple(other[name].shape)} and "
+                    f"{tuple(tensor.shape)}; both must come from the same architecture and number of classes"
+                )
+
+
+def check_finite(weights: Weights, name: str = "weights") -> None:
+    """Raises ValueError that names the first tensor with a NaN or an infinity in it."""
+    if not weights or torch.stack([t.isfinite().all() for t in weights.values()]).all():
+        return
+    bad = next(key for key, tensor in weights.items() if not tensor.isfinite().all())
+    raise ValueError(f"{name}: {bad!r} holds a NaN or an infinity; training diverged, try a smaller lr or clip")
+
+
+def map_weights(fn: Callable[..., Tensor], *ws: Weights) -> dict[str, Tensor]:
+    """Applies `fn` tensor by tensor, name by name, to weights of equal names and shapes."""
+    check_same(*ws)
+    return {name: fn(tensor, *(w[name] for w in ws[1:])) for name, tensor in ws[0].items()}
+
+
+def lerp(a: Weights, b: Weights, t: float) -> dict[str, Tensor]:
+    """Goes straight from `a` (t = 0, bitwise) to `b` (t = 1, bitwise): a + t (b - a)."""
+    if t == 0 or t == 1:
+        check_same(a, b)
+        return map_weights(torch.clone, b if t else a)
+    return map_weights(lambda x, y: torch.lerp(x, y, t), a, b)
+
+
+def combine(ws: Sequence[Weights], coefficients: Iterable[float]) -> dict[str, Tensor]:
+    """Adds up weights times coefficients: sum_i c_i w_i."""
+    cs = list(coefficients)
+    if len(cs) != len(ws):
+        raise ValueError(f"coefficients: {len(cs)} for {len(ws)} weights; give one for each")
+    check_same(*ws)
+    out = [tensor * cs[0] for tensor in ws[0].values()]
+    for w, c in zip(ws[1:], cs[1:], strict=True):
+        torch._foreach_add_(out, [w[name] for name in ws[0]], alpha=c)
+    return dict(zip(ws[0], out, strict=True))
+
+
+def add(a: Weights, b: Weights, scale: float = 1.0) -> dict[str, Tensor]:
+    """Moves from `a` along `b`: a + scale b. With a task vector for `b` this is task arithmetic."""
+    return map_weights(lambda x, y: torch.add(x, y, alpha=scale), a, b)
+
+
+def sub(a: Weights, b: Weights) -> dict[str, Tensor]:
+    """The vector that leads from `b` to `a`: a - b. Of current and base weights it is the task vector."""
+    return map_weights(torch.sub, a, b)
+
+
+def scale(a: Weights, factor: float) -> dict[str, Tensor]:
+    """Multiplies every tensor by `factor`."""
+    return map_weights(lambda x: x * factor, a)
+
+
+def dot(a: Weights, b: Weights) -> float:
+    """The inner product of two weights, seen as one long vector each, added up in double precision."""
+    check_same(a, b)
+    if not a:
+        return 0.0
+    products = [(x.double() * b[name].double()).sum() for name, x in a.items()]
+    return float(torch.stack(products).sum())
+
+
+def norm(a: Weights) -> float:
+    """The Euclidean length of weights, seen as one long vector."""
+    return dot(a, a) ** 0.5
+
+
+def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
+    """Calls `write` on a temporary neighbour of `path` and renames it: a file is whole or it is not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    neighbour = Path(name)
+    try:
+        write(neighbour)
+        neighbour.chmod(0o644)
+        neighbour.replace(path)
+    finally:
+        neighbour.unlink(missing_ok=True)
+
+
+def save(path: Path | str, weights: Weights, **header: object) -> None:
+    """Writes weights to a safetensors file, by rename; `header` goes along as JSON."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    meta = {"clkit": json.dumps(header, sort_keys=True)}
+    write_atomically(path, lambda place: save_file(tensors, place, metadata=meta))
+
+
+def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
+    """Reads what `save` wrote: the weights, on the CPU, and the header. Raises ValueError on a broken file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: {path} is not a file; give one that weights.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("clkit", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, header
+    except SafetensorError as error:
+        raise ValueError(f"path: {path} is not a whole safetensors file ({error}); write it again") from error

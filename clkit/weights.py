@@ -70,6 +70,11 @@ def check_same(*ws: Weights, names: Sequence[str] | None = None) -> None:
                 )
 
 
+def equal(a: Weights, b: Weights) -> bool:
+    """Whether two weights have the same names and, tensor by tensor, the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
 def check_finite(weights: Weights, name: str = "weights") -> None:
     """Raises ValueError that names the first tensor with a NaN or an infinity in it."""
     if not weights or torch.stack([t.isfinite().all() for t in weights.values()]).all():
@@ -84,12 +89,22 @@ def map_weights(fn: Callable[..., Tensor], *ws: Weights) -> dict[str, Tensor]:
     return {name: fn(tensor, *(w[name] for w in ws[1:])) for name, tensor in ws[0].items()}
 
 
-def lerp(a: Weights, b: Weights, t: float) -> dict[str, Tensor]:
-    """Goes straight from `a` (t = 0, bitwise) to `b` (t = 1, bitwise): a + t (b - a)."""
-    if t == 0 or t == 1:
-        check_same(a, b)
-        return map_weights(torch.clone, b if t else a)
-    return map_weights(lambda x, y: torch.lerp(x, y, t), a, b)
+def lerp(a: Weights, b: Weights, t: float, *, out: Weights | None = None) -> dict[str, Tensor]:
+    """Goes straight from `a` (t = 0, bitwise) to `b` (t = 1, bitwise): a + t (b - a).
+
+    With `out`, weights of the same names and shapes, the result is written there and nothing is allocated: for paths
+    with many points.
+    """
+    check_same(a, b)
+    if out is not None:
+        check_same(a, out, names=("a", "out"))
+    result = {name: torch.empty_like(tensor) for name, tensor in a.items()} if out is None else dict(out)
+    for name, tensor in result.items():
+        if t == 0 or t == 1:
+            tensor.copy_(b[name] if t else a[name])
+        else:
+            torch.lerp(a[name], b[name], t, out=tensor)
+    return result
 
 
 def combine(ws: Sequence[Weights], coefficients: Iterable[float]) -> dict[str, Tensor]:
@@ -100,7 +115,7 @@ def combine(ws: Sequence[Weights], coefficients: Iterable[float]) -> dict[str, T
     check_same(*ws)
     out = [tensor * cs[0] for tensor in ws[0].values()]
     for w, c in zip(ws[1:], cs[1:], strict=True):
-        torch._foreach_add_(out, [w[name] for name in ws[0]], alpha=c)
+        torch._foreach_add_(out, [w[name] for name in ws[0]], alpha=c)  # pyright: ignore[reportPrivateImportUsage]
     return dict(zip(ws[0], out, strict=True))
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clkit import weights
-from clkit.weights import add, combine, dot, get_weights, lerp, norm, scale, set_weights, sub
+from clkit.weights import add, combine, dot, equal, get_weights, lerp, norm, scale, set_weights, sub
 
 laws = settings(max_examples=25, deadline=None)
 
@@ -13,10 +13,6 @@ laws = settings(max_examples=25, deadline=None)
 def some(seed: int, *, dtype=torch.float64) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return {n: torch.randn(s, generator=g, dtype=dtype) for n, s in {"a": (3, 4), "b": (5,), "c": ()}.items()}
-
-
-def equal(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 def close(a, b, tolerance=1e-12) -> bool:
@@ -71,6 +67,15 @@ def test_lerp_has_its_ends_and_is_symmetric(i, j, t):
     assert close(lerp(a, b, t), lerp(b, a, 1 - t))
     assert close(lerp(a, b, t), combine([a, b], [1 - t, t]))
     assert close(lerp(a, a, t), a)
+
+
+@laws
+@given(st.floats(0, 1))
+def test_lerp_into_given_weights_writes_the_same_bits_there(t):
+    a, b, out = some(0), some(1), some(2)
+    before = {n: x.data_ptr() for n, x in out.items()}
+    assert equal(lerp(a, b, t, out=out), lerp(a, b, t)) and equal(out, lerp(a, b, t))
+    assert before == {n: x.data_ptr() for n, x in out.items()}
 
 
 def test_lerp_returns_new_tensors_at_its_ends():

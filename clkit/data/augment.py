@@ -1,0 +1,118 @@
+"""From raw rows to a model's input: normalisation, and random crops, flips and shifts as one batched gather."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Map raw inputs to floats: bytes to [0, 1], then (x - mean) / std per channel (axis 1); tokens pass through.
+
+    One value serves any number of channels. Floating inputs keep their dtype and are not divided by 255.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"mean={self.mean}, std={self.std}: pass one of each for every channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={self.std}: standard deviations must be positive")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise raw rows (N, C, ...) on their device; int64 tokens are returned as they are."""
+        if x.dtype == torch.int64:
+            return x
+        if len(self.mean) not in (1, x.shape[1]):
+            raise ValueError(f"{self} has {len(self.mean)} channels and the input {x.shape[1]}: pass one mean each")
+        dtype = x.dtype if x.is_floating_point() else torch.float32
+        scale, shift = _affine(self, x.dtype == torch.uint8, dtype, x.device)
+        shape = (-1,) + (1,) * (x.ndim - 2)
+        return (x * scale.view(shape)).add_(shift.view(shape))
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Normalize":
+        """Measure the channels of raw inputs (N, C, ...), rounded to four digits; a constant channel gets std 1."""
+        mean, std = [], []
+        for channel in x.unbind(1):
+            if x.dtype == torch.uint8:
+                share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+                levels = torch.arange(256, device=x.device).double() / 255
+                average = (share * levels).sum()
+                spread = (share * (levels - average) ** 2).sum().sqrt()
+            else:
+                average, spread = channel.double().mean(), channel.double().std(correction=0)
+            mean.append(round(average.item(), 4))
+            std.append(round(spread.item(), 4) or 1.0)
+        return cls(tuple(mean), tuple(std))
+
+
+@lru_cache(maxsize=64)
+def _affine(normalize: Normalize, byte: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift as tensors on a device, kept there: making them anew would wait for the device every step."""
+    unit = 255 if byte else 1
+    scale = [1 / (unit * std) for std in normalize.std]
+    shift = [-mean / std for mean, std in zip(normalize.mean, normalize.std, strict=True)]
+    with torch.inference_mode(False):  # what is kept must serve training too, wherever it was first asked for
+        return torch.tensor(scale, dtype=dtype, device=device), torch.tensor(shift, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Move and mirror images (N, C, H, W) at random, each its own way.
+
+    `crop`: pad by so many zeros on all sides, then cut a window of the old size. `flip`: mirror left and right, half
+    of the time. `shift`: move by up to so many pixels either way, repeating the pixels at the border (where zero is no
+    background). They apply in this order.
+    """
+
+    crop: int = 0
+    flip: bool = False
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop < 0 or self.shift < 0:
+            raise ValueError(f"crop={self.crop}, shift={self.shift}: pass numbers of pixels, 0 for none")
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw a change for each image and apply all of them in one gather on the images' device.
+
+        With everything off, returns `x` and draws nothing. The numbers come from the generator, on its own device.
+        """
+        if self == NO_AUGMENT:
+            return x
+        if x.ndim != 4:
+            raise ValueError(f"{self} needs images (N, C, H, W), not shape {tuple(x.shape)}: use Augment()")
+        return self.apply(x, *(draw.to(x.device, non_blocking=True) for draw in self.draw(len(x), generator)))
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw, for each of `count` images: crop offsets (2, N), whether to flip (N,), shift offsets (2, N)."""
+
+        def integers(limit: int, *shape: int) -> Tensor:
+            return torch.randint(-limit, limit + 1, shape, generator=generator, device=generator.device)
+
+        crop = integers(self.crop, 2, count)
+        flip = torch.randint(int(self.flip) + 1, (count,), generator=generator, device=generator.device).bool()
+        return crop, flip, integers(self.shift, 2, count)
+
+    def apply(self, x: Tensor, crop: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
+        """Apply drawn changes to images, in one gather: each output pixel names the pixel it comes from."""
+        height, width = x.shape[2:]
+        row = torch.arange(height, device=x.device)
+        column = torch.arange(width, device=x.device)
+        rows = (row + shift[0, :, None]).clamp(0, height - 1)
+        columns = (column + shift[1, :, None]).clamp(0, width - 1)
+        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+        rows, columns = rows + crop[0, :, None], columns + crop[1, :, None]
+        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+        source = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
+        moved = x.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view_as(x)
+        return moved * inside[:, None] if self.crop else moved
+
+
+BYTES = Normalize()
+NO_AUGMENT = Augment()

@@ -1,0 +1,284 @@
+"""The types that carry data: examples, datasets, tasks and streams as tensors on a device.
+
+Examples stay raw (uint8 images, integer tokens) until a step needs them; `Task.prepare` augments and normalises a
+batch where its tensors live. There are no loader processes and there is no per-example Python.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize
+
+Scenario = Literal["class", "domain", "task"]
+Rows = Tensor | slice | list[int]
+IGNORED = -100  # the target that cross_entropy skips
+FITS = 0.6  # share of a GPU's free memory that the data may take
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Raw inputs `x` (N, ...) with their labels `y`: int64, (N,), or the shape of `x` for token targets (N, L).
+
+    Images are (N, C, H, W), uint8 where they come from 8-bit files; tokens are int64, and a target of -100 carries
+    no loss. Indexing takes rows (a tensor, a slice, a list) and gives Examples.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        if self.y.dtype != torch.int64:
+            raise TypeError(f"y has dtype {self.y.dtype}: labels are int64, so pass y.long()")
+        if self.x.ndim < 2:
+            raise ValueError(f"x has shape {tuple(self.x.shape)}: it needs a row per example, so pass x[:, None]")
+        if len(self.x) != len(self.y):
+            raise ValueError(f"x has {len(self.x)} rows and y has {len(self.y)}: pass one label for each row of x")
+        if self.y.ndim != 1 and self.y.shape != self.x.shape:
+            raise ValueError(
+                f"y has shape {tuple(self.y.shape)} for x of shape {tuple(self.x.shape)}: "
+                "labels are (N,), or one for each token, in the shape of x"
+            )
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, rows: Rows) -> "Examples":
+        return Examples(self.x[rows], self.y[rows])
+
+    def __repr__(self) -> str:
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        return f"Examples({len(self)} of {tuple(self.x.shape[1:])}, {dtype}, {self.x.device})"
+
+    def to(self, device: torch.device | str) -> "Examples":
+        """Copy to a device; the same tensors where they are there already."""
+        return Examples(self.x.to(device), self.y.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training and test examples of one set; label `i` is the class named `classes[i]`."""
+
+    name: str
+    train: Examples
+    test: Examples
+    classes: tuple[str, ...]
+    normalize: Normalize = BYTES
+    augment: Augment = NO_AUGMENT
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) < len(self.classes):
+            twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+            raise ValueError(f"dataset {self.name!r}: classes named twice: {twice[:5]}; give each its own name")
+        check_examples(f"dataset {self.name!r}", self.train, self.test, tuple(range(len(self.classes))))
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One step of a stream: what is trained on, what is tested on, and the label ids (`classes`) it is about.
+
+    Labels keep their ids of the dataset throughout a stream, so `stream.classes[label]` names a class in every task.
+    """
+
+    index: int
+    name: str
+    classes: tuple[int, ...]
+    train: Examples
+    test: Examples
+    normalize: Normalize = BYTES
+    augment: Augment = NO_AUGMENT
+
+    def __post_init__(self) -> None:
+        check_examples(f"task {self.index} ({self.name!r})", self.train, self.test, self.classes)
+
+    def prepare(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Turn raw rows into a model's input, on their own device; with a generator, augment them first."""
+        if generator is not None:
+            x = self.augment(x, generator)
+        return self.normalize(x)
+
+    def batch(
+        self,
+        rows: Rows,
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> "Batch":
+        """Prepare training rows as a batch, augmented with a generator, on `device` (default: where the data are)."""
+        raw, y = self.train.x[rows], self.train.y[rows]
+        if device is not None:
+            raw, y = raw.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        return Batch(self.prepare(raw, generator), y, raw, self, generator)
+
+
+@dataclass(eq=False)
+class Batch:
+    """What one step sees: prepared inputs `x` with labels `y`, and the current task's rows as stored (`raw`).
+
+    After `join`, `x` and `y` hold the joined rows too, behind the current ones; `raw` and `size` do not change, so
+    `x[:size]`, `y[:size]` are the current task's. `epoch` counts the passes over the task's data from 0.
+    """
+
+    x: Tensor
+    y: Tensor
+    raw: Tensor
+    task: Task
+    generator: torch.Generator | None = None
+    epoch: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of rows of the current task."""
+        return len(self.raw)
+
+    def join(self, raw: Tensor, y: Tensor) -> "Batch":
+        """Append rows from a memory, prepared as the batch's own: moved to its device, augmented if it was."""
+        x = self.task.prepare(raw.to(self.x.device, non_blocking=True), self.generator)
+        y = y.to(self.y.device, non_blocking=True)
+        return replace(self, x=torch.cat([self.x, x]), y=torch.cat([self.y, y]))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Stream:
+    """Tasks in the order in which they are learned; `classes` names all labels, whichever task they come in.
+
+    `scenario` is "class" (new classes, told apart from all others), "task" (new classes, told apart within their
+    task, which is given) or "domain" (the same classes, new inputs). All tasks share the shape of an input and the
+    normalisation, so that rows kept from one task can be prepared in another.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    classes: tuple[str, ...]
+    scenario: Scenario = "class"
+    shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.scenario not in get_args(Scenario):
+            raise ValueError(f"scenario={self.scenario!r}: choose one of {', '.join(get_args(Scenario))}")
+        if not self.tasks:
+            raise ValueError(f"stream {self.name!r} has no tasks: pass at least one")
+        first = self.tasks[0]
+        for position, task in enumerate(self.tasks):
+            if task.index != position:
+                raise ValueError(f"task {task.name!r} has index {task.index} at position {position}: number from 0")
+            if max(task.classes) >= len(self.classes):
+                raise ValueError(
+                    f"task {position} ({task.name!r}) has class {max(task.classes)} and the stream names "
+                    f"{len(self.classes)}: name every class in `classes`"
+                )
+            if task.train.x.shape[1:] != first.train.x.shape[1:]:
+                raise ValueError(
+                    f"task {position} ({task.name!r}) has inputs of shape {tuple(task.train.x.shape[1:])}, task 0 "
+                    f"{tuple(first.train.x.shape[1:])}: resize or convert them alike (size=, grey=)"
+                )
+            if task.normalize != first.normalize:
+                raise ValueError(f"task {position} ({task.name!r}) is normalised unlike task 0: use one Normalize")
+            if self.scenario == "domain" and task.classes != first.classes:
+                raise ValueError(f"task {position} ({task.name!r}) has other classes than task 0: use scenario='class'")
+        object.__setattr__(self, "shape", tuple(first.train.x.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __getitem__(self, index: int) -> Task:
+        return self.tasks[index]
+
+    def __repr__(self) -> str:
+        return (
+            f"Stream({self.name!r}, {len(self)} tasks, {self.scenario}-incremental, {len(self.classes)} classes, "
+            f"inputs {self.shape})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the examples are."""
+        return self.tasks[0].train.x.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what is learned: every example, label, class, the normalisation and augmentation; not the names."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((self.scenario, self.classes)).encode())
+        for task in self.tasks:
+            digest.update(repr((task.classes, task.normalize, task.augment)).encode())
+            for tensor in (task.train.x, task.train.y, task.test.x, task.test.y):
+                digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> "Stream":
+        """Copy all examples to a device; if they do not fit on a GPU, to pinned host memory instead.
+
+        They fit if they take at most 60 % of the GPU's free memory. From pinned memory, `Task.batch(rows, ...,
+        device=...)` moves the rows of a batch. Tensors that share storage still do afterwards.
+        """
+        device = torch.device(device)
+        tensors = [t for task in self.tasks for part in (task.train, task.test) for t in (part.x, part.y)]
+        if all(t.device.type == device.type and device.index in (None, t.device.index) for t in tensors):
+            return self
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        size = sum(storage.nbytes() for storage in storages.values())
+        pin = device.type == "cuda" and size > FITS * torch.cuda.mem_get_info(device)[0]
+        moved: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in moved:
+                flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
+                moved[storage.data_ptr()] = flat.cpu().pin_memory() if pin else flat.to(device)
+            return moved[storage.data_ptr()].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        tasks = (
+            replace(
+                task,
+                train=Examples(move(task.train.x), move(task.train.y)),
+                test=Examples(move(task.test.x), move(task.test.y)),
+            )
+            for task in self.tasks
+        )
+        return replace(self, tasks=tuple(tasks))
+
+
+def check_examples(owner: str, train: Examples, test: Examples, classes: tuple[int, ...]) -> None:
+    """Raise unless both parts have examples, inputs of one shape and dtype, and only labels among `classes`."""
+    if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
+        raise ValueError(f"{owner}: classes={classes} must be distinct label ids from 0, at least one")
+    for part, examples in (("train", train), ("test", test)):
+        if not len(examples):
+            raise ValueError(f"{owner} has no {part} examples: give it some, or leave out its classes {classes[:5]}")
+        y = examples.y.flatten()
+        y = y[y != IGNORED] if examples.y.ndim > 1 else y
+        counts = torch.bincount(y.clamp(0, max(classes) + 1), minlength=max(classes) + 2)
+        counts[list(classes)] = 0
+        if counts.any() or (len(y) and y.min() < 0):
+            known = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+            for label in classes:
+                known |= y == label
+            raise ValueError(
+                f"{owner}: {part} labels {y[~known].unique()[:5].tolist()} are not among its {len(classes)} classes: "
+                "labels count from 0 and every one needs its class"
+            )
+    if train.x.shape[1:] != test.x.shape[1:] or train.x.dtype != test.x.dtype:
+        raise ValueError(
+            f"{owner}: train inputs are {tuple(train.x.shape[1:])} {train.x.dtype}, test inputs "
+            f"{tuple(test.x.shape[1:])} {test.x.dtype}: convert them alike"
+        )
+
+
+def unknown(argument: str, value: object, known: Iterable[str]) -> ValueError:
+    """Build the error for a name that is not known: the close matches, else the first few that are known."""
+    names = {name.lower(): name for name in known}
+    close = [names[match] for match in get_close_matches(str(value).lower(), names)]
+    few = ", ".join(list(names.values())[:20]) + (", ..." if len(names) > 20 else "")
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {few}"
+    return ValueError(f"{argument}={value!r} is unknown: {hint}")

@@ -1,0 +1,78 @@
+"""Experience replay."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clkit.data import Batch, Examples, Task
+from clkit.learners.base import Learner, Setting
+from clkit.memory import Memory
+
+
+@dataclass
+class ER(Learner):
+    """Experience replay: every step also minimises the loss of a batch drawn from a memory of earlier examples.
+
+    Ratcliff 1990; Robins 1995; in this form Chaudhry et al. 2019 (arXiv 1902.10486): one cross entropy over the
+    current rows and the memory's, concatenated. `memory` is the number of examples kept, `batch` the number replayed
+    a step (None: as many as the step's own), `policy` which ones stay ("reservoir" or "balanced"). Rows are stored as
+    they are and augmented afresh whenever they are replayed. The papers leave open when an example is offered to the
+    memory: here once, at the end of its first step, so that the reservoir is a uniform sample of the stream however
+    many epochs there are.
+    """
+
+    memory: int = 500
+    batch: int | None = None
+    policy: str = "reservoir"
+    remembers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        Memory(self.memory, self.policy)
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch: {self.batch!r}; give the number of examples to replay a step, or None")
+
+    def start(self, setting: Setting) -> None:
+        """Begins with an empty memory."""
+        super().start(setting)
+        self.store = Memory(self.memory, self.policy, holdout=setting.holdout)
+
+    def replayed(self, batch: Batch) -> Batch:
+        """The batch with rows of the memory joined to it."""
+        if not len(self.store):
+            return batch
+        rows = self.store.sample(self.batch or self.setting.batch, self.setting.generator)
+        return batch.join(rows["x"], rows["y"])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy over the current and the replayed rows."""
+        return super().loss(model, self.replayed(batch))
+
+    def after_step(self, model: nn.Module, batch: Batch) -> None:
+        """Offers the current rows to the memory in the task's first epoch."""
+        if batch.epoch == 0:
+            self.store.offer(self.setting.generator, x=batch.raw, y=batch.y)
+
+    def examples(self, task: Task) -> Examples:
+        """The memory but for what is held out of it, prepared and not augmented."""
+        return self._prepared(task, self.store.all())
+
+    def held_out(self, task: Task) -> Examples | None:
+        """The part of the memory that is never replayed, prepared and not augmented; None if there is none."""
+        rows = self.store.held_out()
+        return self._prepared(task, rows) if rows and len(rows["y"]) else None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generator and the memory."""
+        return super().state_dict() | {f"memory.{name}": tensor for name, tensor in self.store.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.store.load_state_dict({n.removeprefix("memory."): t for n, t in state.items() if n.startswith("memory.")})
+
+    def _prepared(self, task: Task, rows: dict[str, Tensor]) -> Examples:
+        if not rows:
+            return Examples(torch.empty(0), torch.empty(0, dtype=torch.int64))
+        return Examples(task.prepare(rows["x"]), rows["y"])

@@ -1,0 +1,469 @@
+"""The only training loop: a learner goes through a stream, a consolidation combines weights on the way.
+
+The order of events in one task:
+
+1. `learner.begin_task`
+2. every step: `loss`, backward, `adjust_gradients`, optimizer step, `after_step`; the consolidation, if due
+3. `learner.after_training`
+4. the consolidation, if due, gives two weights, `train` and `deploy`
+5. load `train`: `learner.on_consolidated`
+6. load `deploy`: `learner.calibrate`, then evaluate on the test data of every task
+7. load `train`, from which the next task goes on
+
+Weights are written into the live model in place, so an optimizer keeps its references; its state is fresh in each task.
+Nothing waits for the device within an epoch, and an evaluation waits for it once. The data order, the augmentation,
+the learner and the model (dropout) draw from generators of their own, all derived from `seed`: two runs that differ in
+the consolidation alone see the same batches.
+"""
+
+import copy
+import functools
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clkit import alignment, metrics
+from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress, Score
+from clkit.data import Examples, Stream, Task
+from clkit.evaluation import EVALUATION_BATCH, Evaluation, evaluate, evaluation_mode
+from clkit.learners import Criterion, Learner, Setting
+from clkit.learners.base import LABELS
+from clkit.weights import Weights, check_finite, get_weights, set_weights
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("constant", "cosine", "linear", "multistep")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+ModelFactory = Callable[..., nn.Module]
+
+
+def _choice(name: str, value: object, known: Iterable[str]) -> None:
+    options = list(known)
+    if value not in options:
+        close = get_close_matches(str(value), options, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(options)}{hint}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a task is trained; the same for every task of a stream.
+
+    - `epochs`, `batch` (rows of the task a step; a last batch of one row is left out), `lr`
+    - `optimizer` "sgd" or "adamw", with `momentum` (SGD) and `weight_decay`
+    - `schedule` of the learning rate within each task: "constant"; "cosine" or "linear" to zero; "multistep", times
+      0.1 at each of the `milestones` (shares of the task's steps); it first rises for `warmup`, a share of the steps
+    - `clip`: the largest norm of the gradient, None for any; `label_smoothing`
+    - `labels`: the label space of a step's loss: "all" classes, those "seen" so far, or the row's own "task"
+    - `augment`: use the stream's augmentation
+    - `precision`: "auto" is bfloat16 autocast on GPUs that have it, else float32; `channels_last`: None is yes on a GPU
+    - `compile`: run the model's training forward pass through `torch.compile`
+    """
+
+    epochs: int = 10
+    batch: int = 32
+    lr: float = 0.1
+    optimizer: str = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    milestones: tuple[float, ...] = (0.7, 0.9)
+    warmup: float = 0.0
+    clip: float | None = None
+    label_smoothing: float = 0.0
+    labels: str = "all"
+    augment: bool = True
+    precision: str = "auto"
+    channels_last: bool | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("labels", LABELS)):
+            _choice(name, getattr(self, name), known)
+        _choice("precision", self.precision, PRECISIONS)
+        for name, low in (("epochs", 0), ("batch", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
+                raise ValueError(f"{name}: {getattr(self, name)!r}; give a whole number, at least {low}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: {self.lr!r}; give a learning rate above 0")
+        for name in ("momentum", "label_smoothing", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)!r}; give a number in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay: {self.weight_decay!r}; give a number, at least 0")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip: {self.clip!r}; give the largest norm of the gradient, above 0, or None")
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if not all(0 < m < 1 for m in self.milestones):
+            raise ValueError(f"milestones: {self.milestones!r}; give shares of a task's steps in (0, 1)")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The factor on the learning rate in step `step` of `steps`."""
+        rise = self.warmup * steps
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        share = (step - rise) / max(1.0, steps - rise)
+        if self.schedule == "cosine":
+            return 0.5 * (1 + float(np.cos(np.pi * share)))
+        if self.schedule == "linear":
+            return 1 - share
+        if self.schedule == "multistep":
+            return 0.1 ** sum(step >= m * steps for m in self.milestones)
+        return 1.0
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimizer over the parameters that want gradients."""
+        wanted = [p for p in parameters if p.requires_grad]
+        if not wanted:
+            raise ValueError("model: it has no parameter that requires a gradient; there is nothing to train")
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(wanted, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(wanted, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+@dataclass(eq=False)
+class Result:
+    """What a run gives. T tasks; accuracies in [0, 1].
+
+    - `accuracy` (T, T): row t after learning task t, column k the test accuracy on task k, in the stream's scenario
+    - `masked`, `losses` (T, T): the same with logits masked to the task's classes, and the mean test loss
+    - `initial` (T,): accuracies before any training
+    - `weights[t]`: deployed after task t; `trained[t]`: as trained on task t, before consolidation; on the CPU, and
+      empty with `keep=False`
+    - `inputs[t]`: what a consolidation may look at after task t, on the CPU; empty with `keep=False`
+    - `reports[t]`: what the consolidation reports after task t, empty if it was not due
+    - `training_loss[t]`: the loss of every step of task t
+    - `config`: the record, JSON-able; `seconds`: the duration
+    - `model`, `learner`: copies that end with the weights training would go on from, and the learner's last state
+    """
+
+    accuracy: np.ndarray
+    masked: np.ndarray
+    losses: np.ndarray
+    initial: np.ndarray
+    weights: list[Weights]
+    trained: list[Weights]
+    inputs: list[Tensor]
+    reports: list[dict[str, Any]]
+    training_loss: list[np.ndarray]
+    config: dict[str, Any]
+    seconds: float
+    model: nn.Module = field(repr=False)
+    learner: Learner = field(repr=False)
+
+    def summary(self) -> dict[str, float]:
+        """acc, forgetting, bwt, fwt, last and plasticity, as `metrics` defines them."""
+        return metrics.summary(self.accuracy, self.initial)
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name}={value:.3f}" for name, value in self.summary().items())
+        return f"Result({numbers}; {len(self.accuracy)} tasks, seed {self.config['seed']})"
+
+
+def describe(model: nn.Module | ModelFactory) -> str:
+    """The record of a model: a factory with its settings, or a module's class with a digest of its weights."""
+    if isinstance(model, nn.Module):
+        digest = hashlib.sha256()
+        for name, tensor in get_weights(model, "cpu").items():
+            digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return f"{type(model).__name__}[{digest.hexdigest()[:16]}]"
+    if isinstance(model, functools.partial):
+        parts = [repr(a) for a in model.args] + [f"{k}={v!r}" for k, v in sorted(model.keywords.items())]
+        return f"{describe(model.func)}({', '.join(parts)})"
+    name = f"{getattr(model, '__module__', '?')}.{getattr(model, '__qualname__', repr(model))}"
+    if "<lambda>" in name or "<locals>" in name:
+        name += f"[{hashlib.sha256(inspect.getsource(model).encode()).hexdigest()[:16]}]"
+    return name
+
+
+def run(
+    stream: Stream,
+    model: nn.Module | ModelFactory,
+    learner: Learner | None = None,
+    consolidation: Consolidation | None = None,
+    training: Training | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "auto",
+    progress: bool = True,
+    keep: bool = True,
+) -> Result:
+    """Trains a model on the tasks of a stream one after another and tests it on all of them after each.
+
+    `model` is a module, which is copied, or a factory that is called as `model(stream, seed=seed)`. `learner` (default:
+    fine-tuning) says what a step minimises, `consolidation` (default: none) when and how weights are combined. `keep`
+    holds the deployed and the trained weights of every task in the result. `device` "auto" is the GPU if there is one.
+
+    Raises before any work on settings that do not fit together, and FloatingPointError with task and step when a loss
+    is not finite.
+    """
+    learner = copy.deepcopy(learner if learner is not None else Learner())
+    rule: Consolidation = consolidation if consolidation is not None else NoConsolidation()
+    training = training if training is not None else Training()
+    _check(stream, model, learner, rule, training, seed)
+    started = time.perf_counter()
+    place = _device(device)
+    record = {
+        "stream": {"name": stream.name, "tasks": len(stream), "scenario": stream.scenario, "data": stream.fingerprint},
+        "model": describe(model),
+        "learner": repr(learner),
+        "consolidation": repr(rule),
+        "training": json.loads(json.dumps(asdict(training))),
+        "seed": seed,
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+    }
+    with _reproducible(seed, place):
+        net: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(stream, seed=seed)
+        loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, progress, keep)
+        outcome = loop.run()
+    return Result(**outcome, config=record, seconds=time.perf_counter() - started, model=loop.model, learner=learner)
+
+
+class _Loop:
+    """The state of one run; `run` is the story, told in the order of the module's docstring."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        model: nn.Module,
+        learner: Learner,
+        consolidation: Consolidation,
+        training: Training,
+        seed: int,
+        device: torch.device,
+        progress: bool,
+        keep: bool,
+    ) -> None:
+        self.stream, self.model, self.learner = stream, model, learner
+        self.consolidation, self.training, self.device, self.keep = consolidation, training, device, keep
+        seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
+        self.order, self.augmenter, own = (torch.Generator(device).manual_seed(s) for s in seeds)
+        self.criterion = Criterion(stream, training.labels, training.label_smoothing, device)
+        learner.start(
+            Setting(own, self.criterion, len(stream.classes), training.batch, training.lr, consolidation.holdout or 0.0)
+        )
+        channels_last = training.channels_last if training.channels_last is not None else device.type == "cuda"
+        self.layout = torch.channels_last if channels_last and len(stream.shape) == 3 else torch.preserve_format
+        model.to(memory_format=self.layout)
+        bfloat16 = training.precision == "bfloat16" or (
+            training.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        self.autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+        self.stepped = cast(nn.Module, torch.compile(model)) if training.compile else model
+        self.progress = progress
+        self.base = get_weights(model)
+        self.previous = self.base
+        self.history: list[Weights] = []
+        self.scratch = copy.deepcopy(model).eval() if not isinstance(consolidation, NoConsolidation) else model
+        self.optimizer = training.make_optimizer(model.parameters())
+        self.seed = seed
+
+    def run(self) -> dict[str, Any]:
+        from tqdm.auto import tqdm
+
+        initial = self.evaluate()
+        weights, trained, inputs, reports, losses, rows = [], [], [], [], [], []
+        total = sum(self.steps(task) for task in self.stream)
+        with tqdm(total=total, disable=not self.progress, unit="step", leave=False) as bar:
+            for task in self.stream:
+                bar.set_description(f"task {task.index + 1} of {len(self.stream)}")
+                losses.append(self.train(task, bar.update))
+                self.learner.after_training(self.model, task)
+                current = get_weights(self.model)
+                check_finite(current, f"weights after task {task.index}")
+                progress = Progress(task.index, self.steps(task), self.steps(task), True)
+                if self.consolidation.due(progress):
+                    train, deploy, report = self.consolidate(task, progress, current)
+                    check_finite(train, f"consolidated weights after task {task.index}")
+                else:
+                    train, deploy, report = Merged(current, current)
+                set_weights(self.model, train)
+                self.learner.on_consolidated(self.model, task)
+                if deploy is not train:
+                    set_weights(self.model, deploy)
+                self.learner.calibrate(self.model, task)
+                rows.append(self.evaluate())
+                if deploy is not train:
+                    set_weights(self.model, train)
+                self.previous = deploy
+                if self.consolidation.uses_history:
+                    self.history.append(current)
+                reports.append(dict(report))
+                if self.keep:
+                    inputs.append(self.learner.inputs(task).cpu())
+                    trained.append({name: tensor.cpu() for name, tensor in current.items()})
+                    weights.append({name: tensor.cpu() for name, tensor in deploy.items()})
+        accuracy, masked, loss = (np.stack(part) for part in zip(*rows, strict=True))
+        return {
+            "accuracy": accuracy,
+            "masked": masked,
+            "losses": loss,
+            "initial": initial.accuracy,
+            "weights": weights,
+            "trained": trained,
+            "inputs": inputs,
+            "reports": reports,
+            "training_loss": losses,
+        }
+
+    def train(self, task: Task, tick: Callable[[int], Any]) -> np.ndarray:
+        """The steps on one task; returns the loss of each."""
+        self.criterion.begin_task(task)
+        self.learner.begin_task(self.model, task)
+        optimizer = self.optimizer = self.training.make_optimizer(self.model.parameters())
+        steps = self.steps(task)
+        trace = torch.zeros(steps, device=self.device)
+        augmenter = self.augmenter if self.training.augment else None
+        step = 0
+        self.model.train()
+        for epoch in range(self.training.epochs):
+            begun = step
+            for rows in self.batches(task):
+                for group in optimizer.param_groups:
+                    group["lr"] = self.training.lr * self.training.rate(step, steps)
+                batch = task.batch(rows, augmenter, device=self.device)
+                batch.epoch = epoch
+                batch.x = batch.x.contiguous(memory_format=self.layout)
+                optimizer.zero_grad(set_to_none=True)
+                with self.autocast():
+                    loss = self.learner.loss(self.stepped, batch)
+                loss.backward()
+                self.learner.adjust_gradients(self.model, batch)
+                if self.training.clip is not None:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+                optimizer.step()
+                self.learner.after_step(self.model, batch)
+                trace[step] = loss.detach()
+                step += 1
+                progress = Progress(task.index, step, steps, False)
+                if self.consolidation.due(progress):
+                    set_weights(self.model, self.consolidate(task, progress, get_weights(self.model)).train)
+            tick(step - begun)
+            self.check_trace(trace[begun:step], task, begun)
+        return trace.cpu().numpy()
+
+    def consolidate(self, task: Task, progress: Progress, current: Weights) -> Merged:
+        """Asks the consolidation, with generators of its own, so that training draws the same numbers as without it."""
+        held_out = self.learner.held_out(task) if self.consolidation.holdout else None
+        judged = held_out if held_out is not None else self.learner.examples(task)
+        context = Context(
+            model=self.scratch,
+            base=self.base,
+            previous=self.previous,
+            current=current,
+            history=tuple(self.history),
+            inputs=self.learner.inputs(task),
+            progress=progress,
+            score=functools.partial(self.score, judged) if len(judged) else None,
+            held_out=held_out is not None,
+            second_moment=self.second_moment(),
+            symmetry=lambda: self.symmetry,
+        )
+        with _reproducible(self.seed + progress.task, self.device):
+            return self.consolidation(context)
+
+    @torch.no_grad()
+    def score(self, examples: Examples, weights: Weights) -> Score:
+        """Loss and accuracy over all classes of weights on prepared examples, in evaluation mode."""
+        set_weights(self.scratch, weights)
+        with evaluation_mode(self.scratch):
+            logits = torch.cat([self.scratch(x) for x in examples.x.split(EVALUATION_BATCH)]).float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, -2), examples.y.flatten())
+        accuracy = (logits.argmax(-1) == examples.y).double().mean()
+        return Score(*torch.stack([loss.double(), accuracy]).tolist())
+
+    @functools.cached_property
+    def symmetry(self) -> alignment.Symmetry:
+        """The permutation symmetry of the model, derived when first asked for."""
+        first = self.stream[0]
+        return alignment.symmetry(self.scratch, first.prepare(first.train.x[:2].to(self.device)))
+
+    def second_moment(self) -> Weights | None:
+        """Adam's running mean of squared gradients by parameter name; None for other optimizers."""
+        state = self.optimizer.state
+        return {
+            name: state[p]["exp_avg_sq"]
+            for name, p in self.model.named_parameters()
+            if "exp_avg_sq" in state.get(p, {})
+        } or None
+
+    def steps(self, task: Task) -> int:
+        """How many optimizer steps a task takes."""
+        full, rest = divmod(len(task.train), self.training.batch)
+        return self.training.epochs * (full + (rest > 1 or not full))
+
+    def batches(self, task: Task) -> Iterator[Tensor]:
+        """Row numbers of one epoch's batches, in random order; a last batch of one row is left out."""
+        rows = torch.randperm(len(task.train), generator=self.order, device=self.device).to(task.train.x.device)
+        chunks = rows.split(self.training.batch)
+        yield from chunks[:-1] if len(chunks) > 1 and len(chunks[-1]) == 1 else chunks
+
+    def check_trace(self, losses: Tensor, task: Task, first: int) -> None:
+        """Raises FloatingPointError, naming task and step, if a loss of an epoch is not finite."""
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            raise FloatingPointError(
+                f"the loss is {losses[bad[0, 0]].item()} in step {first + int(bad[0, 0])} of task {task.index} "
+                f"({task.name!r}); try a smaller lr than {self.training.lr} or Training(clip=1.0)"
+            )
+
+    def evaluate(self) -> Evaluation:
+        """Tests the live model on every task, the way the learner predicts."""
+        with self.autocast():
+            return evaluate(self.model, self.stream, predict=self.learner.predict)
+
+
+def _check(
+    stream: Stream,
+    model: nn.Module | ModelFactory,
+    learner: Learner,
+    consolidation: Consolidation,
+    training: Training,
+    seed: int,
+) -> None:
+    """Raises on arguments of the wrong kind before any work starts."""
+    if not isinstance(stream, Stream):
+        raise TypeError(f"stream: {type(stream).__name__} is not a stream; make one with data.split(dataset, tasks=5)")
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise TypeError(f"model: {model!r} is neither a module nor a factory; pass models.convnet, for example")
+    if isinstance(model, nn.Module):
+        check_finite(get_weights(model), "model")
+    if not isinstance(learner, Learner):
+        raise TypeError(f"learner: {learner!r} is not a learner; pass an instance, for example ER(memory=50)")
+    if isinstance(consolidation, type) or not callable(consolidation) or not hasattr(consolidation, "due"):
+        raise TypeError(f"consolidation: {consolidation!r} is none; pass an instance, for example CLeWI(alpha=0.3)")
+    if not isinstance(training, Training):
+        raise TypeError(f"training: {training!r} is not a Training; pass Training(epochs=10, lr=0.1), for example")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: {seed!r}; give a whole number, at least 0")
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """The device meant: "auto" is the first GPU if there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device: {str(device)!r} was asked for and torch sees no GPU; use "cpu" or "auto"')
+    return place
+
+
+@contextmanager
+def _reproducible(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's global generators, which dropout draws from, and gives them back as they were."""
+    cuda = device.type == "cuda"
+    quiet = torch.backends.cudnn.flags(deterministic=True, benchmark=False) if cuda else nullcontext()
+    with torch.random.fork_rng([device] if cuda else []), quiet:
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,29 @@
+"""Shared fixtures, and the rule for tests that need real data: they skip where their packs are missing."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from clkit import data
+
+PACKS = Path(os.environ.get("CLKIT_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("packs"):
+        for name in marker.args or ("",):
+            path = PACKS / f"{name}.zip" if name else PACKS
+            if not path.exists():
+                pytest.skip(f"needs {path}; CLKIT_DATA names the folder of the packs")
+
+
+@pytest.fixture(scope="session")
+def packs() -> Path:
+    """The folder of the real data packs; a test says which it needs, as in `@pytest.mark.packs("mnist")`."""
+    return PACKS
+
+
+@pytest.fixture(scope="session")
+def digits() -> data.Dataset:
+    return data.digits()

@@ -1,0 +1,287 @@
+"""Examples, tasks, batches and streams; normalisation and augmentation against slow twins."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clkit.data import (
+    NO_AUGMENT,
+    Augment,
+    Batch,
+    Dataset,
+    Examples,
+    Normalize,
+    Stream,
+    Task,
+    cumulative,
+    permuted,
+    split,
+)
+
+FEW = settings(max_examples=25, deadline=None)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(count: int = 12, shape: tuple[int, ...] = (3, 6, 5), seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count, *shape), generator=seeded(seed), dtype=torch.uint8)
+
+
+def toy(classes: int = 4, each: int = 3, **changes: object) -> Dataset:
+    y = torch.arange(classes).repeat(each)
+    train, test = Examples(images(len(y)), y), Examples(images(len(y), seed=1), y)
+    return replace(Dataset("toy", train, test, tuple(f"c{i}" for i in range(classes))), **changes)
+
+
+def slow_augment(augment: Augment, x: Tensor, crop: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
+    """One image at a time, with slices: pad and cut, mirror, then move with the border repeated."""
+    height, width, pad = *x.shape[2:], augment.crop
+    out = []
+    for i, image in enumerate(x):
+        padded = torch.zeros(x.shape[1], height + 2 * pad, width + 2 * pad, dtype=x.dtype)
+        padded[:, pad : pad + height, pad : pad + width] = image
+        top, left = int(crop[0, i]) + pad, int(crop[1, i]) + pad
+        image = padded[:, top : top + height, left : left + width]
+        image = image.flip(2) if flip[i] else image
+        rows = [min(max(r + int(shift[0, i]), 0), height - 1) for r in range(height)]
+        columns = [min(max(c + int(shift[1, i]), 0), width - 1) for c in range(width)]
+        out.append(image[:, rows][:, :, columns])
+    return torch.stack(out)
+
+
+augments = st.builds(Augment, crop=st.integers(0, 7), flip=st.booleans(), shift=st.integers(0, 7))
+
+
+@FEW
+@given(augments, st.integers(0, 99), st.sampled_from([(1, 4, 7), (3, 6, 5)]))
+def test_augmentation_equals_the_slow_reference(augment: Augment, seed: int, shape: tuple[int, ...]):
+    x = images(8, shape, seed)
+    drawn = augment.draw(8, seeded(seed))
+    assert torch.equal(augment(x, seeded(seed)), slow_augment(augment, x, *drawn))
+
+
+@FEW
+@given(augments, st.integers(0, 99))
+def test_augmentation_is_fixed_by_its_generator_and_leaves_its_input(augment: Augment, seed: int):
+    x = images(16)
+    before = x.clone()
+    assert torch.equal(augment(x, seeded(seed)), augment(x, seeded(seed)))
+    assert torch.equal(x, before)
+
+
+def test_augmentation_reaches_its_whole_range_and_no_more():
+    crop, flip, shift = Augment(crop=2, flip=True, shift=1).draw(2000, seeded())
+    assert crop.unique().tolist() == [-2, -1, 0, 1, 2]
+    assert shift.unique().tolist() == [-1, 0, 1]
+    assert 0.4 < flip.double().mean() < 0.6
+    assert not Augment(crop=2).draw(2000, seeded())[1].any()
+
+
+def test_augmentation_off_draws_nothing():
+    generator = seeded()
+    x = images()
+    assert torch.equal(NO_AUGMENT(x, generator), x)
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
+def test_augmentation_keeps_float_images_and_gives_new_memory():
+    x = images().double()
+    out = Augment(flip=True)(x, seeded())
+    assert out.dtype == torch.float64
+    assert out.data_ptr() != x.data_ptr()
+
+
+@FEW
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0.1, 2)), min_size=3, max_size=3), st.integers(0, 9))
+def test_normalisation_can_be_undone(channels: list[tuple[float, float]], seed: int):
+    mean, std = zip(*channels, strict=True)
+    x = images(seed=seed)
+    out = Normalize(mean, std)(x)
+    undone = out * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    assert torch.equal((undone * 255).round().to(torch.uint8), x)
+
+
+def test_normalisation_equals_torchvision_and_keeps_floats_and_tokens():
+    from torchvision.transforms.functional import normalize
+
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    x = images()
+    torch.testing.assert_close(Normalize(mean, std)(x), normalize(x / 255, mean, std))
+    double = x.double() / 255
+    torch.testing.assert_close(Normalize(mean, std)(double), normalize(double, mean, std))
+    tokens = torch.randint(0, 9, (4, 7), generator=seeded())
+    assert torch.equal(Normalize((3.0,), (2.0,))(tokens), tokens)
+
+
+def test_normalisation_measures_bytes_and_floats_alike():
+    x = images(50)
+    measured = Normalize.of(x)
+    assert measured == Normalize.of(x.double() / 255)
+    out = measured(x)
+    assert out.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (out.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
+    assert Normalize.of(torch.zeros(5, 1, 2, 2, dtype=torch.uint8)) == Normalize((0.0,), (1.0,))
+
+
+def test_normalisation_first_used_in_inference_mode_serves_training():
+    normalize = Normalize((0.123,), (0.456,))
+    with torch.inference_mode():
+        normalize(torch.zeros(1, 1, 2, 2))
+    x = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    normalize(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((1, 1, 2, 2), 1 / 0.456))
+
+
+def test_examples_take_rows():
+    examples = toy().train
+    rows = torch.tensor([3, 1])
+    assert torch.equal(examples[rows].x, examples.x[rows])
+    assert torch.equal(examples[[3, 1]].y, examples.y[rows])
+    assert len(examples[2:5]) == 3
+    assert repr(examples) == "Examples(12 of (3, 6, 5), uint8, cpu)"
+
+
+def test_tokens_and_targets_pass_through_with_ignored_positions():
+    x = torch.randint(0, 5, (6, 8), generator=seeded())
+    y = x.roll(-1, 1)
+    y[:, -1] = -100
+    tokens = Examples(x, y)
+    task = Task(0, "text", tuple(range(5)), tokens, tokens)
+    batch = task.batch([0, 2], seeded())
+    assert torch.equal(batch.x, x[[0, 2]]) and torch.equal(batch.y, y[[0, 2]])
+
+
+def task_of(dataset: Dataset, **changes: object) -> Task:
+    return replace(split(dataset, 1)[0], **changes)
+
+
+def test_a_task_prepares_with_and_without_augmentation():
+    task = task_of(toy(), augment=Augment(crop=2, flip=True), normalize=Normalize((0.5,), (0.5,)))
+    x = task.train.x
+    assert torch.equal(task.prepare(x), task.normalize(x))
+    assert torch.equal(task.prepare(x, seeded(3)), task.normalize(task.augment(x, seeded(3))))
+
+
+def test_a_batch_joins_rows_of_a_memory_prepared_as_its_own():
+    task = task_of(toy(), augment=Augment(crop=2, flip=True))
+    generator = seeded(5)
+    batch = task.batch(slice(0, 4), generator)
+    old, labels = images(3, seed=9), torch.tensor([1, 2, 3])
+    joined = batch.join(old, labels)
+
+    twin = seeded(5)
+    expected = torch.cat([task.prepare(task.train.x[:4], twin), task.prepare(old, twin)])
+    assert torch.equal(joined.x, expected)
+    assert joined.y.tolist() == [*batch.y.tolist(), 1, 2, 3]
+    assert joined.size == 4 and torch.equal(joined.raw, task.train.x[:4])
+    assert len(batch.x) == 4
+
+    plain = task.batch(slice(0, 4)).join(old, labels)
+    assert torch.equal(plain.x[4:], task.prepare(old))
+
+
+def test_a_stream_is_a_sequence_that_knows_its_shape():
+    stream = split(toy(), 2)
+    assert len(stream) == 2 and [task.index for task in stream] == [0, 1] and stream[-1] is stream.tasks[1]
+    assert stream.shape == (3, 6, 5) and stream.device == torch.device("cpu")
+    assert repr(stream) == "Stream('toy-2', 2 tasks, class-incremental, 4 classes, inputs (3, 6, 5))"
+    assert stream.to("cpu") is stream
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_stream_moves_to_the_gpu_or_to_pinned_memory(monkeypatch: pytest.MonkeyPatch):
+    stream = cumulative(split(toy(augment=Augment(crop=2, flip=True)), 2))
+    moved = stream.to("cuda")
+    assert moved.device.type == "cuda" and moved.fingerprint == stream.fingerprint
+    assert moved[0].train.x.data_ptr() == moved[1].train.x.data_ptr()
+    rows = torch.arange(4)
+    torch.testing.assert_close(
+        moved[1].batch(rows.cuda(), seeded()).x.cpu(), stream[1].batch(rows, seeded()).x, rtol=0, atol=1e-6
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1))
+    pinned = stream.to("cuda")
+    assert pinned.device.type == "cpu" and pinned[0].train.x.is_pinned()
+    assert pinned[1].batch(rows, seeded(), device="cuda").x.is_cuda
+    assert pinned.fingerprint == stream.fingerprint
+
+
+def test_the_fingerprint_follows_content_and_settings_alone():
+    stream = split(toy(), 2)
+    again = split(toy(), 2)
+    assert stream.fingerprint == again.fingerprint == replace(stream, name="other").fingerprint
+    other = toy()
+    other.train.x[0, 0, 0, 0] ^= 1
+    changed = [
+        split(other, 2),
+        split(toy(), 4),
+        split(toy(), 2, scenario="task"),
+        split(toy(), 2, order=[1, 0, 2, 3]),
+        split(toy(augment=Augment(crop=1)), 2),
+        split(toy(normalize=Normalize((0.5,), (1.0,))), 2),
+        permuted(toy(), 2),
+    ]
+    assert len({stream.fingerprint, *(s.fingerprint for s in changed)}) == len(changed) + 1
+
+
+def test_bad_examples_are_refused():
+    x, y = images(), torch.arange(12) % 4
+    with pytest.raises(TypeError, match=r"y\.long\(\)"):
+        Examples(x, y.int())
+    with pytest.raises(ValueError, match="12 rows and y has 11"):
+        Examples(x, y[:11])
+    with pytest.raises(ValueError, match=r"x\[:, None\]"):
+        Examples(torch.zeros(12), y)
+    with pytest.raises(ValueError, match="one for each token"):
+        Examples(x, torch.zeros(12, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("label", [-1, 4, 10**12])
+def test_labels_out_of_range_are_refused(label: int):
+    good = toy()
+    y = good.train.y.clone()
+    y[2] = label
+    with pytest.raises(ValueError, match=rf"train labels \[{label}\] are not among its 4 classes"):
+        replace(good, train=Examples(good.train.x, y))
+    with pytest.raises(ValueError, match="test labels"):
+        replace(good, test=Examples(good.train.x, y))
+
+
+def test_bad_datasets_tasks_and_streams_are_refused():
+    good, task = toy(), task_of(toy())
+    cases = [
+        (lambda: replace(good, test=good.test[:0]), "no test examples"),
+        (lambda: replace(good, classes=("a", "b", "b", "c")), r"named twice: \['b'\]"),
+        (lambda: replace(good, test=Examples(good.test.x[:, :1], good.test.y)), "convert them alike"),
+        (lambda: replace(good, test=Examples(good.test.x.float(), good.test.y)), "convert them alike"),
+        (lambda: replace(task, classes=()), "at least one"),
+        (lambda: replace(task, classes=(0, 1, 2, 2)), "distinct"),
+        (lambda: replace(task, classes=(0, 1, 2)), r"labels \[3\]"),
+        (lambda: Stream("s", (), ("a",)), "no tasks"),
+        (lambda: Stream("s", (task,), good.classes, "cls"), "choose one of class, domain, task"),
+        (lambda: Stream("s", (replace(task, index=1),), good.classes), "number from 0"),
+        (lambda: Stream("s", (task,), good.classes[:3]), "names 3"),
+        (
+            lambda: Stream("s", (task, replace(task, index=1, normalize=Normalize((1.0,), (1.0,)))), good.classes),
+            "unlike",
+        ),
+        (lambda: Normalize((0.0,), (0.0,)), "positive"),
+        (lambda: Normalize((0.0, 1.0), (1.0,)), "every channel"),
+        (lambda: Normalize((0.0, 0.0), (1.0, 1.0))(images()), "2 channels and the input 3"),
+        (lambda: Augment(crop=-1), "numbers of pixels"),
+        (lambda: Augment(flip=True)(torch.zeros(4, 9), seeded()), "needs images"),
+    ]
+    for make, message in cases:
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_a_batch_of_the_host_is_prepared_where_it_is_asked_for():
+    batch = task_of(toy()).batch([0, 1], device="cpu")
+    assert isinstance(batch, Batch) and batch.x.device.type == "cpu" and batch.x.dtype == torch.float32

@@ -1,0 +1,168 @@
+"""Streams: what a task holds, and what all of them hold together."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clkit import data
+from clkit.data import Augment, Dataset, Examples, Normalize, Stream
+
+FEW = settings(max_examples=25, deadline=None)
+
+
+def numbered(classes: int = 6, rows: int = 40, shape: tuple[int, ...] = (1, 4, 4), name: str = "toy") -> Dataset:
+    """A dataset whose inputs all differ, in a random order of labels."""
+    generator = torch.Generator().manual_seed(classes)
+
+    def part(first: int) -> Examples:
+        x = torch.zeros(rows, *shape, dtype=torch.int32)
+        x.view(rows, -1)[:] = torch.arange(x[0].numel()) + 1000 * torch.arange(first, first + rows)[:, None]
+        y = torch.cat([torch.arange(classes), torch.randint(0, classes, (rows - classes,), generator=generator)])
+        return Examples(x.float(), y[torch.randperm(rows, generator=generator)])
+
+    return Dataset(name, part(0), part(rows), tuple(f"c{i}" for i in range(classes)), augment=Augment(crop=1))
+
+
+def rows(examples: Examples) -> list[tuple[float, int]]:
+    return list(zip(examples.x.flatten(1)[:, 0].tolist(), examples.y.tolist(), strict=True))
+
+
+@FEW
+@given(st.integers(2, 8), st.data())
+def test_a_split_partitions_the_classes_and_the_examples(classes: int, draw: st.DataObject):
+    dataset = numbered(classes)
+    tasks = draw.draw(st.integers(1, classes))
+    order = draw.draw(st.one_of(st.none(), st.integers(0, 99), st.permutations(range(classes))))
+    stream = data.split(dataset, tasks, order=order)
+    assert sorted(label for task in stream for label in task.classes) == list(range(classes))
+    sizes = [len(task.classes) for task in stream]
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+    for name in ("train", "test"):
+        parts = [rows(getattr(task, name)) for task in stream]
+        assert sorted(row for part in parts for row in part) == sorted(rows(getattr(dataset, name)))
+        assert all(set(y for _, y in part) <= set(task.classes) for part, task in zip(parts, stream, strict=True))
+        assert all(part == sorted(part) for part in parts), "examples keep their order"
+
+
+def test_a_split_takes_sizes_names_and_subsets():
+    dataset = numbered()
+    assert [task.classes for task in data.split(dataset, [3, 1, 2])] == [(0, 1, 2), (3,), (4, 5)]
+    stream = data.split(dataset, 2, order=["c5", 0, "c2"], scenario="task")
+    assert [task.classes for task in stream] == [(5, 0), (2,)]
+    assert [task.name for task in stream] == ["c5, c0", "c2"]
+    assert stream.scenario == "task" and stream.classes == dataset.classes
+    assert data.split(dataset, 1)[0].name == "c0 ... c5"
+
+
+def test_a_seed_fixes_the_order_of_the_classes():
+    dataset = numbered(8)
+    orders = {seed: [task.classes for task in data.split(dataset, 4, order=seed)] for seed in (1, 2)}
+    assert orders[1] == [task.classes for task in data.split(dataset, 4, order=1)] != orders[2]
+
+
+@FEW
+@given(st.integers(1, 4), st.integers(0, 99), st.sampled_from([(1, 4, 4), (3, 2, 3), (12,)]))
+def test_permuted_pixels_can_be_put_back(tasks: int, seed: int, shape: tuple[int, ...]):
+    dataset = numbered(shape=shape)
+    stream = data.permuted(dataset, tasks, seed=seed)
+    pixels = dataset.train.x[0].numel() // (shape[0] if len(shape) == 3 else 1)
+    orders = data.permutations(pixels, tasks, seed=seed)
+    assert torch.equal(stream[0].train.x, dataset.train.x)
+    for task, order in zip(stream, orders, strict=True):
+        assert sorted(order.tolist()) == list(range(pixels))
+        for part in ("train", "test"):
+            x = getattr(task, part).x
+            back = x.flatten(2)[..., order.argsort()] if x.ndim == 4 else x[:, order.argsort()]
+            assert torch.equal(back.view_as(x), getattr(dataset, part).x)
+            assert torch.equal(getattr(task, part).y, getattr(dataset, part).y)
+        assert task.augment == data.NO_AUGMENT
+
+
+def test_permutations_do_not_depend_on_how_many_follow():
+    few, many = data.permutations(9, 3, seed=1), data.permutations(9, 5, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(few, many[:3], strict=True))
+
+
+def test_rotations_turn_counterclockwise():
+    x = torch.randint(0, 256, (5, 2, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    part = Examples(x, torch.arange(5))
+    dataset = Dataset("toy", part, part, tuple("abcde"))
+    stream = data.rotated(dataset, (0, 90, 180, 270, 360, 450))
+    for task, turns in zip(stream, (0, 1, 2, 3, 4, 5), strict=True):
+        assert torch.equal(task.train.x, x.rot90(turns, (2, 3)))
+    assert [task.name for task in stream][:2] == ["0 degrees", "90 degrees"] and stream.scenario == "domain"
+
+
+def test_a_rotation_keeps_the_proportions_of_oblong_images():
+    x = torch.zeros(1, 1, 21, 41)
+    x[0, 0, 10, 20:27] = 1.0  # an arm of 6 pixels to the right of the centre
+    part = Examples(x.expand(2, -1, -1, -1).clone(), torch.arange(2))
+    turned = data.rotated(Dataset("bar", part, part, ("a", "b")), [90])[0].train.x[0, 0]
+    torch.testing.assert_close(turned[4:11, 20], torch.ones(7), atol=1e-4, rtol=0)
+    assert turned.sum() < 7.1
+
+
+@FEW
+@given(st.integers(1, 6))
+def test_cumulative_training_sets_grow_and_share_storage(tasks: int):
+    stream = data.split(numbered(), tasks, order=3)
+    joint = data.cumulative(stream)
+    for t, (task, own) in enumerate(zip(joint, stream, strict=True)):
+        earlier = stream.tasks[: t + 1]
+        assert rows(task.train) == [row for one in earlier for row in rows(one.train)]
+        assert rows(task.test) == rows(own.test)
+        assert task.classes == tuple(label for one in earlier for label in one.classes)
+    assert len({task.train.x.untyped_storage().data_ptr() for task in joint}) == 1
+
+
+def test_a_cumulative_domain_stream_keeps_its_classes():
+    joint = data.cumulative(data.permuted(numbered(), 3))
+    assert all(task.classes == (0, 1, 2, 3, 4, 5) for task in joint)
+    assert [len(task.train) for task in joint] == [40, 80, 120]
+
+
+def test_domains_are_named_and_normalised_as_the_first():
+    one, two = numbered(name="one"), replace(numbered(name="two"), normalize=Normalize((0.5,), (0.5,)))
+    stream = data.domains([one, two])
+    assert [task.name for task in stream] == ["one", "two"] and stream.scenario == "domain"
+    assert {task.normalize for task in stream} == {one.normalize}
+    named = data.domains({"a": two, "b": one}, normalize=Normalize((0.1,), (1.0,)))
+    assert [task.name for task in named] == ["a", "b"] and named[1].normalize == Normalize((0.1,), (1.0,))
+    assert rows(named[0].train) == rows(two.train)
+
+
+def test_streams_leave_their_dataset_alone():
+    dataset = numbered()
+    before = dataset.train.x.clone()
+    for stream in (data.split(dataset, 3), data.permuted(dataset, 3), data.rotated(dataset), data.domains([dataset])):
+        assert isinstance(stream, Stream)
+        data.cumulative(stream)
+    assert torch.equal(dataset.train.x, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: data.split(d, 7), "tasks=7 for 6 classes of 'toy': use 1 to 6"),
+        (lambda d: data.split(d, 0), "tasks=0"),
+        (lambda d: data.split(d, [2, 2]), r"tasks=\[2, 2\] for 6 classes"),
+        (lambda d: data.split(d, [6, 0]), "sizes from 1"),
+        (lambda d: data.split(d, 2, scenario="domain"), r"use domains\(\)"),
+        (lambda d: data.split(d, 2, order=["c1", "C1"]), "order='C1' is unknown: did you mean 'c"),
+        (lambda d: data.split(d, 2, order=[0, 6]), "class 6 is not among the 6"),
+        (lambda d: data.split(d, 2, order=[0, "c0"]), r"names classes \[0\] twice"),
+        (lambda d: data.permuted(d, 0), "tasks=0"),
+        (lambda d: data.rotated(d, []), "one for each task"),
+        (lambda d: data.rotated(numbered(shape=(9,))), r"rotate images"),
+        (lambda d: data.domains([]), "at least one"),
+        (lambda d: data.domains([d, d]), "each by its own name"),
+        (lambda d: data.domains({"a": d, "b": numbered(5)}), r"'b' differs from 'a' in classes \(\['c5'\]\)"),
+        (lambda d: data.domains({"a": d, "b": numbered(shape=(1, 5, 5))}), "resize"),
+    ],
+)
+def test_bad_streams_are_refused(make, message: str):
+    with pytest.raises(ValueError, match=message):
+        make(numbered())

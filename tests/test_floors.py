@@ -1,0 +1,67 @@
+"""The house: a module imports only from floors below its own, and heavy packages only where they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "clkit"
+FLOORS = [
+    {"weights", "data", "memory", "metrics"},
+    {"models", "evaluation", "merging", "alignment", "normalization", "curvature", "tangent", "modulation"},
+    {"learners", "consolidation"},
+    {"training", "landscape", "representation"},
+    {"experiments", "plotting", "interact", "benchmarks"},
+    {"cli"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+TORCHLESS = {"metrics", "plotting", "interact"}
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    """The full dotted names that a file imports, wherever in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: use absolute imports"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+def test_every_module_has_a_floor():
+    assert {module_of(p) for p in FILES} <= FLOOR.keys()
+
+
+def test_imports_go_down_only():
+    for path in FILES:
+        own = module_of(path)
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "clkit" and parts[1] != own:
+                assert FLOOR[parts[1]] < FLOOR[own], f"{path} imports {name}"
+
+
+def test_metrics_and_plotting_do_not_know_torch():
+    for path in FILES:
+        if module_of(path) in TORCHLESS:
+            assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
+
+
+def test_importing_clkit_loads_no_heavy_package():
+    heavy = {"torchvision", "pandas", "matplotlib", "seaborn", "sklearn", "scipy", "IPython", "ipywidgets", "nbclient"}
+    code = (
+        "import sys, torch; before = set(sys.modules); import clkit; "
+        f"print(sorted({heavy} & (set(sys.modules) - before)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

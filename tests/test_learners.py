@@ -1,0 +1,165 @@
+"""Every learner keeps the contract of the family; then what each rule is."""
+
+import copy
+
+import pytest
+import torch
+import toys
+from toys import quick
+
+from clkit import data
+from clkit.data import Examples, Normalize, Stream, Task
+from clkit.learners import ER, LEARNERS, Criterion, Learner
+
+SETTINGS = {"fine-tuning": Learner(), "ER": ER(memory=12), "ER balanced": ER(memory=12, policy="balanced", batch=4)}
+
+
+@pytest.fixture(scope="module")
+def toy() -> Stream:
+    return toys.stream()
+
+
+def test_every_learner_is_in_the_contract_suite():
+    assert {type(learner) for learner in SETTINGS.values()} == set(LEARNERS.values())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+class TestContract:
+    def test_same_seed_same_bits_and_another_seed_others(self, toy, name):
+        first, second, other = (quick(toy, SETTINGS[name], seed=seed) for seed in (1, 1, 2))
+        for a, b in zip(first.weights, second.weights, strict=True):
+            assert all(torch.equal(a[n], b[n]) for n in a)
+        assert not torch.equal(first.weights[0]["linear.weight"], other.weights[0]["linear.weight"])
+
+    def test_settings_are_left_as_they_were_and_are_the_record(self, toy, name):
+        learner = SETTINGS[name]
+        before = (repr(learner), copy.deepcopy(vars(learner)))
+        result = quick(toy, learner)
+        assert (repr(learner), vars(learner)) == before
+        assert result.config["learner"] == repr(learner) and eval(repr(learner)) == learner
+
+    def test_the_first_task_lowers_the_loss(self, toy, name):
+        loss = quick(toy, SETTINGS[name]).training_loss[0]
+        assert loss[-3:].mean() < loss[:3].mean()
+
+    def test_state_saves_and_loads(self, toy, name):
+        learner = quick(toy, SETTINGS[name]).learner
+        twin = copy.deepcopy(SETTINGS[name])
+        setting = copy.copy(learner.setting)
+        setting.generator = torch.Generator()
+        twin.start(setting)
+        twin.load_state_dict(learner.state_dict())
+        for a, b in zip(learner.state_dict().values(), twin.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(learner.inputs(toy[2]), twin.inputs(toy[2]))
+
+    def test_inputs_are_those_of_the_examples(self, toy, name):
+        learner = quick(toy, SETTINGS[name]).learner
+        assert torch.equal(learner.inputs(toy[2]), learner.examples(toy[2]).x)
+
+
+def test_replay_keeps_what_fine_tuning_forgets(toy):
+    assert quick(toy, ER(memory=12)).summary()["acc"] > quick(toy, Learner()).summary()["acc"] + 0.2
+
+
+def test_er_offers_each_example_to_the_memory_once(toy):
+    store = quick(toy, ER(memory=1000)).learner.store
+    assert store.seen == len(store) == 3 * 21
+    x = torch.cat([task.train.x for task in toy])
+    assert torch.equal(store.all()["x"].sort(0).values, x.sort(0).values)
+
+
+def test_er_with_an_empty_memory_is_fine_tuning(toy):
+    a, b = quick(toy, Learner()), quick(toy, ER(memory=1, batch=1))
+    assert a.training_loss[0][0] == b.training_loss[0][0]
+    assert a.training_loss[0][1] != b.training_loss[0][1]
+
+
+def test_held_out_rows_are_never_replayed_nor_shown(toy):
+    class Spy(ER):
+        def start(self, setting):
+            setting.holdout = 0.5
+            super().start(setting)
+            self.replays = []
+
+        def replayed(self, batch):
+            joined = super().replayed(batch)
+            held = self.store.held_out().get("x", torch.empty(0, 6))
+            rows = joined.x[batch.size :]
+            self.replays.append(bool((rows[:, None] == held[None]).all(-1).any()))
+            return joined
+
+    learner = quick(toy, Spy(memory=20)).learner
+    assert not any(learner.replays)
+    assert len(learner.held_out(toy[2])) == 10 and len(learner.examples(toy[2])) == 10
+
+
+class TestCriterion:
+    """The label space of a loss."""
+
+    @pytest.fixture
+    def logits(self):
+        return torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    y = torch.tensor([0, 1, 2, 3, 2, 3, 0, 1])
+
+    def criterion(self, labels, smoothing=0.0, task=1):
+        stream = toys.stream()
+        criterion = Criterion(stream, labels, smoothing, torch.device("cpu"))
+        criterion.begin_task(stream[task])
+        return criterion
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_seen_is_cross_entropy_without_the_classes_to_come(self, logits, smoothing):
+        ours = self.criterion("seen", smoothing)(logits, self.y)
+        theirs = torch.nn.functional.cross_entropy(logits[:, :4], self.y, label_smoothing=smoothing)
+        assert torch.allclose(ours, theirs)
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_task_is_cross_entropy_within_each_rows_own_task(self, logits, smoothing):
+        ours = self.criterion("task", smoothing)(logits, self.y, "none")
+        for row, (l, y) in enumerate(zip(logits, self.y, strict=True)):
+            own = l[2 * (y // 2) : 2 * (y // 2) + 2]
+            theirs = torch.nn.functional.cross_entropy(own, y % 2, label_smoothing=smoothing)
+            assert torch.allclose(ours[row], theirs)
+
+    def test_all_is_plain_cross_entropy(self, logits):
+        assert torch.equal(self.criterion("all")(logits, self.y), torch.nn.functional.cross_entropy(logits, self.y))
+
+    @pytest.mark.parametrize(("labels", "silent"), [("all", 0), ("seen", 2), ("task", 4)])
+    def test_a_class_outside_the_label_space_gets_no_gradient(self, logits, labels, silent):
+        l = logits.clone().requires_grad_()
+        self.criterion(labels)(l, self.y).backward()
+        assert ((l.grad == 0).sum(1) == silent).all()
+
+    def test_sequences_are_flattened(self):
+        logits = torch.randn(2, 5, 6)
+        y = torch.randint(0, 6, (2, 5))
+        for labels in ("all", "seen", "task"):
+            criterion = self.criterion(labels, task=2)
+            flat = criterion(logits.flatten(0, 1), y.flatten())
+            assert torch.allclose(criterion(logits, y), flat)
+            assert torch.allclose(criterion(logits, y, "none").mean(), flat)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ER(memory=0), "capacity is 0"),
+        (lambda: ER(batch=0), "batch: 0"),
+        (lambda: ER(policy="x"), "'x' is unknown"),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_augmented_rows_are_stored_as_they_are():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 255, (40, 1, 8, 8), generator=g, dtype=torch.uint8)
+    part = Examples(x, torch.arange(40) % 2)
+    stream = Stream("s", (Task(0, "t", (0, 1), part, part, Normalize(), data.Augment(crop=2, flip=True)),), ("a", "b"))
+    rows = quick(stream, ER(memory=40)).learner.store.all()["x"]
+    assert rows.dtype == torch.uint8
+    assert all((x == row).flatten(1).all(1).any() for row in rows)

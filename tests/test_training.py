@@ -1,0 +1,379 @@
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from toys import quick
+
+from clkit import data, models
+from clkit.consolidation import Merged, Progress
+from clkit.data import Examples, Normalize, Stream, Task
+from clkit.evaluation import evaluate
+from clkit.learners import ER, Learner
+from clkit.training import Training, describe, run
+from clkit.weights import equal, get_weights
+
+
+@pytest.fixture(scope="module")
+def toy() -> Stream:
+    return toys.stream()
+
+
+class Diary(Learner):
+    """Writes down what it is called for and with which weights."""
+
+    def start(self, setting):
+        super().start(setting)
+        self.events = []
+
+    def note(self, name, model, *rest):
+        self.events.append((name, float(get_weights(model)["linear.bias"].sum())))
+
+    def loss(self, model, batch):
+        self.note("loss", model)
+        return super().loss(model, batch)
+
+    begin_task = adjust_gradients = after_step = after_training = on_consolidated = calibrate = None
+
+
+for hook in ("begin_task", "adjust_gradients", "after_step", "after_training", "on_consolidated", "calibrate"):
+    setattr(Diary, hook, lambda self, model, _, hook=hook: self.note(hook, model))
+
+
+class Shift:
+    """Adds 1 to the output bias where training goes on, 10 where it is deployed."""
+
+    holdout, uses_history = 0.0, False
+
+    def due(self, progress):
+        return progress.end
+
+    def __call__(self, context):
+        def plus(c):
+            return {n: t + c * (n == "linear.bias") for n, t in context.current.items()}
+
+        return Merged(plus(1), plus(10), {"said": "hello"})
+
+
+def test_the_order_of_events_is_the_one_that_the_docstring_tells(toy):
+    training = Training(epochs=1, batch=11, lr=0.1)
+    result = quick(toys.stream(tasks=2), Diary(), Shift(), training=training)
+    step = ["loss", "adjust_gradients", "after_step"]
+    task = ["begin_task", *step, *step, "after_training", "on_consolidated", "calibrate"]
+    assert [name for name, _ in result.learner.events] == task * 2
+    sums = dict(result.learner.events[:10])
+    assert sums["on_consolidated"] - sums["after_training"] == pytest.approx(4, abs=1e-4)
+    assert sums["calibrate"] - sums["after_training"] == pytest.approx(40, abs=1e-4)
+    again = dict(result.learner.events[10:11])
+    assert again["begin_task"] == pytest.approx(sums["on_consolidated"], abs=1e-4)
+    assert float(result.weights[0]["linear.bias"].sum()) == pytest.approx(sums["calibrate"], abs=1e-4)
+    assert float(result.trained[0]["linear.bias"].sum()) == pytest.approx(sums["after_training"], abs=1e-4)
+    assert result.reports == [{"said": "hello"}] * 2
+
+
+class DeployNothing(Shift):
+    """Deploys zeros, looks at everything, draws random numbers, and trains on from the current weights."""
+
+    holdout, uses_history = 0.0, True
+
+    def due(self, progress):
+        return True
+
+    def __call__(self, context):
+        torch.randn(3)
+        context.model.train()(context.inputs)
+        assert len(context.history) == context.progress.task
+        return Merged(context.current, {n: torch.zeros_like(t) for n, t in context.current.items()})
+
+
+@pytest.mark.parametrize("learner", [Learner(), ER(memory=9)])
+def test_a_deploy_only_consolidation_leaves_training_bit_identical(learner):
+    class Dropped(nn.Module):
+        def __init__(self, stream, seed):
+            super().__init__()
+            self.net = models.mlp(stream, seed=seed)
+
+        def forward(self, x):
+            return self.net(nn.functional.dropout(x, 0.3, self.training))
+
+    def factory(stream, *, seed):
+        return Dropped(stream, seed)
+
+    plain, with_ = (quick(toys.stream(), learner, c, model=factory) for c in (None, DeployNothing()))
+    assert all(equal(a, b) for a, b in zip(plain.trained, with_.trained, strict=True))
+    assert all(not t.any() for t in with_.weights[0].values())
+
+
+def test_results_have_their_shapes_and_ranges(toy):
+    result = quick(toy, ER(memory=9))
+    for matrix in (result.accuracy, result.masked, result.losses):
+        assert matrix.shape == (3, 3) and matrix.dtype == np.float64
+    assert result.initial.shape == (3,)
+    assert ((result.accuracy >= 0) & (result.masked <= 1) & (result.accuracy <= result.masked)).all()
+    assert [len(loss) for loss in result.training_loss] == [6, 6, 6]
+    assert json.loads(json.dumps(result.config)) == result.config
+    assert set(result.summary()) == {"acc", "forgetting", "bwt", "fwt", "last", "plasticity"}
+
+
+def test_a_run_is_one_textbook_loop():
+    """The reference twin: plain SGD over the same batches, written out."""
+    stream = toys.stream(tasks=2)
+    result = quick(stream, training=Training(epochs=2, batch=8, lr=0.1, momentum=0.9))
+    net = models.mlp(stream, seed=0)
+    order = torch.Generator().manual_seed(int(np.random.SeedSequence(0).generate_state(3)[0]))
+    for task in stream:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            for rows in torch.randperm(21, generator=order).split(8):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(task.train.x[rows]), task.train.y[rows]).backward()
+                optimizer.step()
+    for name, tensor in get_weights(net).items():
+        assert torch.allclose(tensor, result.weights[-1][name], atol=1e-6)
+
+
+def test_a_module_is_copied_and_a_factory_is_called_with_the_seed(toy):
+    net = models.mlp(toy, seed=3)
+    before = get_weights(net)
+    given_module, given_factory = quick(toy, model=net, seed=3), quick(toy, seed=3)
+    assert equal(before, get_weights(net))
+    assert equal(given_module.weights[-1], given_factory.weights[-1])
+    assert given_module.config["model"].startswith("Sequential[")
+    assert given_factory.config["model"] == "clkit.models.mlp"
+
+
+def test_the_global_random_state_is_left_alone(toy):
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    quick(toy, ER(memory=5))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_runs_that_differ_in_the_consolidation_see_the_same_batches(toy):
+    a, b = quick(toy, ER(memory=9)), quick(toy, ER(memory=9), Shift())
+    assert np.array_equal(a.training_loss[0], b.training_loss[0])
+
+
+def test_nothing_is_kept_when_asked(toy):
+    result = quick(toy, keep=False)
+    assert result.weights == [] and result.trained == [] and result.accuracy.shape == (3, 3)
+
+
+def test_a_progress_bar_shows_unless_silenced(toy, capsys):
+    quick(toy, progress=True)
+    assert "task 3 of 3" in capsys.readouterr().err
+    quick(toy, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+class TestEvaluation:
+    def test_it_equals_one_example_at_a_time(self, toy):
+        net = models.mlp(toy, seed=1)
+        found = evaluate(net, toy, batch=3)
+        for task in toy:
+            with torch.no_grad():
+                logits = torch.cat([net(x[None]) for x in task.test.x])
+            own = torch.tensor(task.classes)
+            assert found.accuracy[task.index] == (logits.argmax(1) == task.test.y).double().mean()
+            assert found.masked[task.index] == (own[logits[:, own].argmax(1)] == task.test.y).double().mean()
+            loss = nn.functional.cross_entropy(logits, task.test.y).item()
+            assert found.loss[task.index] == pytest.approx(loss, rel=1e-5)
+
+    def test_training_flags_are_given_back(self, toy):
+        net = nn.Sequential(nn.Dropout(0.5), models.mlp(toy))
+        net[1].eval()
+        evaluate(net, toy)
+        assert net.training and net[0].training and not net[1].training
+
+    def test_the_task_scenario_gives_the_task_and_masks(self):
+        seen = []
+
+        class Spy(Learner):
+            def predict(self, model, x, task=None):
+                seen.append(task and task.index)
+                return super().predict(model, x, task)
+
+        stream = toys.stream(scenario="task")
+        result = quick(stream, Spy())
+        assert set(seen) == {0, 1, 2}
+        assert np.array_equal(result.accuracy, result.masked)
+        seen.clear()
+        quick(toys.stream(), Spy())
+        assert set(seen) == {None}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        Training(2, 8, 0.01, optimizer="adamw", weight_decay=0.01),
+        Training(2, 8, schedule="cosine", warmup=0.2, clip=1.0),
+        Training(2, 8, label_smoothing=0.1, labels="seen"),
+        Training(2, 8, labels="task", momentum=0.9),
+        Training(2, 8, precision="bfloat16"),
+        Training(2, 8, channels_last=True),
+    ],
+    ids=lambda t: f"{t.optimizer}-{t.schedule}-{t.labels}-{t.precision}",
+)
+def test_every_setting_learns(training):
+    result = quick(toys.images(tasks=2), ER(memory=9), model=toys.small_convnet, training=training)
+    assert result.training_loss[0][-1] < result.training_loss[0][0]
+
+
+def test_channels_last_changes_no_result_beyond_rounding():
+    a, b = (
+        quick(toys.images(tasks=1), model=toys.small_convnet, training=Training(1, 8, channels_last=c)) for c in (0, 1)
+    )
+    for name, tensor in a.weights[0].items():
+        assert torch.allclose(tensor, b.weights[0][name], atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(["constant", "cosine", "linear", "multistep"]), st.integers(1, 200), st.floats(0, 0.5))
+def test_schedules_rise_then_fall_within_bounds(schedule, steps, warmup):
+    training = Training(schedule=schedule, warmup=warmup)
+    rates = [training.rate(step, steps) for step in range(steps)]
+    rise = int(np.ceil(warmup * steps))
+    assert all(0 < r <= 1 for r in rates)
+    assert (np.diff(rates[:rise]) > 0).all() and (np.diff(rates[rise:]) <= 0).all()
+
+
+def test_multistep_is_a_tenth_at_each_milestone():
+    training = Training(schedule="multistep", milestones=(0.7, 0.9))
+    assert [training.rate(step, 10) for step in (0, 6, 7, 8, 9)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_a_last_batch_of_one_row_is_left_out():
+    sizes = []
+
+    class Spy(Learner):
+        def loss(self, model, batch):
+            sizes.append(batch.size)
+            return super().loss(model, batch)
+
+    quick(toys.stream(tasks=1, rows=17), Spy(), training=Training(1, 8))
+    assert sizes == [8, 8]
+
+
+def test_tokens_go_through_the_same_loop():
+    class Characters(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.linear = nn.Embedding(7, 8), nn.Linear(8, 7)
+
+        def forward(self, x):
+            return self.linear(self.embed(x))
+
+    x = torch.randint(0, 7, (30, 5), generator=torch.Generator().manual_seed(0))
+    part = Examples(x, (x + 1) % 7)
+    stream = Stream("next letter", (Task(0, "t", tuple(range(7)), part, part),), tuple("abcdefg"), "domain")
+    result = quick(stream, ER(memory=9), model=Characters(), training=Training(epochs=30, batch=8, lr=1.0))
+    assert result.accuracy[0, 0] > 0.9
+
+
+class TestBadInput:
+    def test_divergence_names_task_and_step(self, toy):
+        with pytest.raises(FloatingPointError, match=r"in step \d+ of task 0 .* smaller lr than 1e\+30"):
+            quick(toy, training=Training(5, 8, lr=1e30))
+
+    def test_non_finite_weights_are_refused_before_any_work(self, toy):
+        net = models.mlp(toy)
+        nn.init.constant_(net.linear.bias, float("nan"))
+        with pytest.raises(ValueError, match="model: 'linear"):
+            quick(toy, model=net)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"optimizer": "sdg"}, "optimizer: 'sdg' .* did you mean 'sgd'"),
+            ({"schedule": "cosin"}, "did you mean 'cosine'"),
+            ({"labels": "some"}, "labels: 'some'"),
+            ({"precision": "half"}, "precision: 'half'"),
+            ({"epochs": -1}, "epochs: -1"),
+            ({"epochs": 1.5}, "epochs: 1.5"),
+            ({"batch": 0}, "batch: 0"),
+            ({"lr": 0}, "lr: 0"),
+            ({"lr": float("nan")}, "lr: nan"),
+            ({"momentum": 1.0}, "momentum: 1.0"),
+            ({"weight_decay": -1}, "weight_decay: -1"),
+            ({"clip": 0}, "clip: 0"),
+            ({"milestones": (0.5, 1.5)}, "milestones"),
+        ],
+    )
+    def test_settings_are_named(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            Training(**settings)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("digits", models.mlp), "stream: str is not a stream"),
+            ((None, models.mlp), "stream: NoneType"),
+            ((toys.stream(1), "mlp"), "model: 'mlp'"),
+            ((toys.stream(1), models.mlp, ER), "learner: .* not a learner"),
+            ((toys.stream(1), models.mlp, ER(5), Shift), "consolidation: "),
+            ((toys.stream(1), models.mlp, ER(5), None, 10), "training: 10"),
+        ],
+    )
+    def test_arguments_of_the_wrong_kind_are_named(self, arguments, message):
+        with pytest.raises(TypeError, match=message):
+            run(*arguments)
+
+    def test_seed_and_device(self, toy):
+        with pytest.raises(ValueError, match="seed: -1"):
+            quick(toy, seed=-1)
+        if not torch.cuda.is_available():
+            with pytest.raises(ValueError, match="torch sees no GPU"):
+                quick(toy, device="cuda")
+
+    def test_a_frozen_model_cannot_be_trained(self, toy):
+        with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+            quick(toy, model=models.mlp(toy).requires_grad_(False))
+
+
+def test_a_description_tells_settings_and_weights_apart(toy):
+    from functools import partial
+
+    assert describe(partial(models.mlp, hidden=(3,))) == "clkit.models.mlp(hidden=(3,))"
+    net = models.mlp(toy)
+    other = copy.deepcopy(net)
+    assert describe(net) == describe(other)
+    nn.init.zeros_(other.linear.bias)
+    assert describe(net) != describe(other)
+
+
+def test_progress_counts_steps_within_a_task(toy):
+    seen = []
+
+    class Count(Shift):
+        def due(self, progress):
+            seen.append(progress)
+            return False
+
+    quick(toys.stream(tasks=1), consolidation=Count())
+    assert seen == [Progress(0, s, 6, False) for s in range(1, 7)] + [Progress(0, 6, 6, True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_learns_what_the_cpu_learns():
+    stream = data.split(data.digits(), 2)
+    gpu, cpu = (
+        run(stream, models.convnet, ER(50), None, Training(3), device=d, progress=False) for d in ("cuda", "cpu")
+    )
+    assert np.abs(gpu.accuracy - cpu.accuracy).max() < 0.1
+    again = run(stream, models.convnet, ER(50), None, Training(3), device="cuda", progress=False)
+    assert np.array_equal(gpu.accuracy, again.accuracy)
+
+
+def test_examples_of_a_task_without_a_memory_are_evenly_spaced(toy):
+    x = torch.arange(2500.0)[:, None]
+    part = Examples(x, torch.zeros(2500, dtype=torch.int64))
+    task = Task(0, "long", (0,), part, part, Normalize())
+    learner = quick(Stream("s", (task,), ("a",)), training=Training(0)).learner
+    rows = learner.examples(task).x[:, 0]
+    assert len(rows) == 1000 and rows[0] == 0 and rows[-1] == 2499

@@ -1,0 +1,52 @@
+"""Streams that train in milliseconds."""
+
+import torch
+
+from clkit import models
+from clkit.data import Examples, Normalize, Stream, Task
+from clkit.training import Result, Training, run
+
+QUICK = Training(epochs=2, batch=8, lr=0.1)
+
+
+def stream(tasks: int = 3, rows: int = 21, scenario: str = "class") -> Stream:
+    """Two classes a task, each a noisy point in space of its own."""
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(2 * tasks, 6, generator=g) * 3
+
+    def examples(t: int, count: int) -> Examples:
+        y = 2 * t + torch.arange(count) % 2
+        return Examples(centres[y] + torch.randn(count, 6, generator=g), y)
+
+    parts = tuple(
+        Task(t, f"task {t}", (2 * t, 2 * t + 1), examples(t, rows), examples(t, 10), Normalize()) for t in range(tasks)
+    )
+    return Stream("toy", parts, tuple(map(str, range(2 * tasks))), scenario)
+
+
+def images(tasks: int = 3, rows: int = 24) -> Stream:
+    """Two classes a task, each a noisy picture of its own, 6x6."""
+    g = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 200, (2 * tasks, 1, 6, 6), generator=g)
+
+    def examples(t: int, count: int) -> Examples:
+        y = 2 * t + torch.arange(count) % 2
+        noise = torch.randint(0, 55, (count, 1, 6, 6), generator=g)
+        return Examples((pictures[y] + noise).to(torch.uint8), y)
+
+    norm = Normalize((0.4,), (0.25,))
+    parts = tuple(
+        Task(t, f"task {t}", (2 * t, 2 * t + 1), examples(t, rows), examples(t, 10), norm) for t in range(tasks)
+    )
+    return Stream("pictures", parts, tuple(map(str, range(2 * tasks))))
+
+
+def small_convnet(stream: Stream, *, seed: int = 0) -> torch.nn.Module:
+    """A convnet with BatchNorm that takes milliseconds."""
+    return models.convnet(stream, widths=(4, 6, 5), seed=seed)
+
+
+def quick(stream: Stream, learner=None, consolidation=None, *, model=models.mlp, training=QUICK, **more) -> Result:
+    """A run on the CPU without a progress bar."""
+    more = {"device": "cpu", "progress": False} | more
+    return run(stream, model, learner, consolidation, training, **more)

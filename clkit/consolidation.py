@@ -8,6 +8,7 @@ are deployed. It knows no learner, no loss and no label.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from statistics import mean
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -118,8 +119,10 @@ class CLeWI:
     - `refresh`: re-estimate BatchNorm; without it the running statistics are interpolated like everything else.
     - `points`: positions at which the path is judged for the report; 0 skips it (not with "search").
 
-    The report has the path's `alphas`, `loss` and `accuracy`, what they were `judged_by`, the matching's `similarity`
-    and share of `identity`, and `warnings`: the signs that merging does not pay. Without a holdout the judge is the
+    The report has the path's `alphas`, `loss` and `accuracy`, what they were `judged_by`; the matching's `similarity`
+    and share of `identity` (means over groups of channels) and the number of `constant` channels, which match nothing;
+    and `warnings`, the signs that merging does not pay: "no interior maximum along the path", "accuracy dropped by
+    merging", "degenerate matching" (there are constant channels). Without a holdout the judge is the
     replayed memory, which the new network has fitted; it favours small alphas, and `judged_by` says so.
 
     The paper leaves open how alpha is chosen; its own values were picked by test accuracy. Matching and
@@ -210,8 +213,12 @@ class CLeWI:
             by=self.align,
             statistic=self.statistic,
         )
-        warnings = ["degenerate matching"] if match.degenerate else []
-        report = {"similarity": match.similarity, "identity": match.identity, "warnings": warnings}
+        report = {
+            "similarity": mean(match.similarity.values()) if match.similarity else 1.0,
+            "identity": mean(match.identity.values()) if match.identity else 1.0,
+            "constant": sum(match.degenerate.values()),
+            "warnings": ["degenerate matching"] if match.degenerate else [],
+        }
         return alignment.permute(context.symmetry(), match.permutations, context.previous), report
 
     def _fixed(self, progress: Progress) -> float:

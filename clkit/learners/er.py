@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from clkit.data import Batch, Examples, Task
@@ -74,5 +73,5 @@ class ER(Learner):
 
     def _prepared(self, task: Task, rows: dict[str, Tensor]) -> Examples:
         if not rows:
-            return Examples(torch.empty(0), torch.empty(0, dtype=torch.int64))
+            return Examples(task.prepare(task.train.x[:0]), task.train.y[:0])
         return Examples(task.prepare(rows["x"]), rows["y"])

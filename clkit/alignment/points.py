@@ -1,0 +1,241 @@
+"""The units that a symmetry permutes: positions on the axes of tensors, tied until every operation commutes.
+
+A *point* is one position on an axis of a tensor (an output channel, a head, a row of a weight). Points that must
+move as one are united into a *unit*. Every point lies in a *column*, its role: a unit may take the place of another
+only if both have one member in each of the same columns. A unit may lie in a *block* (a head, a group of a
+convolution), which is a unit too: members of a block move with it, and freely among themselves.
+
+All methods only ever shrink the group of permutations that the finished structure allows, so an operation found to
+commute with every permutation still does after whatever follows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """The finished structure, one entry a point: its unit, its column, the unit around it (or -1), its cell.
+
+    Units of one cell with one block may replace each other, and so may their blocks. `reasons[why]` says why a point
+    was pinned (0: it was not).
+    """
+
+    unit: Ids
+    column: Ids
+    block: Ids
+    cell: Ids
+    why: Ids
+    reasons: list[str]
+
+
+class Points:
+    """A growing set of points with ties, roles and blocks; arrays of point ids stand for axes of tensors."""
+
+    def __init__(self) -> None:
+        self.count, self.columns = 0, 0
+        self._root, self._column, self._block, self._why = (np.empty(0, np.int64) for _ in range(4))
+        self._next = np.empty(0, np.int64)  # the members of a unit form a ring
+        self._full = np.empty(0, bool)  # is the block around another unit
+        self._reasons = [""]
+
+    def fresh(self, *shape: int) -> Ids:
+        """New points in one new column: they may replace each other freely."""
+        n = int(np.prod(shape))
+        if self.count + n > len(self._root):
+            room = np.full(max(len(self._root), n, 1024), -1)
+            self._root, self._column = np.append(self._root, room), np.append(self._column, room)
+            self._block, self._why = np.append(self._block, room), np.append(self._why, room)
+            self._next, self._full = np.append(self._next, room), np.append(self._full, room > 0)
+        new = np.arange(self.count, self.count + n)
+        self._root[new], self._column[new], self._block[new], self._why[new] = new, self.columns, -1, 0
+        self._next[new], self.count, self.columns = new, self.count + n, self.columns + 1
+        return new.reshape(shape)
+
+    def units(self, points: Ids) -> Ids:
+        """The unit of every point, named by one of its members."""
+        root = self._root[points]
+        while not np.array_equal(up := self._root[root], root):
+            root = up
+        self._root[points] = root
+        return root
+
+    def blocks(self, points: Ids) -> Ids:
+        """The unit of the block around every point, -1 where there is none."""
+        block = self._block[self.units(points)]
+        inside = block >= 0
+        block[inside] = self.units(block[inside])
+        return block
+
+    def separate(self, points: Ids, tags: Ids | int = 0) -> None:
+        """Lets units replace each other only where their points' tags are equal, and none that is not among them."""
+        first = points.ravel()
+        ring, members = self._next[first], [first]
+        while (open_ := ring != first).any():
+            members.append(np.where(open_, ring, first))
+            ring = np.where(open_, self._next[ring], first)
+        every = np.stack(members)
+        marks = np.broadcast_to(np.broadcast_to(tags, points.shape).ravel(), every.shape)
+        codes = _codes(self._column[every].ravel(), marks.ravel())
+        self._column[every.ravel()] = self.columns + codes
+        self.columns += int(codes.max(initial=-1)) + 1
+
+    def pin(self, points: Ids, why: str, axes: tuple[int, ...] | None = None) -> None:
+        """Fixes the index along some axes (default: all) of an array of points; `why` is kept for the report."""
+        axes = tuple(range(points.ndim)) if axes is None else axes
+        shape = tuple(points.shape[a] for a in axes)
+        self.separate(points, np.ravel_multi_index(tuple(np.indices(points.shape)[list(axes)]), shape))
+        if why not in self._reasons:
+            self._reasons.append(why)
+        self._why[points[self._why[points] == 0]] = self._reasons.index(why)
+
+    def copies(self, points: Ids, tags: Ids) -> Ids:
+        """New points that move as `points` do and no other way: a repeated axis. Equal tags mark equal roles."""
+        new = self.fresh(*points.shape)
+        self.separate(new, _codes(self._column[points].ravel(), tags.ravel()).reshape(points.shape))
+        self._put(new, self.units(points))
+        return new
+
+    def distinct(self, points: Ids) -> Ids:
+        """The array itself, or copies of its points where some occur more than once."""
+        flat = points.ravel()
+        order = np.argsort(flat, kind="stable")
+        starts = np.r_[True, np.diff(flat[order]) != 0]
+        if starts.all():
+            return points
+        occurrence = np.empty_like(flat)
+        occurrence[order] = np.arange(len(flat)) - np.flatnonzero(starts)[np.cumsum(starts) - 1]
+        return self.copies(points, occurrence.reshape(points.shape))
+
+    def rows(self, points: Ids, why: str) -> Ids:
+        """Makes the rows of a matrix of points move as wholes; returns one point for each row, its block."""
+        height, width = points.shape
+        if width == 1:
+            return points[:, 0]
+        members, new = self.units(points), self.fresh(height)
+        while True:
+            around = self.blocks(members)
+            if (around < 0).all():
+                self._put(members, new[:, None])
+                return new
+            if (around < 0).any():
+                break
+            if (around == around[:, :1]).all():
+                if len(np.unique(around[:, 0])) == height:
+                    self._unite(new, around[:, 0], why)
+                else:
+                    self._put(new, around[:, 0])
+                    self._put(members, new[:, None])
+                return new
+            wider = [np.unique(row) for row in around]
+            sizes = {len(row) for row in wider}
+            if len(sizes) > 1 or len(np.unique(np.concatenate(wider))) < height * sizes.pop():
+                break
+            members = np.stack(wider)
+        self.pin(points, why)
+        self.pin(new, why)
+        return new
+
+    def unite(self, a: Ids, b: Ids, why: str) -> None:
+        """Makes the points of `a` and `b` move together, position by position."""
+        a, b = a.ravel(), b.ravel()
+        one, other = self._column[a], self._column[b]
+        if not len(np.unique(one)) == len(np.unique(other)) == _codes(one, other).max(initial=-1) + 1:
+            self.separate(a, other)
+            self.separate(b, one)
+        self._unite(a, b, why)
+
+    def _put(self, units: Ids, blocks: Ids) -> None:
+        self._block[units] = blocks
+        self._full[blocks] = True
+
+    def _unite(self, a: Ids, b: Ids, why: str) -> None:
+        while True:
+            one, other = self.units(a), self.units(b)
+            todo = one != other
+            if not todo.any():
+                return
+            pairs = np.stack([np.minimum(one, other)[todo], np.maximum(one, other)[todo]], axis=1)
+            first = np.zeros(pairs.size, bool)
+            first[np.unique(pairs, return_index=True)[1]] = True
+            low, high = pairs[first.reshape(-1, 2).all(axis=1)].T
+            block = self._join_blocks(self.blocks(low), self.blocks(high), why)
+            if block is None:
+                self.pin(a, why)
+                self.pin(b, why)
+                return
+            if (self._full[low] & self._full[high]).any():  # the roles of their members stay apart
+                self.separate(np.flatnonzero(np.isin(self.blocks(np.arange(self.count)), high)))
+            self._root[high], self._block[low] = low, block
+            self._next[low], self._next[high] = self._next[high], self._next[low]
+            self._full[low] |= self._full[high]
+
+    def _join_blocks(self, x: Ids, y: Ids, why: str) -> Ids | None:
+        """Ties the blocks of units that become one; returns the innermost, None where they cross."""
+        inner = np.where(x >= 0, x, y)
+        clash = (x >= 0) & (y >= 0) & (x != y)
+        if not clash.any():
+            return inner
+        pairs = np.unique(np.stack([x[clash], y[clash]]), axis=1)
+        each = len(np.unique(pairs[0])), len(np.unique(pairs[1]))
+        if pairs.shape[1] not in each:
+            return None
+        if each[0] == each[1]:
+            self._unite(*pairs, why)
+            return inner
+        side = each.index(pairs.shape[1])
+        fine, coarse = pairs[side], pairs[1 - side]
+        around = self.blocks(fine)
+        if (around >= 0).all():
+            self._unite(around, coarse, why)
+        elif (around >= 0).any() or np.isin(fine, self.blocks(coarse)).any():
+            return None
+        else:
+            self._put(fine, coarse)
+        inner[clash] = (x, y)[side][clash]
+        return inner
+
+    def finish(self) -> Cells:
+        """Sorts the units into cells of those that may replace each other."""
+        everything = np.arange(self.count)
+        unit, column, block = self.units(everything), self._column[everything], self.blocks(everything)
+        cell = _codes(_signatures(unit, column, self.count, repeats=False)[unit])
+        members = np.unique(unit[block >= 0])
+        found = 0
+        while found < (found := int(cell.max(initial=-1)) + 1):
+            inner = _signatures(block[members], cell[members], self.count)[unit]
+            outer = np.where(block >= 0, cell[block], -1)
+            cell = _codes(cell, inner, outer)
+        return Cells(unit, column, block, cell, self._why[everything], self._reasons)
+
+
+def _codes(*keys: Ids) -> Ids:
+    """Numbers the different combinations of some keys, from 0."""
+    codes = np.zeros(len(keys[0]), np.int64)
+    for key in keys:
+        values = np.unique(key, return_inverse=True)[1]
+        codes = np.unique(codes * (int(values.max(initial=0)) + 1) + values, return_inverse=True)[1]
+    return codes
+
+
+def _signatures(owner: Ids, value: Ids, size: int, repeats: bool = True) -> Ids:
+    """Numbers, for each of `size` owners, the collections of their values; without `repeats`, an owner that has one
+    value twice is like no other."""
+    order = np.lexsort((value, owner))
+    owner, value = owner[order], value[order]
+    names, starts, counts = np.unique(owner, return_index=True, return_counts=True)
+    numbers, used = np.full(size, -1, np.int64), 0
+    for count in np.unique(counts):
+        same = counts == count
+        table = value[starts[same][:, None] + np.arange(count)]
+        codes = np.unique(table, axis=0, return_inverse=True)[1].ravel()
+        if not repeats:
+            twice = (np.diff(table, axis=1) == 0).any(axis=1)
+            codes[twice] = len(codes) + np.arange(twice.sum())
+        numbers[names[same]] = used + codes
+        used += 2 * len(codes)
+    return numbers

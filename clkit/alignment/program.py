@@ -1,0 +1,173 @@
+"""A model as a graph of operations (`torch.export`) that runs on any weights and shows every value on the way."""
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_flatten, tree_map
+
+from clkit.weights import Weights, live_tensors
+
+VIEWS = {"slice", "select", "view", "transpose", "permute", "expand", "unbind", "split", "chunk", "narrow", "t",
+         "squeeze", "unsqueeze", "as_strided", "diagonal", "detach", "alias", "split_with_sizes", "flatten",
+         "reshape", "unflatten", "expand_as", "view_as", "contiguous"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Program:
+    """A traced model: its graph, the weight each placeholder reads, and the constants of the others."""
+
+    module: GraphModule
+    sources: dict[str, str]  # placeholder -> name of a weight
+    constants: dict[str, Tensor]  # placeholder -> value
+    inputs: tuple[str, ...]
+    buffers: frozenset[str]
+    batch: int | None  # the one batch size it runs on, None for any
+
+    def run(
+        self, weights: Weights, x: Tensor | Sequence[Any], watch: Mapping[str, Callable[[Tensor], None]] | None = None
+    ) -> Any:
+        """The model's output; `watch[node]` is called with the result of that node as soon as it is there."""
+        users = tree_flatten(list(x) if isinstance(x, (tuple, list)) else [x])[0]
+        values: dict[Node, Any] = {}
+        fetch = dict(zip(self.inputs, users, strict=True)) | self.constants
+        fetch |= {place: weights[name] for place, name in self.sources.items()}
+        for node, last in self._steps:
+            if node.op == "output":
+                return torch.fx.map_arg(node.args[0], values.__getitem__)
+            if node.op == "placeholder":
+                values[node] = fetch[node.name]
+            elif node.op == "get_attr":
+                values[node] = operator.attrgetter(str(node.target))(self.module)
+            else:
+                args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+            if watch and node.name in watch:
+                watch[node.name](values[node])
+            for done in last:
+                del values[done]
+        raise AssertionError("a graph ends with its output")
+
+    @cached_property
+    def _steps(self) -> list[tuple[Node, list[Node]]]:
+        """The nodes in order, each with the values that nobody needs after it."""
+        nodes = list(self.module.graph.nodes)
+        final: dict[Node, Node] = {}
+        for node in nodes:
+            for used in node.all_input_nodes:
+                final[used] = node
+        last: dict[Node, list[Node]] = {}
+        for used, node in final.items():
+            last.setdefault(node, []).append(used)
+        return [(node, last.get(node, [])) for node in nodes]
+
+
+def trace(model: nn.Module, example: Any) -> Program:
+    """Traces `model(*example)` in evaluation mode, for any batch size if the model allows; the model stays as it is.
+
+    Raises ValueError naming the module that `torch.export` cannot follow.
+    """
+    args = tuple(_pair(a) for a in (example if isinstance(example, (tuple, list)) else (example,)))
+    with evaluation(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dynamic = tree_map(lambda t: {0: torch.export.Dim.AUTO} if isinstance(t, Tensor) else None, args)
+        try:
+            exported = torch.export.export(model, args, dynamic_shapes=dynamic, strict=False)
+        except Exception as first:
+            try:
+                exported = torch.export.export(model, args, strict=False)
+            except Exception:
+                raise ValueError(_untraceable(model, first)) from first
+        if _writes_into_views(exported.graph_module):
+            exported = exported.run_decompositions({})
+    names = {_place(tensor): name for name, tensor in live_tensors(model).items()}
+    signature = exported.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    targets |= signature.inputs_to_lifted_tensor_constants
+    held = {**exported.constants, **exported.state_dict}
+    sources, constants = {}, {}
+    for placeholder, target in targets.items():
+        name = names.get(_place(held[target])) if isinstance(held[target], Tensor) else None
+        if name is None:
+            constants[placeholder] = held[target]
+        else:
+            sources[placeholder] = name
+    module = exported.graph_module
+    first = next(n for n in module.graph.nodes if n.name in signature.user_inputs)
+    size = first.meta["val"].shape[0] if first.meta["val"].ndim else 0
+    buffers = {names.get(_place(b)) for b in model.buffers()}
+    return Program(
+        module, sources, constants, tuple(str(n) for n in signature.user_inputs),
+        frozenset(b for b in buffers if b), int(size) if isinstance(size, int) else None,
+    )
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode, without fused attention, and back as it was."""
+    modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model.eval()
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def base_name(node: Node) -> str:
+    """An operation's ATen name without overload and without the underscore of its in-place form."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.partition("::")[2].rstrip("_")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def writes(node: Node) -> bool:
+    """Does an operation change its first operand in place?"""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _writes_into_views(module: GraphModule) -> bool:
+    """Does the graph write into a tensor that others see too? Then its in-place operations must be undone."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and writes(node):
+            target = node.args[0]
+            alone = len(node.all_input_nodes) == 1 and base_name(node) not in ("fill", "zero")
+            if target.op != "call_function" or base_name(target) in VIEWS or (len(target.users) > 1 and not alone):
+                return True
+    return False
+
+
+def _pair(value: Any) -> Any:
+    """A batch of one, twice: a batch of one is traced as if it always were."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == 1:
+        return torch.cat([value, value])
+    return value
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _untraceable(model: nn.Module, error: Exception) -> str:
+    names = {module: name for name, module in model.named_modules()}
+    where, trace = "", error.__traceback__
+    while trace:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in names and trace.tb_frame.f_code.co_name == "forward":
+            where = f"{names[owner] or 'the model'} ({type(owner).__name__}.forward, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"model: torch.export cannot follow {where or type(model).__name__}: {reason}; write that forward without "
+        "branches on the values of tensors, or align the part of the model before it"
+    )

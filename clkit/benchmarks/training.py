@@ -1,0 +1,124 @@
+"""Training throughput: the resident loop of `training.run` against loops that a DataLoader feeds, with the same work.
+
+The work: a perceptron 784-100-100-10, plain SGD, replay of 64 rows from a reservoir of 500 beside every batch of 64,
+one epoch, one CPU thread. The DataLoader loops hold the memory as most replay code does, a list that is filled row by
+row.
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from clkit import data, models
+from clkit.learners import ER
+from clkit.training import Training, run
+
+ROWS, BATCH, MEMORY, REPEATS = 12_000, 64, 500, 5
+MEAN, STD = 0.1307, 0.3081
+
+
+def digits_like(rows: int) -> data.Stream:
+    """One task of random bytes in MNIST's format."""
+    g = torch.Generator().manual_seed(0)
+
+    def examples(count: int) -> data.Examples:
+        images = torch.randint(0, 256, (count, 1, 28, 28), generator=g, dtype=torch.uint8)
+        return data.Examples(images, torch.randint(0, 10, (count,), generator=g))
+
+    labels = tuple(range(10))
+    task = data.Task(0, "bytes", labels, examples(rows), examples(10), data.Normalize((MEAN,), (STD,)))
+    return data.Stream("bytes", (task,), tuple(map(str, labels)))
+
+
+def resident(stream: data.Stream) -> None:
+    """Our loop."""
+    run(stream, models.mlp, ER(memory=MEMORY), None, Training(1, BATCH, 0.01), device="cpu", progress=False, keep=False)
+
+
+def loaded(stream: data.Stream, dataset: torch.utils.data.Dataset) -> None:
+    """The same training, fed by a DataLoader and with a list for a memory."""
+    net, memory, seen = models.mlp(stream), [], 0
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for x, y in torch.utils.data.DataLoader(dataset, BATCH, shuffle=True):
+        old = random.sample(memory, min(BATCH, len(memory)))
+        inputs = torch.cat([x, torch.stack([m[0] for m in old])]) if old else x
+        labels = torch.cat([y, torch.stack([m[1] for m in old])]) if old else y
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs), labels).backward()
+        optimizer.step()
+        for row in zip(x, y, strict=True):
+            if len(memory) < MEMORY:
+                memory.append(row)
+            elif (slot := random.randrange(seen + 1)) < MEMORY:
+                memory[slot] = row
+            seen += 1
+
+
+class Images(torch.utils.data.Dataset):
+    """Images the way torchvision serves MNIST: a PIL image per row, then transforms."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        from torchvision import transforms
+
+        self.x, self.y = x[:, 0], y
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, row: int) -> tuple:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.x[row].numpy())), self.y[row]
+
+
+def measure() -> dict[str, list[float]]:
+    """Rows a second of each loop, `REPEATS` times, interleaved, in this process as it stands."""
+    stream = digits_like(ROWS)
+    task = stream[0]
+    tensors = torch.utils.data.TensorDataset(task.prepare(task.train.x), task.train.y)
+    images = Images(task.train.x, task.train.y)
+    loops: dict[str, Callable[[], None]] = {
+        "resident": lambda: resident(stream),
+        "DataLoader over tensors": lambda: loaded(stream, tensors),
+        "DataLoader over images": lambda: loaded(stream, images),
+    }
+    resident(digits_like(BATCH))
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(REPEATS):
+        for name, loop in loops.items():
+            started = time.perf_counter()
+            loop()
+            rates[name].append(ROWS / (time.perf_counter() - started))
+    return rates
+
+
+def bench() -> list[dict[str, object]]:
+    """Rows of the table: our rate over each other's, medians of one interleaved run in a process of one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "clkit.benchmarks.training"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    rates = {name: statistics.median(values) for name, values in json.loads(done.stdout).items()}
+    ours = rates.pop("resident")
+    return [
+        {
+            "name": f"ER training, resident / {name}",
+            "unit": "images a second",
+            "ours": ours,
+            "theirs": r,
+            "ratio": ours / r,
+        }
+        for name, r in rates.items()
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))

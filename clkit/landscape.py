@@ -1,0 +1,250 @@
+"""Loss and accuracy along paths through weight space, and over planes in it.
+
+A path is any function from t to weights. Curves are measured on the test data of a stream's tasks, on the device of
+the model, with one scratch copy of it.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from clkit import alignment, metrics, normalization, weights
+from clkit.data import Stream, Task
+from clkit.evaluation import EVALUATION_BATCH, evaluate
+from clkit.weights import Weights
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+VARIANTS = ("plain", "plain, re-estimated", "aligned", "aligned, re-estimated")
+
+Path = Callable[[float], Weights]
+Predict = Callable[[nn.Module, Tensor, Task | None], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What was measured at the positions `ts` (points,) of a path: `loss` and `accuracy` (points, tasks), in [0, 1]."""
+
+    ts: np.ndarray
+    loss: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def barrier(self) -> float:
+        """How far the mean loss over tasks rises above the chord of the two ends; needs t = 0 and t = 1."""
+        return metrics.barrier(self.loss.mean(1), self.ts)
+
+    def to_frame(self) -> "DataFrame":
+        """A tidy table with the columns t, task, loss, accuracy."""
+        import pandas as pd
+
+        points, tasks = self.loss.shape
+        columns = {"t": np.repeat(self.ts, tasks), "task": np.tile(np.arange(tasks), points)}
+        return pd.DataFrame(columns | {"loss": self.loss.ravel(), "accuracy": self.accuracy.ravel()})
+
+
+def segment(a: Weights, b: Weights) -> Path:
+    """The straight path from `a` (t = 0) to `b` (t = 1)."""
+    weights.check_same(a, b)
+    return partial(weights.lerp, a, b)
+
+
+def curve(
+    model: nn.Module,
+    path: Path | tuple[Weights, Weights],
+    stream: Stream,
+    ts: int | ArrayLike = 21,
+    *,
+    refresh: Tensor | None = None,
+    seen: int | None = None,
+    predict: Predict | None = None,
+    batch: int = EVALUATION_BATCH,
+) -> Curve:
+    """Loss and test accuracy on each task of `stream` along `path`, or along the segment from a to b for `path=(a, b)`.
+
+    `ts` are positions, or how many of them evenly from 0 to 1. `refresh` are prepared inputs on which BatchNorm's
+    statistics are re-estimated at every position, ends included; None takes them as the path gives them. `seen` keeps
+    the first so many tasks only. `predict` is a learner's, as for `evaluation.evaluate`. The model is not changed.
+    Waits for the device once a position.
+    """
+    positions = _positions(ts)
+    device = next(model.parameters()).device
+    stream = _first(stream, seen).to(device)
+    if isinstance(path, tuple):
+        a, b = (_on(device, end) for end in path)
+        path = segment(a, b)
+    scratch = copy.deepcopy(model)
+    inputs = None if refresh is None else refresh.to(device)
+    rows = [_measure(scratch, path(float(t)), stream, inputs, predict, batch) for t in positions]
+    loss, accuracy = (np.stack(column) for column in zip(*rows, strict=True))
+    return Curve(positions, loss, accuracy)
+
+
+def interpolation(
+    model: nn.Module,
+    old: Weights,
+    new: Weights,
+    stream: Stream,
+    inputs: Tensor,
+    *,
+    ts: int | ArrayLike = 21,
+    symmetry: alignment.Symmetry | None = None,
+    seen: int | None = None,
+    variants: Sequence[str] = VARIANTS,
+) -> dict[str, Curve]:
+    """The four curves from `new` (t = 0) to `old` (t = 1) that show what alignment and re-estimation each do.
+
+    "plain" and "aligned" (`old` permuted to look like `new` by activations on `inputs`) take BatchNorm's statistics
+    as interpolated; "plain, re-estimated" and "aligned, re-estimated" estimate them on `inputs` at every position, as
+    CLeWI does (arXiv 2404.04002), whose alpha is this t. `variants` picks some of them. `symmetry` saves deriving it
+    from the model again.
+    """
+    unknown = [name for name in variants if name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"variants: {unknown[0]!r} is unknown; choose among {', '.join(map(repr, VARIANTS))}")
+    device = next(model.parameters()).device
+    old, new, inputs = _on(device, old), _on(device, new), inputs.to(device)
+    ends = {"plain": old}
+    if any(name.startswith("aligned") for name in variants):
+        symmetry = symmetry or alignment.symmetry(model, inputs[:2])
+        match = alignment.align(symmetry, model, new, old, inputs, by="activations")
+        ends["aligned"] = alignment.permute(symmetry, match.permutations, old)
+    return {
+        name: curve(
+            model,
+            (new, ends[name.partition(",")[0]]),
+            stream,
+            ts,
+            seen=seen,
+            refresh=inputs if name.endswith("re-estimated") else None,
+        )
+        for name in variants
+    }
+
+
+def merges(
+    model: nn.Module,
+    trained: Sequence[Weights],
+    deployed: Sequence[Weights],
+    inputs: Sequence[Tensor],
+    stream: Stream,
+    *,
+    ts: int | ArrayLike = 21,
+    variants: Sequence[str] = VARIANTS,
+) -> list[dict[str, Curve]]:
+    """The curves of `interpolation` for every merge of a stream, over the tasks seen by then: entry 0 is after task 1.
+
+    From the weights `trained` on a task to those `deployed` after the task before it, as a run's result keeps them
+    together with the `inputs` that its consolidation saw. Whatever alpha the run merged with, the whole path is shown.
+    """
+    symmetry = alignment.symmetry(model, inputs[0][:2].to(next(model.parameters()).device))
+    options = {"ts": ts, "symmetry": symmetry, "variants": variants}
+    return [
+        interpolation(model, deployed[t - 1], trained[t], stream, inputs[t], seen=t + 1, **options)
+        for t in range(1, len(trained))
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """Mean loss and accuracy over tasks on a grid, [row, column] at (`ys`[row], `xs`[column]); `corners` (3, 2)."""
+
+    xs: np.ndarray
+    ys: np.ndarray
+    loss: np.ndarray
+    accuracy: np.ndarray
+    corners: np.ndarray
+
+
+def plane(
+    model: nn.Module,
+    corners: Sequence[Weights],
+    stream: Stream,
+    points: int = 15,
+    *,
+    margin: float = 0.25,
+    refresh: Tensor | None = None,
+    seen: int | None = None,
+    predict: Predict | None = None,
+    batch: int = EVALUATION_BATCH,
+) -> Plane:
+    """Loss and accuracy on the plane through three weights (a, b, c), `points` by `points`, in true proportions.
+
+    a is the origin, b lies on the x axis; distances are those in weight space. The grid reaches `margin` times its
+    extent beyond the corners (Garipov et al., arXiv 1802.10026, figure 1). Other options as for `curve`.
+    """
+    if len(corners) != 3:
+        raise ValueError(f"corners: {len(corners)} weights were given; a plane goes through three")
+    device = next(model.parameters()).device
+    stream = _first(stream, seen).to(device)
+    a, b, c = (_on(device, corner) for corner in corners)
+    to_b, to_c = weights.sub(b, a), weights.sub(c, a)
+    width = weights.norm(to_b)
+    along = weights.dot(to_b, to_c) / width if width else 0.0
+    aside = weights.sub(to_c, weights.scale(to_b, along / width)) if width else to_c
+    height = weights.norm(aside)
+    if not height > 1e-6 * width > 0:
+        raise ValueError("corners: the three weights lie on one line; a plane needs three that do not")
+    flat = np.array([[0, 0], [width, 0], [along, height]])
+    low, high = flat.min(0), flat.max(0)
+    xs, ys = np.linspace(low - margin * (high - low), high + margin * (high - low), points, axis=1)
+    scratch = copy.deepcopy(model)
+    inputs = None if refresh is None else refresh.to(device)
+    loss, accuracy = np.empty((points, points)), np.empty((points, points))
+    for i, j in np.ndindex(points, points):
+        x, y = xs[j] / width, ys[i] / height
+        spot = weights.combine([a, to_b, aside], [1.0, x, y])
+        losses, accuracies = _measure(scratch, spot, stream, inputs, predict, batch)
+        loss[i, j], accuracy[i, j] = losses.mean(), accuracies.mean()
+    return Plane(xs, ys, loss, accuracy, flat)
+
+
+def to_frame(curves: Mapping[str, Curve]) -> "DataFrame":
+    """Named curves as one tidy table with the columns variant, t, task, loss, accuracy."""
+    import pandas as pd
+
+    frames = [c.to_frame() for c in curves.values()]
+    for name, frame in zip(curves, frames, strict=True):
+        frame.insert(0, "variant", name)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _measure(
+    scratch: nn.Module, at: Weights, stream: Stream, inputs: Tensor | None, predict: Predict | None, batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if inputs is not None:
+        at = normalization.refresh(scratch, _on(inputs.device, at), inputs)
+    weights.set_weights(scratch, at)
+    found = evaluate(scratch, stream, predict=predict, batch=batch)
+    return found.loss, found.accuracy
+
+
+def _positions(ts: int | ArrayLike) -> np.ndarray:
+    if isinstance(ts, int):
+        if ts < 2:
+            raise ValueError(f"ts: {ts} positions are too few for a curve; give 2 or more, 21 is usual")
+        return np.linspace(0, 1, ts)
+    positions = np.asarray(ts, dtype=float)
+    if positions.ndim != 1 or not len(positions) or not np.isfinite(positions).all():
+        raise ValueError(f"ts: {ts} are not positions; give a number of them or a list such as [0, 0.5, 1]")
+    return positions
+
+
+def _first(stream: Stream, seen: int | None) -> Stream:
+    if seen is None:
+        return stream
+    if not 1 <= seen <= len(stream):
+        raise ValueError(f"seen: {seen} of {len(stream)} tasks; give a number from 1 to {len(stream)}")
+    return Stream(stream.name, stream.tasks[:seen], stream.classes, stream.scenario)
+
+
+def _on(device: torch.device, w: Weights) -> Weights:
+    return {name: tensor.to(device) for name, tensor in w.items()}

@@ -1,0 +1,240 @@
+"""Activation statistics after a merge: re-estimated BatchNorm, and REPAIR for any network.
+
+Both take weights and give weights. The model only lends its architecture: afterwards its tensors, its modes and its
+momenta are what they were. Inputs are prepared tensors on the device of the weights. Tensors that are not corrected
+are those given, not copies.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clkit.weights import Weights, check_same, live_tensors
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Hook = Callable[[str, Any, Tensor, Tensor], Tensor | None]
+
+
+class Moments:
+    """Mean and variance of each channel over all batches added, pooled in double precision."""
+
+    def __init__(self):
+        self.count = 0
+        self.mean = self.squares = torch.zeros(())
+
+    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Adds a batch of `count` values a channel with this mean and biased variance (law of total variance)."""
+        total = self.count + count
+        if not self.count:
+            self.mean, self.squares = mean.double(), var.double() * count
+        else:
+            step = mean.double() - self.mean
+            self.squares = self.squares + var.double() * count + step.square() * (self.count * count / total)
+            self.mean = self.mean + step * (count / total)
+        self.count = total
+
+    def var(self, correction: int = 0) -> Tensor:
+        """The variance: biased with correction 0, unbiased with 1."""
+        return self.squares / (self.count - correction)
+
+
+def batchnorms(model: nn.Module) -> tuple[str, ...]:
+    """The names of the BatchNorm layers that keep running statistics: what `refresh` re-estimates."""
+    return tuple(name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
+
+
+def refresh(model: nn.Module, weights: Weights, inputs: Tensor, *, batch: int = 256) -> dict[str, Tensor]:
+    """`weights` with the BatchNorm statistics re-estimated on `inputs` (N, ...); the rest is as given.
+
+    One sweep in which BatchNorm, and nothing else (no dropout), is in training mode. Batches count by their number
+    of values, pooled with the variance between their means; one batch gives its exact mean and unbiased variance.
+    The former statistics have no influence. Rows are split evenly into batches of at most `batch`, or one more where
+    a row would be left alone. Layers that do not run keep what they had. Without BatchNorm, when `batchnorms(model)`
+    is empty, this is a no-op: nothing is run.
+
+    Raises ValueError for weights that are not the model's, fewer than 2 rows, and `batch` below 2.
+
+    Ref: the reset in REPAIR (Jordan et al., arXiv 2211.08403) and step 9 of CLeWI (arXiv 2404.04002), whose code
+    counts a short last batch like a full one and leaves `momentum` at None; neither is done here.
+    """
+    parts = _split(inputs, batch)
+    _check(model, weights)
+    names = batchnorms(model)
+    found = {name: Moments() for name in names}
+    if names:
+        _sweep(model, weights, parts, names, partial(_standardise, found))
+    return {**weights, **_statistics(found, weights)}
+
+
+def repair(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    ends: tuple[Weights, Weights],
+    t: float,
+    inputs: Tensor,
+    batch: int = 256,
+) -> dict[str, Tensor]:
+    """`weights` from between `ends` = (a, b), every channel's statistics moved to where they are between the ends'.
+
+    REPAIR (Jordan et al., arXiv 2211.08403, section 4): with X a channel before its nonlinearity, rescale it so that
+    E[X] = (1-t) E[X_a] + t E[X_b] and std[X] = (1-t) std[X_a] + t std[X_b] over `inputs`. The affine map is folded
+    into weight and bias: the architecture stays what it is. `weights` are usually `lerp(a, b, t)` with `b` aligned
+    to `a`. At t = 0 and t = 1 the function of the end is kept.
+
+    What the paper leaves open, and what is done here. X is the output of BatchNorm, whose running statistics are
+    re-estimated too, and of every convolution and linear layer that has a bias to keep the shift in; BatchNorm undoes
+    what was done to a convolution before it. The last convolution or linear layer that runs (the classifier) is left
+    alone. The ends are measured as they are used, in evaluation mode; the merged network in one sweep in which every
+    layer sees inputs already corrected. A channel that is constant in the merged network cannot be scaled and is only
+    shifted. BatchNorm without weight and bias is only re-estimated. The calls of a layer that runs several times are
+    pooled.
+
+    Raises ValueError as `refresh` does, and for t outside [0, 1].
+    """
+    if not 0 <= t <= 1:
+        raise ValueError(f"t: {t} is outside [0, 1]; 0 is the first of `ends`, 1 the second")
+    parts = _split(inputs, batch)
+    _check(model, weights, *ends)
+    layers: dict[str, Any] = dict(model.named_modules())
+    norms = batchnorms(model)
+    rescalable = [n for n, m in layers.items() if n in norms or isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    a = _measure(model, ends[0], parts, rescalable)
+    classifier = [name for name in a if name not in norms][-1:]
+    names = [name for name in a if name in norms or (name not in classifier and layers[name].bias is not None)]
+    b = _measure(model, ends[1], parts, names)
+    aims = {n: (a[n].mean.lerp(b[n].mean, t), a[n].var().sqrt().lerp(b[n].var().sqrt(), t)) for n in names}
+    found = {name: Moments() for name in names}
+
+    def correct(name: str, layer: Any, x: Tensor, out: Tensor) -> Tensor:
+        if layer.weight is None:
+            return _standardise(found, name, layer, x, out)
+        values = x if isinstance(layer, _BatchNorm) else out
+        mean, var, count = _moments(values, _axis(layer))
+        found[name].add(mean, var, count)
+        shift, spread = (aim.to(out.dtype) for aim in aims[name])
+        shape = [-1 if i == _axis(layer) % out.ndim else 1 for i in range(out.ndim)]
+        factor = torch.where(_alive(mean, var, out.dtype), spread * _sign(layer, layer.weight) / var.sqrt(), 1.0)
+        return (values - mean.view(shape)) * factor.view(shape) + shift.view(shape)
+
+    _sweep(model, weights, parts, names, correct)
+    merged = {**weights, **_statistics({name: found[name] for name in names if name in norms}, weights)}
+    for name in names:
+        _fold(merged, name, layers[name], found[name], *aims[name])
+    return merged
+
+
+def _split(inputs: Tensor, batch: int) -> tuple[Tensor, ...]:
+    if batch < 2:
+        raise ValueError(f"batch: {batch} is too small for a variance; use 2 or more, 256 is usual")
+    if len(inputs) < 2:
+        raise ValueError(f"inputs: {len(inputs)} rows have no variance; give 2 or more, from the memory or the task")
+    return inputs.tensor_split(min(-(-len(inputs) // batch), len(inputs) // 2))
+
+
+def _check(model: nn.Module, *ws: Weights) -> None:
+    check_same(live_tensors(model), *ws, names=("the model", "weights", "ends[0]", "ends[1]"))
+
+
+def _sweep(model: nn.Module, weights: Weights, parts: Iterable[Tensor], names: Iterable[str], hook: Hook) -> None:
+    """Runs the model in evaluation mode with `weights`; what `hook` returns replaces the output of a layer."""
+    layers: dict[str, nn.Module] = dict(model.named_modules())
+    handles = [layers[name].register_forward_hook(partial(_call, hook, name)) for name in names]
+    modes = [(module, module.training) for module in layers.values()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for rows in parts:
+                functional_call(model, dict(weights), rows)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for handle in handles:
+            handle.remove()
+
+
+def _call(hook: Hook, name: str, layer: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
+    return hook(name, layer, args[0], out)
+
+
+def _measure(model: nn.Module, weights: Weights, parts: Iterable[Tensor], names: Iterable[str]) -> dict[str, Moments]:
+    """The moments of the outputs of those layers that run, in the order in which they run (last)."""
+    found: dict[str, Moments] = {}
+
+    def measure(name: str, layer: Any, x: Tensor, out: Tensor) -> None:
+        found[name] = found.pop(name, Moments())
+        found[name].add(*_moments(out, _axis(layer)))
+
+    _sweep(model, weights, parts, names, measure)
+    return found
+
+
+def _axis(layer: nn.Module) -> int:
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def _moments(values: Tensor, axis: int) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of each channel, and how many values it has; BatchNorm's kernel is the quickest."""
+    if axis == -1:
+        values = values.flatten(0, -2)
+    mean, var = values.new_zeros(2, values.shape[1])
+    F.batch_norm(values, mean, var, training=True, momentum=1.0)
+    count = values.numel() // len(mean)
+    return mean, var * ((count - 1) / count), count
+
+
+def _standardise(found: dict[str, Moments], name: str, layer: Any, x: Tensor, out: Tensor) -> Tensor:
+    """What BatchNorm puts out in training mode; its statistics go to `found`."""
+    mean, var = torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)  # a NaN times 0 stays one
+    out = F.batch_norm(x, mean, var, layer.weight, layer.bias, training=True, momentum=1.0, eps=layer.eps)
+    count = x.numel() // len(mean)
+    found[name].add(mean, var * ((count - 1) / count), count)
+    return out
+
+
+def _sign(layer: Any, weight: Tensor) -> Tensor | float:
+    """BatchNorm's standardised input has no sign: its weight keeps it."""
+    return 1 - 2 * (weight < 0).to(weight.dtype) if isinstance(layer, _BatchNorm) else 1.0
+
+
+def _alive(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether a channel varies by more than rounding in `dtype` does."""
+    return var > torch.finfo(dtype).eps * mean.square()
+
+
+def _key(name: str, tensor: str) -> str:
+    return f"{name}.{tensor}" if name else tensor
+
+
+def _statistics(found: dict[str, Moments], weights: Weights) -> dict[str, Tensor]:
+    pairs = {}
+    for name, moments in found.items():
+        if not moments.count:
+            continue
+        mean, var = _key(name, "running_mean"), _key(name, "running_var")
+        pairs[mean] = moments.mean.to(weights[mean].dtype)
+        pairs[var] = moments.var(1).to(weights[var].dtype)
+    return pairs
+
+
+def _fold(merged: dict[str, Tensor], name: str, layer: Any, found: Moments, shift: Tensor, spread: Tensor) -> None:
+    """Writes the affine map that took a layer's `found` statistics to `shift` and `spread` into its tensors."""
+    if layer.weight is None:
+        return
+    weight, bias = merged[_key(name, "weight")], merged[_key(name, "bias")]
+    alive = _alive(found.mean, found.var(), weight.dtype)
+    factor = torch.where(alive, spread * _sign(layer, weight) / found.var().sqrt(), 1.0)
+    if isinstance(layer, _BatchNorm):
+        new = torch.where(alive, factor * (found.var(1) + layer.eps).sqrt(), weight)
+        bias = shift
+    else:
+        new = weight * factor.view(-1, *[1] * (weight.ndim - 1))
+        bias = (bias - found.mean) * factor + shift
+    merged[_key(name, "weight")] = new.to(weight.dtype)
+    merged[_key(name, "bias")] = bias.to(weight.dtype)

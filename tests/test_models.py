@@ -1,0 +1,153 @@
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from clkit import models
+from clkit.data import Examples, Stream, Task
+from clkit.weights import get_weights, live_tensors
+
+OWN = [
+    models.mlp,
+    partial(models.mlp, hidden=()),
+    models.convnet,
+    partial(models.resnet18, width=4),
+    partial(models.vit, dim=16),
+]
+
+
+def stream(shape=(1, 8, 8), classes=10, dtype=torch.uint8):
+    part = Examples(torch.zeros(classes, *shape, dtype=dtype), torch.arange(classes))
+    return Stream("toy", (Task(0, "all", tuple(range(classes)), part, part),), tuple(map(str, range(classes))))
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("factory", OWN)
+def test_factories_take_shape_and_classes_from_the_stream(factory):
+    for shape, classes in (((1, 8, 8), 10), ((3, 16, 12), 3)):
+        logits = factory(stream(shape, classes))(torch.rand(5, *shape))
+        assert logits.shape == (5, classes) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("factory", OWN)
+def test_a_seed_gives_its_bits_and_leaves_the_global_state(factory):
+    state = torch.get_rng_state()
+    a, b, c = (get_weights(factory(stream(), seed=seed)) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize("factory", OWN)
+def test_no_tensor_has_two_names(factory):
+    model = factory(stream())
+    floating = [k for k, v in model.state_dict().items() if v.is_floating_point()]
+    assert list(live_tensors(model)) == floating
+
+
+@pytest.mark.parametrize("factory", OWN)
+def test_features_are_what_the_last_linear_layer_sees(factory):
+    model, x = factory(stream()).train(), torch.rand(7, 1, 8, 8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = models.features(model, x, batch=3)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    assert not last._forward_pre_hooks
+    torch.testing.assert_close(last(found), model.eval()(x))
+    torch.testing.assert_close(found, models.features(model, x))
+
+
+def test_features_follow_the_order_in_which_layers_run():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(3, 2), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x).relu())
+
+    model, x = Backwards(), torch.rand(2, 4)
+    torch.testing.assert_close(models.features(model, x), model.body(x).relu())
+
+
+@pytest.mark.parametrize(("classes", "parameters"), [(10, 11_173_962), (100, 11_220_132)])
+def test_resnet18_has_the_parameters_of_the_papers(classes, parameters):
+    assert count(models.resnet18(stream((3, 32, 32), classes))) == parameters
+
+
+def test_resnet18_halves_three_times():
+    model = models.resnet18(stream((3, 32, 32)), width=2)
+    shapes = []
+    for stage in (model.stage1, model.stage2, model.stage3, model.stage4):
+        stage.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape[1:])))
+    model(torch.zeros(2, 3, 32, 32))
+    assert shapes == [(2, 32, 32), (4, 16, 16), (8, 8, 8), (16, 4, 4)]
+
+
+def test_the_default_device_of_the_caller_does_not_move_a_model():
+    toy = stream()
+    with torch.device("meta"):
+        model = models.convnet(toy)
+    assert {t.device.type for t in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: models.convnet(stream((12,), dtype=torch.float32)), "use models.mlp"),
+        (lambda: models.mlp(stream((12,), dtype=torch.int64)), "tokens"),
+        (lambda: models.mlp(stream(), hidden=(10, 0)), "hidden: 0"),
+        (lambda: models.convnet(stream(), widths=(-3,)), "widths: -3"),
+        (lambda: models.resnet18(stream((1, 7, 9))), "7 x 9 are too small"),
+        (lambda: models.resnet18(stream(), width=0.5), "width: 0.5"),
+        (lambda: models.vit(stream(), patch=3), "patch: 3 does not divide"),
+        (lambda: models.vit(stream(), heads=5), "heads: 5 does not divide"),
+        (lambda: models.features(nn.ReLU(), torch.zeros(2, 3)), "no nn.Linear"),
+        (lambda: models.features(nn.Linear(3, 2), torch.zeros(0, 3)), "no rows"),
+        (lambda: models.torchvision(stream((3, 64, 64)), "resnet81"), "resnet18"),
+        (lambda: models.torchvision(stream((2, 64, 64)), "resnet18"), "2 channels"),
+        (lambda: models.torchvision(stream((3, 8, 8)), "alexnet"), "resize the images"),
+        (lambda: models.torchvision(stream((3, 60, 60)), "vit_b_16"), "resize the images"),
+        (lambda: models.torchvision(stream((3, 32, 32)), "resnet18", "imagenet1k"), "IMAGENET1K_V1"),
+        (lambda: models.torchvision(stream((3, 32, 32)), "resnet18", "none.safetensors"), "neither a file nor"),
+    ],
+)
+def test_bad_input_names_itself_and_the_remedy(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "shufflenet_v2_x0_5", "squeezenet1_1", "vit_b_32"])
+def test_torchvision_models_learn_any_stream(name):
+    state = torch.get_rng_state()
+    model = models.torchvision(stream((3, 64, 64), 7), name, seed=1)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    model.eval()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_grey_images_are_seen_as_if_repeated_in_three_channels():
+    x = torch.rand(2, 1, 32, 32)
+    grey, color = (models.torchvision(stream((c, 32, 32), 5), "mobilenet_v3_small", seed=2).eval() for c in (1, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(grey(x), color(x.expand(-1, 3, -1, -1)))
+
+
+def test_a_file_gives_all_but_a_head_of_other_size(tmp_path):
+    source = models.torchvision(stream((3, 32, 32), 9), "resnet18", seed=5)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    same = models.torchvision(stream((3, 32, 32), 9), "resnet18", tmp_path / "w.safetensors", seed=6)
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in source.state_dict().items())
+    other = models.torchvision(stream((1, 32, 32), 4), "resnet18", str(tmp_path / "w.safetensors"), seed=6)
+    fresh = models.torchvision(stream((1, 32, 32), 4), "resnet18", seed=6)
+    assert torch.equal(other.conv1.weight, source.conv1.weight.sum(1, keepdim=True))
+    assert torch.equal(other.fc.weight, fresh.fc.weight)
+    assert torch.equal(other.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+    with pytest.raises(ValueError, match="do not fit mobilenet_v2"):
+        models.torchvision(stream((3, 32, 32), 9), "mobilenet_v2", tmp_path / "w.safetensors")

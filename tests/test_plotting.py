@@ -1,0 +1,207 @@
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+
+from clkit import plotting
+from clkit.data import Examples, Stream, Task
+
+TS = np.linspace(0, 1, 5)
+
+
+def curve(shift=0.0):
+    accuracy = np.stack([TS, 1 - TS, TS**2], 1) * 0.5 + shift
+    return SimpleNamespace(ts=TS, accuracy=accuracy, loss=1 - accuracy)
+
+
+def table(methods=("CLeWI", "SFA"), seeds=3):
+    rows = [
+        {
+            "method": m,
+            "seed": s,
+            "alpha": a,
+            "acc": 0.5 + 0.1 * s,
+            "last": 1 - a,
+            "forgetting": 0.4 * a,
+            "plasticity": a,
+        }
+        for m in methods
+        for s in range(seeds)
+        for a in (0.0, 0.3, 0.6)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def ax():
+    with plotting.style():
+        figure, ax = plt.subplots()
+        yield ax
+        figure.canvas.draw()  # layout problems surface here, and warnings are errors
+    plt.close(figure)
+
+
+def by_width(ax):
+    thick = [line for line in ax.lines if line.get_linewidth() > 1]
+    return thick, [line for line in ax.lines if line.get_linewidth() < 1]
+
+
+def test_interpolation_shows_means_in_percent_and_names_the_ends(ax):
+    plotting.interpolation(ax, {"plain": [curve(0.0), curve(0.2)], "aligned": curve(0.1)})
+    thick, thin = by_width(ax)
+    assert len(thick) == 2 and len(thin) == 2
+    np.testing.assert_allclose(thick[0].get_ydata(), 100 * curve(0.1).accuracy.mean(1))
+    np.testing.assert_allclose(thin[1].get_ydata(), 100 * curve(0.2).accuracy.mean(1))
+    ticks = [t.get_text() for t in ax.get_xticklabels()]
+    assert ticks[0] == "0\nnew" and ticks[-1] == "1\nold"
+    assert "α" in ax.get_xlabel() and "old" in ax.get_xlabel() and "%" in ax.get_ylabel()
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["plain", "aligned"]
+    assert thick[0].get_color() == plotting.COLOURS["plain"]
+
+
+def test_losses_stay_as_they_are(ax):
+    plotting.interpolation(ax, {"plain": curve()}, value="loss", ends=("a", "b"), label="t")
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), curve().loss.mean(1))
+    assert ax.get_xlabel() == "t" and ax.get_legend() is None
+
+
+def test_interpolation_by_task_has_a_line_a_task(ax):
+    plotting.interpolation_by_task(ax, [curve(0.0), curve(0.2)])
+    thick, thin = by_width(ax)
+    assert len(thick) == 3 and len(thin) == 6
+    np.testing.assert_allclose(thick[1].get_ydata(), 100 * curve(0.1).accuracy[:, 1])
+    assert len({str(line.get_color()) for line in thick}) == 3
+
+
+def test_accuracy_matrix_writes_what_was_learned(ax):
+    matrix = np.arange(9).reshape(3, 3) / 10
+    plotting.accuracy_matrix(ax, matrix, names=["x", "y", "z"])
+    assert [t.get_text() for t in ax.texts] == ["0", "30", "40", "60", "70", "80"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["x", "y", "z"]
+    assert ax.images[0].get_array().mask.sum() == 3
+
+
+def test_large_accuracy_matrices_have_a_colour_bar_instead(ax):
+    plotting.accuracy_matrix(ax, np.zeros((20, 20)))
+    assert not ax.texts and len(ax.figure.axes) == 2
+
+
+def test_tradeoff_labels_points_and_points_up_to_stability(ax):
+    plotting.tradeoff(ax, table())
+    thick, thin = by_width(ax)
+    assert len(thick) == 2 and len(thin) == 6
+    assert [t.get_text() for t in ax.texts] == ["α = 0", "0.3", "0.6"] * 2
+    np.testing.assert_allclose(thick[0].get_xdata(), [0, 30, 60])
+    np.testing.assert_allclose(thick[0].get_ydata(), [0, 12, 24])
+    assert ax.yaxis_inverted()
+    plotting.tradeoff(ax, table())
+    assert ax.yaxis_inverted()
+
+
+def test_alpha_sweep_has_a_panel_a_value():
+    with plotting.style():
+        figure, axes = plt.subplots(1, 3)
+        plotting.alpha_sweep(axes, table(methods=["CLeWI"]).drop(columns="method"))
+        figure.canvas.draw()
+    thick, thin = by_width(axes[1])
+    assert len(thick) == 1 and len(thin) == 3
+    np.testing.assert_allclose(thick[0].get_ydata(), [100, 70, 40])
+    with pytest.raises(ValueError, match="axes: 3 for 1 values"):
+        plotting.alpha_sweep(axes, table(), values=["acc"])
+    plt.close(figure)
+
+
+def test_bars_reach_to_the_mean_with_students_interval(ax):
+    runs = pd.DataFrame({"method": ["ER"] * 3 + ["joint"], "acc": [0.5, 0.6, 0.7, 0.9]})
+    plotting.bars(ax, runs)
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [60, 90])
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [len(d.get_xdata()) for d in dots] == [3, 1]
+    (interval,) = [c for c in ax.containers if not hasattr(c, "patches")]
+    low, high = interval[2][0].get_segments()[0][:, 0]
+    assert (high - low) / 2 == pytest.approx(4.303 * 10 / 3**0.5, rel=1e-3)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["ER", "joint"]
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, torch.uint8), (3, torch.uint8), (1, torch.float32)])
+def test_examples_grid_has_a_row_a_task(ax, channels, dtype):
+    def part(i, rows):
+        x = torch.full((rows, channels, 4, 6), 40 * (i + 1)).to(dtype)
+        x[:, :, 0] = 0
+        return Examples(x, torch.arange(rows) % 2 + 2 * i)
+
+    tasks = tuple(Task(i, f"t{i}", (2 * i, 2 * i + 1), part(i, 5 - 2 * i), part(i, 2)) for i in range(2))
+    plotting.examples_grid(ax, Stream("toy", tasks, tuple("abcd")), columns=4)
+    sheet = ax.images[0].get_array()
+    assert sheet.shape[:2] == (2 * (4 + 2), 4 * (6 + 2))
+    assert sheet[7, 30].min() == 1 and sheet[1, 30].min() == 0  # the second task has 3 examples, the rest is blank
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["1: a, b", "2: c, d"]
+
+
+def test_plane_marks_its_corners(ax):
+    grid = np.outer(TS, TS)
+    made = SimpleNamespace(xs=TS, ys=TS, loss=grid, accuracy=grid, corners=np.array([[0, 0], [1, 0], [0.5, 1]]))
+    plotting.plane(ax, made, names=("new", "old", "aligned"))
+    assert [t.get_text() for t in ax.texts] == ["new", "old", "aligned"] and len(ax.lines) == 3
+
+
+def test_colours_are_kept_and_never_shared():
+    names = ["one", "CLeWI", "two", "ER", "one"]
+    found = plotting.colours(names)
+    assert list(found) == ["one", "CLeWI", "two", "ER"] and len(set(found.values())) == 4
+    assert found["CLeWI"] == plotting.COLOURS["CLeWI"]
+    assert len(plotting.colours(map(str, range(20)))) == 20
+
+
+GROUPS = [["fine-tuning", "joint", "ER", "CLeWI"], ["CLeWI", "SFA", "AWM", "HCMM", "WiSE-FT"]]
+GROUPS.append(["plain", "aligned", "plain, re-estimated", "aligned, re-estimated"])
+# Machado, Oliveira and Fernandes 2009, severity 1
+DEFICIENCIES = {
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+}
+
+
+def lab(colour, matrix):
+    rgb = np.asarray(mpl.colors.to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.asarray(matrix) @ linear, 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen
+    x, y, z = np.cbrt(xyz / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("names", GROUPS)
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+def test_colours_that_meet_are_told_apart_by_everyone(names, deficiency):
+    seen = [lab(plotting.COLOURS[name], DEFICIENCIES[deficiency]) for name in names]
+    apart = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
+    assert min(apart) > 15
+
+
+def test_style_is_left_behind():
+    before = dict(mpl.rcParams)
+    with plotting.style():
+        assert mpl.rcParams["axes.spines.top"] is False
+    assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda ax: plotting.interpolation(ax, {"plain": curve()}, value="los"), ValueError, "value: 'los'"),
+        (lambda ax: plotting.interpolation(ax, {"plain": []}), ValueError, "curves"),
+        (lambda ax: plotting.accuracy_matrix(ax, np.zeros((2, 3))), ValueError, "matrix"),
+        (lambda ax: plotting.tradeoff(ax, table().drop(columns="seed")), KeyError, "no column seed"),
+        (lambda ax: plotting.bars(ax, table().iloc[:0]), ValueError, "no rows"),
+    ],
+)
+def test_bad_input_names_itself(ax, call, error, message):
+    with pytest.raises(error, match=message):
+        call(ax)

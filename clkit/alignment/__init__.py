@@ -1,6 +1,7 @@
 """Alignment: the permutation symmetry of any model, derived; matching networks by activations or weights."""
 
-from clkit.alignment.matching import STATISTICS, Alignment, align, assign, similarities
+from clkit.alignment.activations import STATISTICS, Similarities, similarities
+from clkit.alignment.matching import Alignment, align, assign
 from clkit.alignment.permutation import (
     Permutations,
     compose,
@@ -17,6 +18,7 @@ __all__ = [
     "Axis",
     "Group",
     "Permutations",
+    "Similarities",
     "Symmetry",
     "align",
     "assign",

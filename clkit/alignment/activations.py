@@ -1,7 +1,6 @@
 """How alike the units of two networks are at work: correlations of activations, from one pass of both networks."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +16,17 @@ from clkit.weights import Weights
 STATISTICS = ("pearson", "clewi2024")
 
 
+@dataclass(frozen=True, eq=False)
+class Similarities:
+    """By group: `matrix[i, j]`, how alike unit i of the reference and unit j of the moving network are.
+
+    `constant` holds, for both networks, which units never vary; their entries are 0.
+    """
+
+    matrix: dict[str, NDArray[np.float64]]
+    constant: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]
+
+
 @torch.no_grad()
 def similarities(
     symmetry: Symmetry,
@@ -26,112 +36,95 @@ def similarities(
     inputs: Tensor,
     *,
     statistic: str = "pearson",
-    batch: int = 128,
-) -> tuple[dict[str, NDArray[np.float64]], dict[str, tuple[Ids, Ids]]]:
-    """How alike the units of two networks are: by group, entry (i, j) for unit i of the reference, j of the moving.
+    batch: int = 50,
+) -> Similarities:
+    """Compares the units of two networks on `inputs` by Pearson's correlation over all examples and positions.
 
-    Pearson correlations over all examples and positions, in [-1, 1], 0 for a unit that is constant in either network
-    (their numbers come second); a mean over all places where the group is read. Sums are kept in double precision,
-    about the first batch's means.
+    Entries are in [-1, 1]; those of a residual stream are means over the places where it is read. Sums are kept in
+    double precision, about the means of the first batch. `statistic="clewi2024"` is what CLeWI's released code
+    computes: with the number of images where that of positions belongs, the correlation r of two units with means m
+    and deviations s over H W positions an image becomes (r s s' - (HW - 1) m m') / sqrt((s^2 + (HW - 1)^2 m^2) ...).
     """
     device = next(model.parameters(), inputs).device
     nets = [{name: t.to(device) for name, t in w.items()} for w in (reference, moving)]
-    watched: dict[str, list[_Moments]] = {}
-    for tap in symmetry.taps:
-        watched.setdefault(tap.node, []).extend(_Moments(tap, slots, g) for g, slots in tap.slots.items())
+    moments = [_Moments(tap, group, slots) for tap in symmetry.taps for group, slots in tap.slots.items()]
+    watch: dict[str, list[_Moments]] = {}
+    for m in moments:
+        watch.setdefault(m.tap.node, []).append(m)
+
+    def look(node: str, values: list[Tensor]) -> None:
+        for m in watch.get(node, ()):
+            m.add(values)
+
     for x in inputs.split(batch):
-        program = _program(symmetry, model, x)
-        program.run(nets[0], x.to(device), {n: _each(ms, "first") for n, ms in watched.items()})
-        program.run(nets[1], x.to(device), {n: _each(ms, "second") for n, ms in watched.items()})
-    sums: dict[str, Any] = {}
-    constant: dict[str, int] = {}
-    for moments in (m for ms in watched.values() for m in ms):
-        matrix, still = moments.compare(statistic, len(inputs))
-        total, times = sums.get(moments.group, (0, 0))
-        sums[moments.group] = total + matrix, times + 1
-        constant[moments.group] = min(still, constant.get(moments.group, still))
-    return {g: total / times for g, (total, times) in sums.items()}, constant
+        _program(symmetry, model, x).run(nets, x.to(device), look)
+    matrix: dict[str, NDArray[np.float64]] = {}
+    constant: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
+    times: dict[str, int] = {}
+    for m in moments:
+        found, (a, b) = m.compare(len(inputs) if statistic == "clewi2024" else None)
+        c, d = constant.get(m.group, (True, True))
+        matrix[m.group], constant[m.group] = matrix.get(m.group, 0.0) + found, (a & c, b & d)
+        times[m.group] = times.get(m.group, 0) + 1
+    return Similarities({g: total / times[g] for g, total in matrix.items()}, constant)
 
 
 def _program(symmetry: Symmetry, model: nn.Module, x: Tensor) -> Program:
     """The symmetry's own program, or, if that runs on one batch size only, one for this size."""
-    fits = symmetry.program.batch in (None, len(x))
-    return symmetry.program if fits else trace(model, x)
-
-
-def _each(moments: list["_Moments"], which: str) -> Any:
-    def watch(value: Tensor) -> None:
-        matrix = moments[0].tap.read(value)
-        for m in moments:
-            getattr(m, which)(matrix if m.tap is moments[0].tap else m.tap.read(value))
-
-    return watch
+    return symmetry.program if symmetry.program.batch in (None, len(x)) else trace(model, x)
 
 
 class _Moments:
-    """Sums over positions of the units' values in two networks, their squares and products."""
+    """Sums over positions of the values of one group's units in two networks, of their squares and products."""
 
-    def __init__(self, tap: Tap, slots: Ids, group: str) -> None:
-        self.tap, self.slots, self.group = tap, slots, group
-        self.count = 0
-        self.shift: list[Tensor | None] = [None, None]
-        self.sums: list[Any] = [0, 0]
-        self.squares: list[Any] = [0, 0]
-        self.products: Any = 0
-        self.waiting: Tensor | None = None
+    def __init__(self, tap: Tap, group: str, slots: Ids) -> None:
+        self.tap, self.group, self.slots, self.count = tap, group, slots, 0
+        self.shift: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.squares: list[Tensor] = []
+        self.products = torch.zeros(())
 
-    def first(self, matrix: Tensor) -> None:
-        """Takes the reference's values and keeps them until the moving network's come."""
-        self.waiting = self._take(matrix, 0)
-        self.count += self.waiting.shape[1]
+    def add(self, values: list[Tensor]) -> None:
+        """Takes one batch's values of both networks, as (lanes, positions, units) in double precision."""
+        now = [self._read(value) for value in values]
+        if not self.count:
+            self.shift = [v.mean(1, keepdim=True) for v in now]
+            self.sums = [v.new_zeros(v.shape[0], v.shape[2]) for v in now]
+            self.squares = [s.clone() for s in self.sums]
+            self.products = now[0].new_zeros(len(now[0]), now[0].shape[2], now[1].shape[2])
+        self.count += now[0].shape[1]
+        for k, value in enumerate(now):
+            value -= self.shift[k]
+            self.sums[k] += value.sum(1)
+            self.squares[k] += torch.linalg.vector_norm(value, dim=1).square()
+        self.products.baddbmm_(now[0].mT, now[1])
 
-    def second(self, matrix: Tensor) -> None:
-        """Takes the moving network's values of the same batch."""
-        assert self.waiting is not None
-        self.products = self.products + self.waiting.mT @ self._take(matrix, 1)
-        self.waiting = None
-
-    def _take(self, matrix: Tensor, side: int) -> Tensor:
-        lanes, units = self.slots.shape
-        if not np.array_equal(self.slots.ravel(), np.arange(matrix.shape[1])):
+    def _read(self, value: Tensor) -> Tensor:
+        matrix = self.tap.read(value)
+        if self.slots.size != matrix.shape[1] or (np.diff(self.slots.ravel()) != 1).any():
             matrix = matrix[:, torch.from_numpy(self.slots.ravel()).to(matrix.device)]
-        values = matrix.to(torch.float64).unflatten(1, (lanes, units)).movedim(1, 0)
-        shift = self.shift[side]
-        if shift is None:
-            shift = self.shift[side] = values.mean(1, keepdim=True)
-        values = values - shift
-        self.sums[side] = self.sums[side] + values.sum(1)
-        self.squares[side] = self.squares[side] + values.square().sum(1)
-        return values
+        return matrix.unflatten(1, self.slots.shape).movedim(1, 0).to(torch.float64, copy=True)
 
-    def compare(self, statistic: str, images: int) -> tuple[NDArray[np.float64], int]:
-        """The similarity of all pairs of units, and the number of units that are constant in either network."""
-        n = self.count
-        means, spreads = [], []
-        offsets = [s / n for s in self.sums]
-        for side in (0, 1):
-            shift = self.shift[side]
-            assert shift is not None
-            means.append(shift[:, 0] + offsets[side])
-            variance = self.squares[side] / n - offsets[side].square()
-            spreads.append(torch.where(variance > 1e-12 * means[side].square(), variance, 0.0).sqrt())
-        covariance = self.products / n - offsets[0][:, :, None] * offsets[1][:, None, :]
-        still = int(sum((s == 0).any(0).sum() for s in spreads))
-        if statistic == "clewi2024":
-            covariance, spreads = _by_images(covariance, means, spreads, n, images)
-        scale = spreads[0][:, :, None] * spreads[1][:, None, :] + (1e-4 if statistic == "clewi2024" else 0.0)
-        matrix = torch.where(scale > 0, covariance / scale, 0.0)
-        return matrix.clamp(-1, 1).mean(0).cpu().numpy(), still
+    def compare(self, images: int | None) -> tuple[NDArray[np.float64], list[NDArray[np.bool_]]]:
+        """The similarities of all pairs, a mean over lanes, and which units are constant, of either network.
 
-
-def _by_images(
-    covariance: Tensor, means: list[Tensor], spreads: list[Tensor], n: int, images: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Covariance and deviations as CLeWI's released code finds them: sums over positions divided by images."""
-    wide = n / images
-    outer = means[0][:, :, None] * means[1][:, None, :]
-    deviations = [
-        (n / (n - 1) * wide * (s.square() + (wide - 1) ** 2 * m.square())).sqrt()
-        for s, m in zip(spreads, means, strict=True)
-    ]
-    return wide * (covariance - (wide - 1) * outer), deviations
+        `images`: their number for the statistic of CLeWI's code, None for Pearson's.
+        """
+        offsets = [s / self.count for s in self.sums]
+        means = [shift[:, 0] + offset for shift, offset in zip(self.shift, offsets, strict=True)]
+        spreads = [s / self.count - o.square() for s, o in zip(self.squares, offsets, strict=True)]
+        spreads = [torch.where(v > 1e-12 * m.square(), v, 0.0).sqrt() for v, m in zip(spreads, means, strict=True)]
+        shared = self.products / self.count - offsets[0][:, :, None] * offsets[1][:, None, :]
+        constant = [(s == 0).all(0).cpu().numpy() for s in spreads]
+        least = 0.0
+        if images:
+            n, wide = self.count, self.count / images
+            shared = wide * (shared - (wide - 1) * means[0][:, :, None] * means[1][:, None, :])
+            spreads = [
+                (n / max(n - 1, 1) * wide * (s.square() + (wide - 1) ** 2 * m.square())).sqrt()
+                for s, m in zip(spreads, means, strict=True)
+            ]
+            least = 1e-4
+        scale = spreads[0][:, :, None] * spreads[1][:, None, :] + least
+        matrix = torch.where(scale > 0, shared / scale, 0.0).clamp(-1, 1)
+        return matrix.mean(0).cpu().numpy(), constant

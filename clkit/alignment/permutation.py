@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -56,18 +57,8 @@ def permute(symmetry: Symmetry, permutations: Permutations, weights: Weights) ->
     something that is no permutation of a group, or weights that do not fit the symmetry.
     """
     check_weights(symmetry, weights, "weights")
-    moved = _moved(symmetry, permutations)
-    return {
-        name: _gather(tensor, [_sources(axis, *moved) for axis in symmetry.axes[name]])
-        for name, tensor in weights.items()
-    }
-
-
-def permute_tensor(symmetry: Symmetry, permutations: Permutations, name: str, tensor: Tensor, keep: int) -> Tensor:
-    """Moves one weight's units on all axes but one."""
-    moved = _moved(symmetry, permutations)
-    axes = enumerate(symmetry.axes[name])
-    return _gather(tensor, [None if dim == keep else _sources(axis, *moved) for dim, axis in axes])
+    element = merge(symmetry, permutations)
+    return {name: move(symmetry, element, name, tensor) for name, tensor in weights.items()}
 
 
 def check_weights(symmetry: Symmetry, weights: Weights, what: str) -> None:
@@ -84,56 +75,61 @@ def check_weights(symmetry: Symmetry, weights: Weights, what: str) -> None:
             )
 
 
-def _moved(symmetry: Symmetry, permutations: Permutations) -> tuple[Ids, Ids]:
-    """All groups' permutations as one, and where each group starts in it."""
+@dataclass(frozen=True, eq=False)
+class Element:
+    """The permutations of all groups as one: group k's units are numbered from `starts[k]`."""
+
+    whole: Ids
+    starts: Ids
+
+
+def merge(symmetry: Symmetry, permutations: Permutations) -> Element:
+    """Puts permutations into one array; raises KeyError or ValueError for what is no element of the symmetry."""
     for name in permutations:
         if name not in symmetry.groups:
-            close = difflib.get_close_matches(name, symmetry.groups, 3)
-            raise KeyError(f"permutations: no group {name!r} in the symmetry; close: {close or list(symmetry.groups)[:3]}")
+            close = difflib.get_close_matches(name, symmetry.groups, 3) or list(symmetry.groups)[:3]
+            raise KeyError(f"permutations: the symmetry has no group {name!r}; it has {', '.join(close)}, ...")
     starts = np.cumsum([0, *(g.units for g in symmetry.groups.values())])
     whole = np.arange(starts[-1])
-    numbers = {name: k for k, name in enumerate(symmetry.groups)}
-    for name, group in symmetry.groups.items():
-        if name not in permutations:
-            if group.within in permutations:
-                raise ValueError(f"permutations: {group.within!r} moves blocks, so {name!r} inside them is needed too")
-            continue
-        p = permutations[name].cpu().numpy()
+    for k, (name, group) in enumerate(symmetry.groups.items()):
+        p = permutations[name].cpu().numpy() if name in permutations else np.arange(group.units)
         if p.shape != (group.units,) or not np.array_equal(np.sort(p), np.arange(group.units)):
-            raise ValueError(f"permutations: {name!r} must hold each number below {group.units} once, got {p.tolist()[:8]}")
-        if group.within or group.blocks > 1:
-            outer = permutations.get(str(group.within))
-            goal = np.arange(group.blocks) if outer is None else outer.cpu().numpy()
-            if not np.array_equal(p // group.size, np.repeat(goal, group.size)):
-                raise ValueError(f"permutations: {name!r} tears blocks of {group.within!r} apart; keep each in its block")
-        whole[starts[numbers[name]] : starts[numbers[name] + 1]] = starts[numbers[name]] + p
-    return whole, starts
+            raise ValueError(
+                f"permutations: {name!r} must hold every number below {group.units} once; got {p.tolist()[:8]} ..."
+            )
+        outer = permutations.get(group.within or "")
+        blocks = np.arange(group.blocks) if outer is None else outer.cpu().numpy()
+        if not np.array_equal(p // group.size, np.repeat(blocks, group.size)):
+            raise ValueError(f"permutations: {name!r} must move in blocks of {group.size}, as {group.within!r} does")
+        whole[starts[k] : starts[k + 1]] = starts[k] + p
+    return Element(whole, starts)
 
 
-def _sources(axis: Axis, whole: Ids, starts: Ids) -> Ids | None:
-    """For every position of an axis, the position whose content comes there; None if all stand still."""
-    shape = axis.group.shape
-    group, index, lane = axis.group.ravel(), axis.index.ravel(), axis.lane.ravel()
-    live = np.flatnonzero(group >= 0)
-    unit = starts[group[live]] + index[live]
-    if np.array_equal(whole[unit], unit):
-        return None
-    have, want = (lane[live] * len(whole) + u for u in (unit, whole[unit]))
-    order = np.argsort(have)
-    out = np.arange(len(group))
-    out[live] = live[order[np.searchsorted(have[order], want)]]
-    return out.reshape(shape) % shape[-1]
-
-
-def _gather(tensor: Tensor, sources: list[Ids | None]) -> Tensor:
+def move(symmetry: Symmetry, element: Element, name: str, tensor: Tensor, but: int | None = None) -> Tensor:
+    """Moves what lies on the axes of one weight, all of them or all but one."""
     out = tensor
-    for dim, source in enumerate(sources):
+    for dim, axis in enumerate(symmetry.axes[name]):
+        source = None if dim == but else _sources(axis, element)
         if source is None:
             continue
         index = torch.from_numpy(source).to(tensor.device)
         if index.ndim == 1:
             out = out.index_select(dim, index)
-        else:  # the inputs of a grouped convolution: each group of rows has its own order
+        else:  # the inputs of a grouped convolution: each group of rows has an order of its own
             rows = index.repeat_interleave(len(out) // len(index), 0)
             out = out.take_along_dim(rows.reshape(*rows.shape, *(1,) * (out.ndim - 2)), 1)
     return out.clone() if out is tensor else out
+
+
+def _sources(axis: Axis, element: Element) -> Ids | None:
+    """For every position of an axis, the position whose content comes there; None if all stand still."""
+    group, index, lane = axis.group.ravel(), axis.index.ravel(), axis.lane.ravel()
+    live = np.flatnonzero(group >= 0)
+    unit = element.starts[group[live]] + index[live]
+    if np.array_equal(element.whole[unit], unit):
+        return None
+    have, want = (lane[live] * len(element.whole) + u for u in (unit, element.whole[unit]))
+    order = np.argsort(have)
+    source = np.arange(len(group))
+    source[live] = live[order[np.searchsorted(have[order], want)]]
+    return source.reshape(axis.group.shape) % axis.group.shape[-1]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from clkit.weights import Weights, live_tensors
 
@@ -31,26 +31,22 @@ class Program:
     buffers: frozenset[str]
     batch: int | None  # the one batch size it runs on, None for any
 
-    def run(
-        self, weights: Weights, x: Tensor | Sequence[Any], watch: Mapping[str, Callable[[Tensor], None]] | None = None
-    ) -> Any:
-        """The model's output; `watch[node]` is called with the result of that node as soon as it is there."""
-        users = tree_flatten(list(x) if isinstance(x, (tuple, list)) else [x])[0]
-        values: dict[Node, Any] = {}
-        fetch = dict(zip(self.inputs, users, strict=True)) | self.constants
-        fetch |= {place: weights[name] for place, name in self.sources.items()}
+    def run(self, nets: Sequence[Weights], x: Tensor, look: Callable[[str, list[Any]], None]) -> list[Any]:
+        """The output of several networks side by side; `look(node, values)` sees each result as soon as it is there."""
+        fixed = [self.constants | {place: w[name] for place, name in self.sources.items()} for w in nets]
+        values: dict[Node, list[Any]] = {}
         for node, last in self._steps:
             if node.op == "output":
-                return torch.fx.map_arg(node.args[0], values.__getitem__)
+                return [_fill(node.args[0], values, k) for k in range(len(nets))]
             if node.op == "placeholder":
-                values[node] = fetch[node.name]
+                values[node] = [f[node.name] if node.name in f else x.clone() for f in fixed]
             elif node.op == "get_attr":
-                values[node] = operator.attrgetter(str(node.target))(self.module)
+                values[node] = [operator.attrgetter(str(node.target))(self.module)] * len(nets)
             else:
-                args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-            if watch and node.name in watch:
-                watch[node.name](values[node])
+                values[node] = [
+                    node.target(*_fill(node.args, values, k), **_fill(node.kwargs, values, k)) for k in range(len(nets))
+                ]
+                look(node.name, values[node])
             for done in last:
                 del values[done]
         raise AssertionError("a graph ends with its output")
@@ -67,6 +63,10 @@ class Program:
         for used, node in final.items():
             last.setdefault(node, []).append(used)
         return [(node, last.get(node, [])) for node in nodes]
+
+
+def _fill(arguments: Any, values: Mapping[Node, list[Any]], k: int) -> Any:
+    return torch.fx.map_arg(arguments, lambda node: values[node][k])
 
 
 def trace(model: nn.Module, example: Any) -> Program:

@@ -8,6 +8,7 @@ model are pinned, so every element of the symmetry keeps the function.
 
 import operator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -125,19 +126,42 @@ class Symmetry:
             for k, axis in enumerate(axes)
         )
 
-    def places(self, name: str) -> list[tuple[str, int, Tensor]]:
-        """Where parameters hold a group: name, axis, positions (lanes, units), but for grouped convolutions, where
-        what lies on one axis depends on the other."""
-        group, number = self.groups[name], list(self.groups).index(name)
-        found = []
+    @cached_property
+    def members(self) -> dict[str, list[str]]:
+        """For each group, the groups whose blocks its units are."""
+        return {name: [g.name for g in self.groups.values() if g.within == name] for name in self.groups}
+
+    @property
+    def roots(self) -> list[str]:
+        """The groups that lie in no block."""
+        return [name for name, group in self.groups.items() if group.within is None]
+
+    def root(self, name: str) -> str:
+        """The outermost of the groups around a group, or itself."""
+        while outer := self.groups[name].within:
+            name = outer
+        return name
+
+    def family(self, name: str) -> list[str]:
+        """A group and all that lie in it."""
+        return [name, *(g for m in self.members[name] for g in self.family(m))]
+
+    @cached_property
+    def places(self) -> dict[str, list[tuple[str, int, Ids]]]:
+        """Where parameters hold each group: name, axis, positions (lanes, units).
+
+        Weights of grouped convolutions are left out: what lies on one axis depends on the other.
+        """
+        found: dict[str, list[tuple[str, int, Ids]]] = {name: [] for name in self.groups}
+        names = list(self.groups)
         for weight, axes in self.axes.items():
             if weight in self.buffers or any(axis.group.ndim > 1 for axis in axes):
                 continue
             for dim, axis in enumerate(axes):
-                slots = np.flatnonzero(axis.group == number)
-                if len(slots):
-                    slots = slots[np.lexsort((axis.index[slots], axis.lane[slots]))].reshape(-1, group.units)
-                    found.append((weight, dim, torch.from_numpy(slots)))
+                for g in (g for g in dict.fromkeys(axis.group.tolist()) if g >= 0):
+                    slots = np.flatnonzero(axis.group == g)
+                    slots = slots[np.lexsort((axis.index[slots], axis.lane[slots]))]
+                    found[names[g]].append((weight, dim, slots.reshape(-1, self.groups[names[g]].units)))
         return found
 
     def _words(self, axis: Axis, names: list[str]) -> str:

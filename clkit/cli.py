@@ -1,0 +1,240 @@
+"""The command line: `clkit figures`, `clkit run`, `clkit bench`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from clkit import experiments
+
+GROUPS = ("training", "stream", "model", "learner", "consolidation")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one-line errors that name the option that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2 and one line."""
+        raise SystemExit(_complain(message))
+
+    def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Like parse_args, with a hint at the nearest option where one is unknown."""
+        chosen, rest = self.parse_known_args(argv)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            close = get_close_matches(rest[0].partition("=")[0], known, 1)
+            self.error(f"unknown argument {rest[0]!r}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+        return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 1 if something that was run failed, 2 on bad arguments."""
+    commands = {"figures": figures, "run": run, "bench": bench}
+    parser = Parser(prog="clkit", description="Continual learning in weight space.", allow_abbrev=False)
+    parser.add_argument("command", choices=commands, metavar="command", help="figures, run or bench")
+    parser.epilog = "clkit <command> --help tells more."
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv:
+        parser.print_help()
+        return 2
+    try:
+        command = parser.parse_args(argv[:1]).command
+        return commands[command](argv[1:])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return _complain("interrupted", status=130)
+
+
+def figures(argv: Sequence[str]) -> int:
+    """Executes notebooks and tabulates what came of them."""
+    parser = Parser(
+        prog="clkit figures",
+        allow_abbrev=False,
+        description="Execute the repository's notebooks, which write figures and check their claims. The notebooks "
+        "themselves stay as they are, unless --write is given.",
+    )
+    parser.add_argument("names", nargs="*", help="notebooks, or how their names begin (03); default: all")
+    parser.add_argument("--profile", choices=("fast", "paper"), default="fast", help="scale; default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where figures go; default: figures/")
+    parser.add_argument("--write", action="store_true", help="store the outputs in the notebooks, normalised")
+    parser.add_argument(
+        "--check", action="store_true", help="keep nothing; fail where claims and laws print other than what is stored"
+    )
+    parser.add_argument("--jobs", type=_count, help="notebooks at once; default: one a core (fast), one (paper)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    chosen = parser.parse_all(argv)
+    try:
+        if chosen.write and chosen.profile != "fast":
+            raise ValueError("--write: notebooks are committed as the fast profile leaves them; leave out --profile")
+        outcomes = experiments.execute(
+            experiments.find(chosen.names),
+            profile=chosen.profile,
+            figures=chosen.out,
+            write=chosen.write,
+            check=chosen.check,
+            jobs=chosen.jobs,
+            progress=not chosen.quiet,
+        )
+    except (ValueError, OSError) as error:
+        return _complain(error)
+    rows = [
+        (o.notebook, f"{o.seconds:.1f}", o.figures, o.holds, o.does_not_hold, o.failed, "failed" if o.error else "ok")
+        for o in outcomes
+    ]
+    _print_table(("notebook", "seconds", "figures", "hold", "do not hold", "differ", ""), rows)
+    for outcome in outcomes:
+        if outcome.error:
+            _complain(f"{outcome.notebook}: {outcome.error}")
+    return int(any(o.error or o.failed for o in outcomes))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one configuration and prints its summary and accuracies."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    _add_choices(first)
+    try:
+        chosen, _ = first.parse_known_args(argv)
+        parts = {part: getattr(chosen, part) for part in GROUPS if part != "training"} | {"training": "training"}
+        if chosen.data is not None:
+            parts["stream"] = "folder"
+        parser = Parser(
+            prog="clkit run",
+            allow_abbrev=False,
+            usage="%(prog)s [--stream NAME] [--model NAME] [--learner NAME] [--consolidation NAME] [options]",
+            description="Train one model on a stream of tasks and print how well it does. The options below are those "
+            "of the parts chosen; name others to see theirs: clkit run --learner ER --consolidation CLeWI --help",
+        )
+        _add_choices(parser)
+        destinations = _add_settings(parser, parts)
+        parsed = parser.parse_all(argv)
+        settings: dict[str, dict[str, Any]] = {part: {} for part in GROUPS}
+        for destination, (part, option) in destinations.items():
+            text = getattr(parsed, destination)
+            if text is not None:
+                settings[part][option.name] = option.parse(text)
+            elif option.required and not (part == "stream" and parsed.data is not None):
+                raise ValueError(f"{parts[part]} needs --{destination.replace('_', '-')}, {option.expects}")
+        if parsed.data is not None:
+            settings["stream"]["path"] = parsed.data
+        result = experiments.run_single(
+            parts,
+            settings,
+            tasks=parsed.tasks,
+            scenario=parsed.scenario,
+            order=parsed.order,
+            seed=parsed.seed,
+            device=parsed.device,
+            progress=not parsed.quiet,
+        )
+    except (ValueError, OSError) as error:
+        return _complain(error)
+    except (ArithmeticError, RuntimeError) as error:
+        return _complain(error, status=1)
+    accuracy = result.accuracy.tolist()
+    if parsed.json:
+        content = {"summary": result.summary(), "accuracy": accuracy, "seconds": result.seconds, **result.config}
+        print(json.dumps(content, default=str))
+        return 0
+    for name, value in result.summary().items():
+        print(f"{name:<12} {value:.4f}")
+    tasks = range(len(accuracy))
+    print("\naccuracy on each task (across) after each task (down)")
+    _print_table(("", *tasks), [(t, *(f"{a:.3f}" for a in row)) for t, row in enumerate(accuracy)])
+    return 0
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Runs the benchmarks and tabulates the ratios."""
+    parser = Parser(
+        prog="clkit bench", allow_abbrev=False, description="Measure each fast path against the naive way, as a ratio."
+    )
+    parser.add_argument("names", nargs="*", help="benchmarks; default: all")
+    parser.add_argument("--list", action="store_true", help="only print their names")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    chosen = parser.parse_all(argv)
+    if chosen.list:
+        print("\n".join(experiments.benchmarks()))
+        return 0
+    try:
+        rows = list(experiments.bench(chosen.names, progress=not chosen.quiet))
+    except ValueError as error:
+        return _complain(error)
+    except (RuntimeError, OSError) as error:
+        return _complain(error, status=1)
+    if chosen.json:
+        print(json.dumps(rows, default=float))
+        return 0
+    shown = [
+        (r["name"], f"{r['ours']:.4g}", f"{r['theirs']:.4g}", r.get("unit", ""), f"{r['ratio']:.2f}") for r in rows
+    ]
+    _print_table(("benchmark", "ours", "theirs", "unit", "ratio"), shown)
+    return 0
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """The parts of a run and what is not a part's own."""
+    group = parser.add_argument_group("what to run")
+    for part, default in (
+        ("stream", "digits"),
+        ("model", "convnet"),
+        ("learner", "fine-tuning"),
+        ("consolidation", "none"),
+    ):
+        names = ", ".join(experiments.choices(part))
+        group.add_argument(f"--{part}", default=default, metavar="NAME", help=f"{names}; default: %(default)s")
+    group.add_argument("--data", metavar="PATH", help="a folder or zip of images, a subfolder a class, for the stream")
+    group.add_argument("--tasks", type=_count, default=5, help="tasks to split the classes into; default: %(default)s")
+    group.add_argument("--scenario", default="class", help="class or task; default: %(default)s")
+    group.add_argument("--order", type=int, metavar="SEED", help="shuffle the classes; default: their own order")
+    group.add_argument("--seed", type=int, default=0, help="of weights, batches and memories; default: %(default)s")
+    group.add_argument("--device", default="auto", help="cpu, cuda or auto; default: %(default)s")
+    group.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_settings(parser: argparse.ArgumentParser, parts: dict[str, str]) -> dict[str, tuple[str, experiments.Option]]:
+    """The options of the parts chosen; where two parts share a name, the later one's gets its part in front."""
+    taken = {action.dest for action in parser._actions}
+    destinations = {}
+    for part in GROUPS:
+        title = part if part == "training" else f"{part} {parts[part]}"
+        group = parser.add_argument_group(title, experiments.about(part, parts[part]).replace("%", "%%"))
+        for option in experiments.options(part, parts[part]):
+            destination = option.name if option.name not in taken else f"{part}_{option.name}"
+            taken.add(destination)
+            default = "required" if option.required else f"default: {option.shown}".replace("%", "%%")
+            group.add_argument(
+                f"--{destination.replace('_', '-')}", metavar="VALUE", help=f"{option.expects}; {default}"
+            )
+            destinations[destination] = (part, option)
+    return destinations
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _print_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
+    """Columns as wide as they need to be, the first to the left, the others to the right."""
+    lines = [[str(cell) for cell in line] for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *rest in lines:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def _complain(problem: object, status: int = 2) -> int:
+    """One line on the standard error."""
+    print("clkit: " + " ".join(str(problem).split()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

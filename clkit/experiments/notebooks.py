@@ -1,0 +1,170 @@
+"""Executing the repository's notebooks, several at once, and what came of it."""
+
+import asyncio
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from clkit.experiments.pages import repository
+from clkit.weights import write_atomically
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+COMPARED = "nbval-check-output"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a notebook's execution gave: its figures, how its claims and laws came out, and the error, "" if none."""
+
+    notebook: str
+    seconds: float
+    figures: int
+    holds: int
+    does_not_hold: int
+    failed: int
+    error: str
+
+
+def find(names: Sequence[str] = (), root: Path | None = None) -> list[Path]:
+    """The repository's notebooks whose names begin with one of `names`; all of them, in order, if there are none."""
+    folder = (root or repository()) / "notebooks"
+    known = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+    if not known:
+        raise FileNotFoundError(f"{folder} holds no notebooks; run this in clkit's repository")
+    chosen: dict[Path, None] = {}
+    for name in names:
+        stem = name.removesuffix(".ipynb").rpartition("/")[2]
+        found = [path for known_name, path in known.items() if known_name.startswith(stem)]
+        if not found:
+            close = get_close_matches(stem, known, 1, 0.3)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"no notebook begins with {name!r}; there are {', '.join(known)}{hint}")
+        chosen |= dict.fromkeys(found)
+    return sorted(chosen) if names else list(known.values())
+
+
+def execute(
+    notebooks: Sequence[Path],
+    *,
+    profile: str = "fast",
+    figures: Path | str | None = None,
+    write: bool = False,
+    check: bool = False,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> list[Outcome]:
+    """Executes notebooks, each in its own folder, and returns their outcomes in the order given.
+
+    Figures go to the repository's folder, or to `figures`. The notebooks on disk stay as they are, unless `write`
+    stores the outputs of those that ran through, without what changes from run to run. With `check` nothing is kept,
+    and the cells tagged nbval-check-output must print what is stored in them. `jobs` notebooks run at once, by
+    default as many as there are cores ("fast") or one ("paper"), and share the cores among them.
+    """
+    import nbformat
+    from tqdm.auto import tqdm
+
+    if check and (write or figures):
+        raise ValueError("check: it keeps nothing; leave out write and figures")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(jobs or (cores if profile == "fast" else 1), len(notebooks) or 1)
+    books = [nbformat.read(path, as_version=4) for path in notebooks]
+    cells = sum(cell.cell_type == "code" for book in books for cell in book.cells)
+    scratch = tempfile.TemporaryDirectory() if check else nullcontext(figures)
+    with scratch as folder, tqdm(total=cells, disable=not progress, unit="cell") as bar:
+        env = os.environ | {"CLKIT_PROFILE": profile, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
+        env["LOKY_MAX_CPU_COUNT"] = env["OMP_NUM_THREADS"]
+        if folder:
+            env["CLKIT_FIGURES"] = str(Path(folder).resolve())
+        with ThreadPoolExecutor(jobs) as pool:
+            waiting = [
+                pool.submit(_execute, path, book, env, write, check, lambda: bar.update())
+                for path, book in zip(notebooks, books, strict=True)
+            ]
+            return [future.result() for future in waiting]
+
+
+def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: bool, tick: Callable[[], Any]) -> Outcome:
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+    stored = [_printed(cell) for cell in book.cells]
+    folder = Path(env.get("CLKIT_FIGURES") or repository(path.parent) / "figures")
+    client = NotebookClient(
+        book,
+        timeout=None,
+        kernel_name="python3",
+        store_widget_state=False,
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_executed=lambda **_: tick(),
+    )
+    started, begun, error = time.perf_counter(), time.time(), ""
+    try:
+        asyncio.run(client.async_execute(env=env))
+    except CellExecutionError as failure:
+        error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
+    except DeadKernelError:
+        error = "the kernel died"
+    seconds = time.perf_counter() - started
+    if check and not error:
+        pairs = zip(book.cells, stored, strict=True)
+        changed = [i for i, (cell, old) in enumerate(pairs) if _compared(cell) and _printed(cell) != old]
+        error = f"cells {changed} print other than what is stored" if changed else ""
+    if write and not error:
+        text = nbformat.writes(normalise(book))
+        write_atomically(path, lambda place: place.write_text(text + "\n", encoding="utf-8"))
+    holds, does_not_hold, failed = _claims(folder / f"{path.stem}-claims.json", begun)
+    figures = [file for file in folder.glob(f"{path.stem}-*.png") if file.stat().st_mtime >= begun - 1]
+    return Outcome(path.stem, seconds, len(figures), holds, does_not_hold, failed, error)
+
+
+def normalise(book: Any) -> Any:
+    """Takes out of an executed notebook what changes from run to run: times, widgets, progress bars, versions."""
+    book.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in book.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _passing(output)]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)
+    return book
+
+
+def _passing(output: Any) -> bool:
+    if output.output_type == "stream":
+        return output.name == "stderr"
+    data = output.get("data", {})
+    return WIDGET in data and bool(re.match(r"\s*([^|]*:\s*)?\d+%\|", data.get("text/plain", "")))
+
+
+def _compared(cell: Any) -> bool:
+    return COMPARED in cell.metadata.get("tags", [])
+
+
+def _printed(cell: Any) -> str:
+    outputs = cell.get("outputs", [])
+    return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs if not _passing(o))
+
+
+def _claims(path: Path, since: float) -> tuple[int, int, int]:
+    """How many claims and laws hold, do not hold as recorded, and differ from their record, if written since then."""
+    if not path.is_file() or path.stat().st_mtime < since - 1:
+        return 0, 0, 0
+    content = json.loads(path.read_text(encoding="utf-8"))
+    checked = content["claims"] + content["laws"]
+    failed = sum(c["holds"] != c["recorded"] for c in checked)
+    holds = sum(c["holds"] and c["recorded"] for c in checked)
+    return holds, len(checked) - holds - failed, failed

@@ -1,0 +1,252 @@
+"""A notebook's page: its profile, its results and figures with the numbers beside them, its claims and laws."""
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+import numpy as np
+
+from clkit.experiments.identity import source_digest
+from clkit.experiments.store import cache_folder, digest, plain
+from clkit.weights import write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+Profile = Literal["fast", "paper"]
+T = TypeVar("T")
+DPI = 200
+
+
+def page(name: str, profile: str | None = None) -> "Page":
+    """Opens the page of the notebook `name`, in the repository around the working folder.
+
+    `profile` is "fast" (the laptop) or "paper" (the paper's own scale), by default $CLKIT_PROFILE, else "fast".
+    Figures go to the repository's figures folder, or to $CLKIT_FIGURES.
+    """
+    chosen = profile or os.environ.get("CLKIT_PROFILE") or "fast"
+    if chosen not in get_args(Profile):
+        raise ValueError(f"profile: {chosen!r} is unknown; choose one of {', '.join(get_args(Profile))}")
+    _check_name("name", name)
+    root = repository()
+    folder = os.environ.get("CLKIT_FIGURES")
+    return Page(name, chosen, root, Path(folder) if folder else root / "figures")
+
+
+def repository(start: Path | None = None) -> Path:
+    """The nearest folder with a pyproject.toml, from `start` (default: the working folder) upwards."""
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "pyproject.toml").is_file():
+            return folder
+    raise FileNotFoundError(f"{start} is not inside a repository with a pyproject.toml; change to clkit's folder")
+
+
+class Page:
+    """What a notebook keeps beside itself: files named `<notebook>-<name>` in the folder of figures."""
+
+    def __init__(self, name: str, profile: str, root: Path, figures: Path) -> None:
+        self.name, self.profile, self.root, self.figures = name, profile, root, figures
+        self._claims, self._laws = Claims(self), Laws(self)
+
+    def __repr__(self) -> str:
+        return f"Page({self.name!r}, profile={self.profile!r})"
+
+    def choose(self, *, fast: T, paper: T) -> T:
+        """The value for this page's profile."""
+        return paper if self.profile == "paper" else fast
+
+    def claims(self) -> "Claims":
+        """The page's claims, begun afresh."""
+        self._claims = Claims(self)
+        return self._claims
+
+    def laws(self) -> "Laws":
+        """The page's laws, begun afresh."""
+        self._laws = Laws(self)
+        return self._laws
+
+    def save(
+        self,
+        fig: "Figure",
+        name: str,
+        data: "pd.DataFrame | Mapping[str, Any] | None" = None,
+        *,
+        config: Any = None,
+        seeds: Any = None,
+    ) -> None:
+        """Writes a figure as .png (200 dpi) and .svg and the numbers it shows beside it.
+
+        A table goes to a .csv, anything else into the .json, which also has the profile, the configuration (text
+        where it is no plain value), the seeds and the hash of all that. The same figure gives the same bytes.
+        """
+        import matplotlib as mpl
+
+        _check_name("name", name)
+        stem = f"{self.name}-{name}"
+        with mpl.rc_context({"svg.hashsalt": stem}):
+            for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+                write_atomically(
+                    self.figures / f"{stem}.{kind}",
+                    lambda place, kind=kind, facts=facts: fig.savefig(place, format=kind, dpi=DPI, metadata=facts),
+                )
+        facts: dict[str, Any] = {"figure": stem, "profile": self.profile, "config": _legible(config)}
+        facts["seeds"] = _legible(list(seeds) if seeds is not None else None)
+        if hasattr(data, "to_csv"):
+            text = data.to_csv(index=False, lineterminator="\n")  # type: ignore[union-attr]
+            write_atomically(self.figures / f"{stem}.csv", lambda place: place.write_text(text, encoding="utf-8"))
+            facts["data"] = f"{stem}.csv"
+        elif data is not None:
+            facts["data"] = _legible(data)
+        self._write(f"{stem}.json", facts | {"hash": digest([facts["config"], facts["seeds"], self.profile])})
+
+    def results(self, compute: Callable[[], Any], config: Any, name: str = "results") -> Any:
+        """What `compute()` gives, a table or a JSON value; computed once for a configuration, then read.
+
+        With the paper profile the results lie with the figures, to be committed, and are computed again when `config`
+        is not the one they were made with. With the fast profile they are a cache outside of the repository, and
+        changed code of clkit makes them stale too.
+        """
+        _check_name("name", name)
+        key = digest([self.name, name, _legible(config)])
+        path = self._results_path(name)
+        if self.profile == "fast":
+            path = cache_folder() / "pages" / f"{digest([key, source_digest()])}.json"
+        with suppress(FileNotFoundError, ValueError, KeyError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["hash"] == key:
+                return _unpacked(content["data"])
+        content = {
+            "results": f"{self.name}-{name}",
+            "profile": self.profile,
+            "config": _legible(config),
+            "hash": key,
+            "code": source_digest(),
+            "data": _packed(compute()),
+        }
+        text = json.dumps(content, indent=1) + "\n"
+        write_atomically(path, lambda place: place.write_text(text, encoding="utf-8"))
+        return _unpacked(json.loads(text)["data"])
+
+    def published(self, name: str = "results") -> Any:
+        """The committed results of the paper profile, whichever profile is on."""
+        path = self._results_path(name)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path.name} is not among the figures; make it with clkit figures {self.name} --profile paper"
+            )
+        return _unpacked(json.loads(path.read_text(encoding="utf-8"))["data"])
+
+    def show(self, thing: Any) -> None:
+        """Displays the library's own source of a class or function."""
+        from IPython.core.display_functions import display
+        from IPython.display import Markdown
+
+        display(Markdown(f"```python\n{inspect.getsource(inspect.unwrap(thing))}```"))
+
+    def _results_path(self, name: str) -> Path:
+        return self.figures / f"{self.name}-{name}-paper.json"
+
+    def _write(self, file: str, content: Any) -> None:
+        text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(self.figures / file, lambda place: place.write_text(text, encoding="utf-8"))
+
+    def _record(self) -> None:
+        """Writes down the claims and laws checked so far."""
+        parts = {"claims": self._claims.checked, "laws": self._laws.checked}
+        self._write(f"{self.name}-claims.json", {"profile": self.profile, **parts})
+
+
+class Claims:
+    """What a paper claims, beside what was found here; a claim that does not hold is recorded and explained."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.checked: list[dict[str, Any]] = []
+
+    def check(self, text: str, holds: Any) -> None:
+        """Records that the claim holds; `holds` is what was found."""
+        self._add(text, holds, recorded=True)
+
+    def expect_not(self, text: str, holds: Any) -> None:
+        """Records that the claim, which a paper makes, does not hold here; `holds` is what was found."""
+        self._add(text, holds, recorded=False)
+
+    def done(self) -> None:
+        """Prints a line for each claim, writes them beside the figures, raises where one differs from its record."""
+        for claim in self.checked:
+            print(f"{'holds' if claim['holds'] else 'does not hold'}: {claim['text']}")
+        self.page._record()
+        self._raise_differences()
+
+    def _raise_differences(self) -> None:
+        wrong = [claim for claim in self.checked if claim["holds"] != claim["recorded"]]
+        if wrong:
+            found = "; ".join(f"{c['text']!r} {'holds' if c['holds'] else 'does not hold'}" for c in wrong)
+            raise AssertionError(f"{len(wrong)} of {len(self.checked)} differ from what is recorded: {found}")
+
+    def _add(self, text: str, holds: Any, *, recorded: bool) -> None:
+        if not isinstance(holds, bool | np.bool_):
+            raise TypeError(f"holds: {text!r} got a {type(holds).__name__}; give True or False, of an array .all()")
+        if any(claim["text"] == text for claim in self.checked):
+            raise ValueError(f"text: {text!r} is checked twice; give each its own sentence")
+        self.checked.append({"text": text, "recorded": recorded, "holds": bool(holds)})
+
+
+class Laws(Claims):
+    """What must hold in any profile and on any machine."""
+
+    def done(self) -> None:
+        """Prints how many of the laws hold, writes them beside the figures, and raises where one does not."""
+        print(f"laws: {sum(law['holds'] for law in self.checked)} of {len(self.checked)}")
+        self.page._record()
+        self._raise_differences()
+
+
+def _check_name(argument: str, name: str) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise ValueError(f"{argument}: {name!r} becomes a file name; use small letters, digits and hyphens")
+
+
+def _legible(value: Any) -> Any:
+    """Plain JSON, with the repr of whatever else is in it: of learners and other settings it is the record."""
+    if isinstance(value, Mapping):
+        return {str(key): _legible(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_legible(item) for item in value]
+    try:
+        return plain(value)
+    except TypeError:
+        text = repr(value)
+        if re.search(r" at 0x[0-9a-f]+>", text):
+            raise TypeError(f"config: {text} says nothing that could be found again; give plain values") from None
+        return text
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null, which every reader of JSON knows."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _packed(value: Any) -> Any:
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):
+        return {"table": plain(value.to_dict(orient="split", index=False))}
+    return plain(value)
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"table"}:
+        import pandas as pd
+
+        return pd.DataFrame(value["table"]["data"], columns=value["table"]["columns"])
+    return value

@@ -1,0 +1,174 @@
+"""The command line, called in this process and once as a program."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import torch
+from PIL import Image
+
+from clkit import cli, experiments
+
+QUICK = [
+    "--epochs",
+    "1",
+    "--batch",
+    "128",
+    "--tasks",
+    "2",
+    "--model",
+    "mlp",
+    "--hidden",
+    "8",
+    "--quiet",
+    "--device",
+    "cpu",
+]
+
+
+def call(capsys, *argv: str) -> tuple[int, str, str]:
+    status = cli.main(argv)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_help_names_the_commands_and_the_options_of_what_is_chosen(capsys):
+    status, out, _ = call(capsys, "--help")
+    assert status == 0 and "figures, run or bench" in out
+    assert call(capsys)[0] == 2
+    status, out, _ = call(capsys, "run", "--learner", "ER", "--consolidation", "CLeWI", "--help")
+    assert status == 0
+    for option in ("--memory", "--alpha", "--epochs", "--widths", "--data", "--label-smoothing"):
+        assert option in out
+    assert "--alpha" not in call(capsys, "run", "--help")[1]
+    for command in ("figures", "bench"):
+        assert call(capsys, command, "--help")[0] == 0
+
+
+def test_run_prints_the_summary_and_the_accuracies(capsys):
+    status, out, err = call(capsys, "run", *QUICK, "--learner", "ER", "--memory", "10")
+    assert status == 0 and err == ""
+    assert out.startswith("acc ") and "forgetting" in out
+    assert len(out.split("after each task (down)\n")[1].splitlines()) == 3
+
+
+def test_run_as_json_is_the_run_with_these_settings(capsys):
+    argv = ["run", *QUICK, "--json", "--lr", "0.05", "--clip", "1", "--learner", "ER", "--memory", "10", "--seed", "3"]
+    first, again = (json.loads(call(capsys, *argv)[1]) for _ in range(2))
+    assert first["accuracy"] == again["accuracy"] and len(first["accuracy"]) == 2
+    assert first["training"]["lr"] == 0.05 and first["training"]["clip"] == 1.0 and first["seed"] == 3
+    assert "memory=10" in first["learner"]
+    assert json.loads(call(capsys, *argv, "--augment", "false")[1])["training"]["augment"] is False
+    other = json.loads(call(capsys, *argv, "--order", "1")[1])
+    assert other["stream"]["data"] != first["stream"]["data"]
+
+
+def test_where_two_parts_share_an_option_the_later_one_takes_its_parts_name(capsys):
+    argv = ["run", *QUICK, "--json", "--learner", "ER", "--memory", "10", "--batch", "16", "--learner-batch", "4"]
+    content = json.loads(call(capsys, *argv)[1])
+    assert content["training"]["batch"] == 16 and "batch=4" in content["learner"]
+
+
+def test_run_reads_a_folder_of_images(capsys, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            pixels = torch.randint(0, 256, (8, 8, 3), generator=g, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    status, out, err = call(capsys, "run", *QUICK, "--json", "--data", str(tmp_path))
+    assert (status, err) == (0, "")
+    assert len(json.loads(out)["accuracy"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rum"], "invalid choice: 'rum'"),
+        (["run", "--learner", "EWK"], "learner='EWK' is unknown"),
+        (["run", "--stream", "digit"], "did you mean 'digits'"),
+        (["run", "--learner", "ER", "--memroy", "5"], "did you mean --memory?"),
+        (["run", "--lr", "fast"], "lr: 'fast' is not a number"),
+        (["run", "--lr", "-1"], "lr"),
+        (["run", "--tasks", "0"], "--tasks: '0' is not a whole number from 1 on"),
+        (["run", "--tasks", "99"], "tasks=99"),
+        (["run", "--scenario", "classs"], "scenario"),
+        (["run", "--consolidation", "CLeWI", "--alpha", "2"], "alpha"),
+        (["run", "--model", "torchvision"], "torchvision needs --name"),
+        (["run", "--data", "nowhere"], "nowhere"),
+        (["run", "--device", "abacus"], "abacus"),
+        (["bench", "sleep"], "benchmark='sleep' is unknown"),
+        (["figures", "--jobs", "many"], "'many' is not a whole number"),
+        (["figures", "--profile", "paper", "--write"], "--write"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(capsys, argv, message):
+    status, out, err = call(capsys, *argv)
+    assert status == 2 and out == ""
+    assert message in err and err.startswith("clkit: ") and err.count("\n") == 1
+
+
+def test_a_diverging_run_is_one_line_and_status_1(capsys):
+    status, _, err = call(capsys, "run", *QUICK, "--lr", "1e30")
+    assert status == 1 and err.count("\n") == 1 and "smaller lr" in err
+
+
+def test_options_turn_text_into_values():
+    option = experiments.Option("x", 0, (type(None), bool, int, float, (tuple, (int, float)), str))
+    texts = {"none": None, "true": True, "3": 3, "0.5": 0.5, "1e-3": 1e-3, "1,0.5": (1, 0.5), "search": "search"}
+    assert {text: option.parse(text) for text in texts} == texts
+    assert [type(option.parse(text)) for text in ("true", "3")] == [bool, int]
+    with pytest.raises(ValueError, match="x: 'y' is not a whole number or none"):
+        experiments.Option("x", 0, (int, type(None))).parse("y")
+
+
+@pytest.mark.parametrize("part", ["stream", "model", "learner", "consolidation"])
+def test_every_choice_has_options_that_take_their_own_defaults(part):
+    names = experiments.choices(part)
+    assert names
+    for name in names:
+        for option in experiments.options(part, name):
+            if isinstance(option.default, int | float | str | None):
+                assert option.parse(str(option.default).lower()) == option.default, (name, option)
+
+
+def test_bench_prints_ratios(capsys, monkeypatch):
+    row = {"name": "merge", "ours": 4.0, "theirs": 2.0, "ratio": 2.0}
+    found = {"one": lambda: row, "many": lambda: [row, row | {"unit": "images a second"}]}
+    monkeypatch.setattr("clkit.experiments.ratios.benchmarks", lambda: found)
+    status, out, _ = call(capsys, "bench", "--quiet")
+    assert status == 0 and out.count("2.00") == 3 and "images a second" in out
+    assert json.loads(call(capsys, "bench", "one", "--quiet", "--json")[1]) == [row]
+
+
+def test_bench_lists_what_the_package_has(capsys):
+    status, out, _ = call(capsys, "bench", "--list")
+    assert status == 0 and "training" in out.split()
+
+
+def write_notebook(path, source):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+
+
+def test_figures_tabulates_notebooks_and_fails_with_them(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    status, _, err = call(capsys, "figures")
+    assert status == 2 and "pyproject.toml" in err
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "notebooks").mkdir()
+    write_notebook(tmp_path / "notebooks" / "01-good.ipynb", "import os; assert os.environ['CLKIT_PROFILE'] == 'fast'")
+    write_notebook(tmp_path / "notebooks" / "02-bad.ipynb", "raise RuntimeError('broken')")
+    status, out, err = call(capsys, "figures", "01", "--quiet")
+    assert (status, err) == (0, "") and out.splitlines()[1].split()[0] == "01-good" and out.rstrip().endswith("ok")
+    status, out, err = call(capsys, "figures", "--quiet", "--out", str(tmp_path / "out"))
+    assert status == 1 and "failed" in out and err == "clkit: 02-bad: RuntimeError: broken\n"
+
+
+def test_the_program_itself(tmp_path):
+    command = [sys.executable, "-m", "clkit.cli", "run", *QUICK, "--learner", "nothing-like-it"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("clkit: learner='nothing-like-it' is unknown") and "Traceback" not in done.stderr

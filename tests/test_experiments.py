@@ -1,0 +1,449 @@
+"""Grids of runs: what is stored, when it is found again, and that interruptions change nothing."""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from clkit import data, models
+from clkit.consolidation import CLeWI, NoConsolidation
+from clkit.experiments import Method, SweepError, accuracies, stored_weights, sweep
+from clkit.experiments.identity import describe, source_digest
+from clkit.experiments.parcel import Parcel
+from clkit.experiments.store import Store, canonical, digest, plain
+from clkit.learners import ER, Learner
+from clkit.training import Training
+
+SHORT = Training(epochs=1, batch=16)
+WIDTH = 3
+
+
+def toy_stream(seed: int = 0, rows: int = 20) -> data.Stream:
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(4).repeat_interleave(rows)
+    x = torch.randint(0, 128, (4 * rows, 1, 4, 4), generator=g) + 32 * y[:, None, None, None]
+    examples = data.Examples(x.to(torch.uint8), y)
+    tasks = []
+    for index, classes in enumerate([(0, 1), (2, 3)]):
+        part = examples[(y // 2 == index).nonzero().flatten()]
+        tasks.append(data.Task(index, str(classes), classes, part, part))
+    return data.Stream("toy", tuple(tasks), ("a", "b", "c", "d"))
+
+
+SMALL = functools.partial(models.mlp, hidden=(8,))
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """A sweep that is small, quiet and alone in its store."""
+    fixed = {"training": SHORT, "store": tmp_path / "runs", "jobs": 1, "progress": False, "device": "cpu"}
+
+    def call(methods, **options):
+        streams, model = options.pop("streams", toy_stream()), options.pop("model", SMALL)
+        return sweep(streams, model, methods, **{**fixed, **options})
+
+    return call
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.json"))}
+
+
+def last_accuracies(result):
+    return {"row": result.accuracy[-1], "tensors": len(result.weights[-1])}
+
+
+def failing_on_seed_1(stream, *, seed):
+    if seed == 1:
+        raise ArithmeticError("no luck")
+    return SMALL(stream, seed=seed)
+
+
+def test_table_is_tidy_and_in_the_order_of_the_grid(grid):
+    table = grid({"ft": Learner(), "ER": (ER(10), NoConsolidation())}, seeds=range(2), measure=last_accuracies)
+    assert list(table.columns[:6]) == ["stream", "model", "training", "method", "seed", "acc"]
+    assert table.columns[-1] == "hash" and "seconds" not in table
+    assert list(zip(table["method"], table["seed"], strict=True)) == [("ft", 0), ("ft", 1), ("ER", 0), ("ER", 1)]
+    assert set(table["stream"]) == {"toy"} and set(table["model"]) == {"mlp"}
+    assert table.attrs["seconds"].keys() == set(table["hash"])
+    long = accuracies(table)
+    last = long[(long["after_task"] == 1) & (long["method"] == "ER") & (long["seed"] == 1)]
+    assert list(last["accuracy"]) == table["row"].iloc[3]
+    assert last["accuracy"].mean() == pytest.approx(table["acc"].iloc[3])
+    assert len(long) == len(table) * 3 * 2
+
+
+def test_second_call_computes_nothing_and_gives_the_same_table(grid, tmp_path):
+    first = grid({"ft": Learner()}, seeds=range(3))
+    before = files(tmp_path / "runs")
+    again = grid({"ft": Learner()}, seeds=range(3))
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    assert files(tmp_path / "runs") == before
+    assert not list((tmp_path / "runs").glob("*.lock"))
+
+
+def test_equal_configurations_run_once_under_every_name(grid, tmp_path):
+    table = grid({"a": Learner(), "b": (Learner(), None), "c": Method(Learner(), training=SHORT)})
+    assert len(table) == 3 and table["hash"].nunique() == 1
+    assert len(files(tmp_path / "runs")) == 1
+
+
+def test_streams_may_depend_on_the_seed(grid):
+    table = grid({"ft": Learner()}, streams={"fixed": toy_stream(), "own": toy_stream}, seeds=range(2))
+    fixed, own = (set(table[table["stream"] == name]["hash"]) for name in ("fixed", "own"))
+    assert len(fixed | own) == 3 and len(fixed & own) == 1
+
+
+def test_results_do_not_depend_on_the_number_of_jobs(tmp_path):
+    methods = {"ft": Learner(), "ER": ER(10)}
+    tables = [
+        sweep(toy_stream(), models.convnet, methods, training=SHORT, seeds=range(2), store=tmp_path / str(jobs),
+              jobs=jobs, progress=False, device="cpu", measure=last_accuracies)
+        for jobs in (1, 2)
+    ]  # fmt: skip
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_runs_leave_the_number_of_threads_alone(grid):
+    before = torch.get_num_threads()
+    grid({"ft": Learner()})
+    assert torch.get_num_threads() == before
+
+
+def test_kept_weights_come_back_and_are_asked_for_once(grid, tmp_path):
+    without = grid({"ft": Learner()})
+    with pytest.raises(KeyError, match="keep=True"):
+        stored_weights(without["hash"][0], tmp_path / "runs")
+    table = grid({"ft": Learner()}, keep=True)
+    pd.testing.assert_frame_equal(without, table, check_exact=True)
+    weights = stored_weights(table["hash"][0], tmp_path / "runs")
+    assert len(weights) == 2
+    assert weights[0].keys() == dict(SMALL(toy_stream()).state_dict()).keys()
+    assert not torch.equal(weights[0]["linear.weight"], weights[1]["linear.weight"])
+    stamp = next((tmp_path / "runs").glob("*.safetensors")).stat().st_mtime_ns
+    grid({"ft": Learner()}, keep=True)
+    grid({"ft": Learner()})
+    assert next((tmp_path / "runs").glob("*.safetensors")).stat().st_mtime_ns == stamp
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _edit(path):
+    content = json.loads(path.read_text())
+    content["record"]["summary"]["acc"] = 0.99
+    path.write_text(json.dumps(content))
+
+
+def _swap(path):
+    other = next(p for p in sorted(path.parent.glob("*.json")) if p != path)
+    path.write_bytes(other.read_bytes())
+
+
+def _garble(path):
+    path.write_text("[1, 2]")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _empty, _edit, _swap, _garble])
+def test_damaged_file_is_named_and_recomputed(grid, tmp_path, caplog, damage):
+    table = grid({"ft": Learner()}, seeds=range(2))
+    before = files(tmp_path / "runs")
+    victim = tmp_path / "runs" / f"{table['hash'][0]}.json"
+    damage(victim)
+    with caplog.at_level(logging.WARNING, "clkit.experiments"):
+        again = grid({"ft": Learner()}, seeds=range(2))
+    assert [victim.name in message for message in caplog.messages] == [True]
+    pd.testing.assert_frame_equal(table, again, check_exact=True)
+    assert files(tmp_path / "runs").keys() == before.keys()
+
+
+def test_damaged_weights_are_recomputed(grid, tmp_path, caplog):
+    table = grid({"ft": Learner()}, keep=True)
+    path = tmp_path / "runs" / f"{table['hash'][0]}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] + bytes(8))
+    with caplog.at_level(logging.WARNING, "clkit.experiments"):
+        grid({"ft": Learner()}, keep=True)
+    assert "weights" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_failing_run_is_named_and_the_others_are_stored(grid, tmp_path):
+    with pytest.raises(SweepError, match=r"1 of 3 runs failed.*\n.*seed 1: ArithmeticError: no luck") as caught:
+        grid({"ft": Learner()}, model=failing_on_seed_1, seeds=range(3))
+    assert list(caught.value.table["seed"]) == [0, 2]
+    assert len(files(tmp_path / "runs")) == 2
+    assert "failing_on_seed_1" in caught.value.failures[0][1]
+
+
+def test_measure_may_not_shadow_a_column(grid):
+    with pytest.raises(SweepError, match="columns of every table"):
+        grid({"ft": Learner()}, measure=lambda result: {"acc": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": {}}, "methods: give"),
+        ({"methods": {"x": "ER"}}, "'x' is 'ER'"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [0, 0]}, "seeds"),
+        ({"streams": {"s": 3}}, "'s' gives a int"),
+        ({"model": {}}, "model: the mapping is empty"),
+        ({"device": "abacus"}, "device: 'abacus' is unknown"),
+    ],
+)
+def test_bad_arguments_raise_before_any_run(grid, tmp_path, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        grid(**{"methods": {"ft": Learner()}, **options})
+    assert not files(tmp_path / "runs")
+
+
+RUNS = 24
+INTERRUPTED = """
+    import os, random, signal, sys, time
+    from pathlib import Path
+    import joblib, threadpoolctl, torch, tqdm.auto
+    import pandas as pd
+    sys.path.insert(0, sys.argv[1])
+    from clkit.experiments import sweep
+    from clkit.experiments.identity import source_digest
+    from clkit.experiments.store import Store
+    from clkit.learners import ER, Learner
+    from test_experiments import SHORT, SMALL, toy_stream
+
+    place, jobs = Path(sys.argv[2]), int(sys.argv[3])
+    log = place / "log"
+    log.touch()
+
+    def measure(result):
+        with open(os.environ["RUN_LOG"], "a") as file:
+            file.write(f"{result.config['learner']} {result.config['seed']}\\n")
+        return {}
+
+    def table(store, **options):
+        return sweep(toy_stream(rows=40), SMALL, {"ft": Learner(), "ER": ER(10)}, training=SHORT, seeds=range(12),
+                     measure=measure, store=place / store, progress=False, device="cpu", **options)
+
+    def stored():
+        records = [Store(place / "runs").read(path.stem) for path in (place / "runs").glob("[!.]*.json")]
+        assert None not in records
+        return {f"{r['config']['learner']} {r['config']['seed']}" for r in records}
+
+    os.environ["RUN_LOG"] = str(log)
+    source_digest(), torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # what every child would do again
+    draw = random.Random(int(sys.argv[4]))
+    for stop in [signal.SIGKILL, signal.SIGINT, signal.SIGKILL][:3 if jobs == 1 else 1]:
+        before, done = stored(), log.read_text().splitlines()
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            try:
+                table("runs", jobs=jobs)
+            finally:
+                os._exit(0)
+        while len(log.read_text().splitlines()) == len(done) and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.05))
+        try:
+            os.kill(child, stop)
+            os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        assert not before & set(log.read_text().splitlines()[len(done):]), "a stored run was run again"
+        print(len(stored()), "stored")
+    before, done = stored(), log.read_text().splitlines()
+    final = table("runs", jobs=1)
+    assert not before & set(log.read_text().splitlines()[len(done):])
+    pd.testing.assert_frame_equal(final, table("undisturbed", jobs=1), check_exact=True)
+    assert len(stored()) == 24
+    assert not list((place / "runs").glob(".*")), "unfinished files were left behind"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to start many sweeps from one import")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_killed_sweep_ends_with_the_table_of_an_undisturbed_one(tmp_path, jobs):
+    command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(Path(__file__).parent), str(tmp_path)]
+    with (tmp_path / "output").open("w") as file:
+        script = subprocess.Popen([*command, str(jobs), str(jobs)], stdout=file, stderr=file, start_new_session=True)
+    try:
+        status = script.wait(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)  # the killed sweeps' workers, which would idle for minutes
+    output = (tmp_path / "output").read_text()
+    assert status == 0, output
+    assert 0 < int(output.split()[0]) < RUNS, output
+
+
+def test_lock_is_exclusive_and_leaves_nothing(tmp_path):
+    store, order = Store(tmp_path), []
+    from threading import Thread
+
+    def second():
+        with store.lock("key"):
+            order.append("second")
+
+    with store.lock("key"):
+        thread = Thread(target=second)
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_parcel_holds_the_same_stream():
+    stream = toy_stream()
+    opened = Parcel(stream).open()
+    assert opened.fingerprint == stream.fingerprint and opened.name == stream.name
+    assert opened[0].train.x.data_ptr() == stream[0].train.x.data_ptr()
+
+
+def test_parcel_opens_where_arrays_arrive_read_only():
+    parcel = Parcel(toy_stream())
+    for array in parcel.arrays:
+        array.flags.writeable = False
+    assert parcel.open().fingerprint == toy_stream().fingerprint
+
+
+def key(value) -> str:
+    return digest(describe(value))
+
+
+@pytest.mark.parametrize("value", [ER(10), CLeWI(0.3), SHORT], ids=lambda value: type(value).__name__)
+def test_every_field_of_a_setting_is_in_the_hash(value):
+    others = {
+        "epochs": 2, "batch": 8, "lr": 0.2, "optimizer": "adamw", "momentum": 0.1, "weight_decay": 0.1,
+        "schedule": "cosine", "milestones": (0.5,), "warmup": 0.1, "clip": 1.0, "label_smoothing": 0.1,
+        "labels": "seen", "augment": False, "precision": "float32", "channels_last": True, "compile": True,
+        "memory": 11, "policy": "balanced", "alpha": 0.4, "align": "weights", "statistic": "clewi2024",
+        "refresh": False, "points": 5, "holdout": 0.1,
+    }  # fmt: skip
+    fields = [field.name for field in dataclasses.fields(value) if field.name in others]
+    assert fields
+    keys = {key(dataclasses.replace(value, **{name: others[name]})) for name in fields}
+    assert len(keys | {key(value)}) == len(fields) + 1
+    assert key(dataclasses.replace(value)) == key(value)
+
+
+def test_the_content_of_stream_model_and_seed_is_in_the_hash_and_names_are_not(grid):
+    stream = toy_stream()
+    reference = grid({"ft": Learner()})["hash"][0]
+    named = {"streams": {"n": dataclasses.replace(stream, name="other")}, "model": {"m": SMALL}}
+    assert grid({"any": Learner()}, **named, training={"t": SHORT})["hash"][0] == reference
+    module = SMALL(stream, seed=5)
+    changed = [
+        {"streams": toy_stream(1)},
+        {"model": functools.partial(models.mlp, hidden=(9,))},
+        {"model": module},
+        {"model": SMALL(stream, seed=6)},
+        {"seeds": [1]},
+        {"measure": last_accuracies},
+        {"training": Training(epochs=2, batch=16)},
+    ]
+    keys = [grid({"ft": Learner()}, **options)["hash"][0] for options in changed]
+    assert len({*keys, reference}) == len(changed) + 1
+    assert grid({"ft": Learner()}, model=SMALL(stream, seed=5))["hash"][0] == keys[2]
+
+
+def captured(width):
+    return lambda stream, *, seed: width
+
+
+def using_a_global(stream, *, seed):
+    return WIDTH
+
+
+def test_own_code_is_described_by_what_it_does(monkeypatch):
+    assert key(captured(1)) == key(captured(1)) != key(captured(2))
+    assert key(lambda x: x.a) != key(lambda x: x.b)
+    assert key(lambda x: x + 1) != key(lambda x: x + 2)
+    before = key(using_a_global)
+    monkeypatch.setitem(globals(), "WIDTH", 4)
+    assert key(using_a_global) != before
+
+
+def test_own_classes_are_described_by_their_methods():
+    def make(rate):
+        @dataclasses.dataclass
+        class Own(Learner):
+            memory: int = 3
+
+            def loss(self, model, batch):
+                return super().loss(model, batch) * rate
+
+        return Own()
+
+    assert key(make(2)) == key(make(2)) != key(make(3))
+
+
+def test_values_are_told_apart_by_content():
+    a = torch.arange(6.0)
+    values = [
+        a,
+        a.double(),
+        a.view(2, 3),
+        a + 1,
+        a.numpy(),
+        [1, 2],
+        [2, 1],
+        {"a": 1},
+        {"a": 2},
+        1,
+        1.0,
+        True,
+        "1",
+        None,
+    ]
+    values += [Path("x"), {1, 2}, {1, 3}, range(3), functools.partial(max, 1), functools.partial(max, 2), max, min]
+    assert len({key(value) for value in values}) == len(values)
+    assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1})
+
+
+def test_description_is_the_same_in_another_process():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_experiments as t; "
+        "print(t.key([t.last_accuracies, t.captured(2), t.SMALL, t.ER(3), t.toy_stream, {'b', 'a', 'c'}, t.SHORT]))"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    other = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
+    assert other.stdout.strip() == key([last_accuracies, captured(2), SMALL, ER(3), toy_stream, {"b", "a", "c"}, SHORT])
+
+
+def test_values_without_a_stable_description_are_refused():
+    with pytest.raises(TypeError, match="no stable description"):
+        describe(_ for _ in ())
+
+
+def test_source_digest_is_a_hash_of_the_code():
+    assert len(source_digest()) == 16
+
+
+def test_plain_values_survive_json():
+    value = {"a": torch.ones(2), "b": (1, 2.5), 3: Path("x/y"), "d": torch.tensor(1).numpy(), "e": float("nan")}
+    content = plain(value)
+    assert canonical(json.loads(json.dumps(content))) == canonical(content)
+    assert content["a"] == [1.0, 1.0] and content["3"] == "x/y" and content["d"] == 1
+    with pytest.raises(TypeError, match="cannot be stored"):
+        plain(object())

@@ -1,0 +1,297 @@
+"""Statistics over tables, a notebook's page with its claims and files, and the execution of notebooks."""
+
+import json
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from clkit.experiments import execute, find, page, paired_difference, repository, summarise
+from clkit.experiments.notebooks import WIDGET, normalise
+from clkit.learners import ER
+
+
+def table_of(gains, noise=0.0):
+    """Methods a and b over seeds, with a ahead of b by `gains`."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.5, noise, len(gains))
+    rows = [("b", seed, value) for seed, value in enumerate(base)]
+    rows += [("a", seed, value + gain) for seed, (value, gain) in enumerate(zip(base, gains, strict=True))]
+    return pd.DataFrame(rows, columns=["method", "seed", "acc"])
+
+
+def test_summary_is_mean_spread_and_count():
+    table = pd.DataFrame({"method": ["b", "b", "a"], "acc": [0.2, 0.4, 0.5], "last": [0, 0, 1.0]})
+    summary = summarise(table)
+    assert list(summary["method"]) == ["b", "a"] and list(summary["n"]) == [2, 1]
+    assert summary["mean"].tolist() == pytest.approx([0.3, 0.5])
+    assert summary["std"][0] == pytest.approx(np.sqrt(0.02)) and np.isnan(summary["std"][1])
+    assert summarise(table, ["method", "acc"], "last")["mean"].tolist() == [0, 0, 1]
+    with pytest.raises(KeyError, match="lost"):
+        summarise(table, value="lost")
+
+
+gains = st.lists(st.floats(-1, 1), min_size=2, max_size=8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(gains)
+def test_difference_is_antisymmetric_and_holds_its_mean(values):
+    table = table_of(values)
+    ab, ba = (paired_difference(table, *pair, draws=500) for pair in (("a", "b"), ("b", "a")))
+    assert ab.n == len(values)
+    assert ab.mean == pytest.approx(np.mean(values), abs=1e-12)
+    assert (-ba.mean, -ba.upper, -ba.lower) == pytest.approx((ab.mean, ab.lower, ab.upper), abs=1e-12)
+    assert ab.lower <= ab.mean + 1e-12 and ab.mean <= ab.upper + 1e-12
+    assert paired_difference(table.sample(frac=1, random_state=1), "a", "b").mean == pytest.approx(ab.mean, abs=1e-12)
+
+
+def test_pairing_cancels_what_the_pairs_share():
+    difference = paired_difference(table_of([0.1] * 5, noise=10.0), "a", "b")
+    assert difference == pytest.approx((0.1, 0.1, 0.1, 5))
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        difference = paired_difference(table_of(rng.normal(0.3, 1, 25)), "a", "b", level=0.9, draws=400)
+        hits += difference.lower <= 0.3 <= difference.upper
+    assert 0.8 <= hits / 200 <= 0.96
+
+
+def test_one_pair_has_no_interval():
+    difference = paired_difference(table_of([0.25]), "a", "b")
+    assert difference.mean == 0.25 and np.isnan(difference.lower) and np.isnan(difference.upper)
+
+
+def test_what_cannot_be_paired_is_refused():
+    table = table_of([0.1, 0.2])
+    with pytest.raises(ValueError, match="not paired at"):
+        paired_difference(table[1:], "a", "b")
+    with pytest.raises(ValueError, match="several rows"):
+        paired_difference(pd.concat([table, table]), "a", "b")
+    with pytest.raises(KeyError, match="it holds b, a"):
+        paired_difference(table, "a", "c")
+    with pytest.raises(ValueError, match="level"):
+        paired_difference(table, "a", "b", level=95)
+    assert paired_difference(table.assign(stream="s"), "a", "b", by=["stream", "seed"]).n == 2
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A repository of its own, as the working folder, with no profile chosen."""
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    for name in ("CLKIT_PROFILE", "CLKIT_FIGURES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def drawing() -> Figure:
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().plot([0, 1], [0.2, 0.4], label="x")
+    return figure
+
+
+def test_profile_comes_from_the_environment(place, monkeypatch):
+    assert page("03-x").profile == "fast" and page("03-x", "paper").choose(fast=1, paper=2) == 2
+    monkeypatch.setenv("CLKIT_PROFILE", "paper")
+    assert page("03-x").profile == "paper" and page("03-x").root == place
+    monkeypatch.setenv("CLKIT_PROFILE", "papers")
+    with pytest.raises(ValueError, match="choose one of fast, paper"):
+        page("03-x")
+    with pytest.raises(ValueError, match="file name"):
+        page("../x", "fast")
+
+
+def test_repository_is_the_nearest_with_a_project(place, tmp_path_factory):
+    assert repository() == place
+    with pytest.raises(FileNotFoundError, match=r"pyproject\.toml"):
+        repository(tmp_path_factory.mktemp("elsewhere"))
+
+
+def test_saved_files_are_complete_and_always_the_same(place):
+    table = pd.DataFrame({"t": [0.0, 0.1], "acc": [1 / 3, np.nan]})
+    seen = []
+    for _ in range(2):
+        page("03-x").save(drawing(), "fig1", table, config={"learner": ER(5), "alphas": (0.1,)}, seeds=range(2))
+        seen.append({path.name: path.read_bytes() for path in (place / "figures").iterdir()})
+    assert seen[0] == seen[1]
+    assert set(seen[0]) == {f"03-x-fig1.{kind}" for kind in ("png", "svg", "csv", "json")}
+    pd.testing.assert_frame_equal(pd.read_csv(place / "figures" / "03-x-fig1.csv"), table, check_exact=True)
+    facts = json.loads(seen[0]["03-x-fig1.json"])
+    assert facts["config"] == {"learner": repr(ER(5)), "alphas": [0.1]} and facts["seeds"] == [0, 1]
+    assert facts["profile"] == "fast" and facts["data"] == "03-x-fig1.csv" and len(facts["hash"]) == 16
+    page("03-x").save(drawing(), "fig2", {"curve": np.array([1.0, np.inf])})
+    assert json.loads((place / "figures" / "03-x-fig2.json").read_text())["data"] == {"curve": [1.0, None]}
+
+
+def test_figures_may_go_elsewhere(place, monkeypatch):
+    monkeypatch.setenv("CLKIT_FIGURES", str(place / "out"))
+    page("03-x").save(drawing(), "fig1")
+    assert (place / "out" / "03-x-fig1.png").is_file() and not (place / "figures").exists()
+
+
+@pytest.mark.parametrize("profile", ["fast", "paper"])
+def test_results_are_computed_once_for_a_configuration(place, profile):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return pd.DataFrame({"a": [1, 2], "b": [0.1, np.nan], "c": ["x", "y"], "d": [[1.0], []]})
+
+    first, again = (page("03-x", profile).results(compute, {"n": 1}, "grid") for _ in range(2))
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    pd.testing.assert_frame_equal(first, compute(), check_dtype=False)
+    assert len(calls) == 2
+    page("03-x", profile).results(compute, {"n": 2}, "grid")
+    assert len(calls) == 3
+    if profile == "paper":
+        assert page("03-x", "fast").published("grid").equals(first)
+    else:
+        with pytest.raises(FileNotFoundError, match="--profile paper"):
+            page("03-x").published("grid")
+        assert not (place / "figures").exists()
+
+
+def test_results_that_were_cut_off_are_computed_again(place):
+    opened = page("03-x", "paper")
+    assert opened.results(lambda: {"x": 1}, 1) == {"x": 1}
+    path = place / "figures" / "03-x-results-paper.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert opened.results(lambda: {"x": 2}, 1) == {"x": 2}
+
+
+def test_claims_print_lines_without_numbers_and_are_written_down(place, capsys):
+    claims = page("03-x").claims()
+    claims.check("merging helps", np.bool_(True))
+    claims.expect_not("EWC helps", False)
+    claims.done()
+    assert capsys.readouterr().out == "holds: merging helps\ndoes not hold: EWC helps\n"
+    written = json.loads((place / "figures" / "03-x-claims.json").read_text())
+    assert [(c["recorded"], c["holds"]) for c in written["claims"]] == [(True, True), (False, False)]
+
+
+def test_a_claim_that_differs_from_its_record_raises(place, capsys):
+    for record in ("check", "expect_not"):
+        claims = page("03-x").claims()
+        getattr(claims, record)("merging helps", record == "expect_not")
+        with pytest.raises(AssertionError, match=r"1 of 1 differ .*'merging helps'"):
+            claims.done()
+    assert capsys.readouterr().out.splitlines() == ["does not hold: merging helps", "holds: merging helps"]
+    assert json.loads((place / "figures" / "03-x-claims.json").read_text())["claims"][0]["recorded"] is False
+
+
+def test_claims_take_one_truth_value_each(place):
+    claims = page("03-x").claims()
+    for value in (np.array([True, True]), 1.0, None):
+        with pytest.raises(TypeError, match="give True or False"):
+            claims.check("x", value)
+    claims.check("x", True)
+    with pytest.raises(ValueError, match="twice"):
+        claims.expect_not("x", True)
+
+
+def test_laws_are_counted_and_kept_beside_the_claims(place, capsys):
+    opened = page("03-x")
+    laws, claims = opened.laws(), opened.claims()
+    laws.check("the function is kept", True)
+    laws.check("ends are the parents", True)
+    laws.done()
+    claims.check("merging helps", True)
+    claims.done()
+    assert capsys.readouterr().out.startswith("laws: 2 of 2\n")
+    written = json.loads((place / "figures" / "03-x-claims.json").read_text())
+    assert len(written["laws"]) == 2 and len(written["claims"]) == 1
+    laws.check("broken", False)
+    with pytest.raises(AssertionError, match="'broken' does not hold"):
+        laws.done()
+
+
+def test_show_displays_the_source(place, capsys):
+    page("03-x").show(ER)
+    assert "Markdown" in capsys.readouterr().out
+
+
+CELLS = {
+    "01-good": [
+        "from clkit.experiments import page\npage = page('01-good')",
+        "import sys; print('noise', file=sys.stderr)",
+        "from matplotlib.figure import Figure\npage.save(Figure(), 'one', {'x': 1}); page.profile",
+        "claims = page.claims(); claims.check('a', True); claims.expect_not('b', False); claims.done()",
+    ],
+    "02-bad": ["1 / 0"],
+}
+
+
+def write_notebook(path, cells):
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    book.cells[-1].metadata["tags"] = ["nbval-check-output"]
+    nbformat.write(book, path)
+
+
+@pytest.fixture
+def notebooks(place, monkeypatch):
+    """Two notebooks, a good and a bad one, and a kernel that keeps its files to itself."""
+    monkeypatch.setenv("IPYTHONDIR", str(place / "ipython"))
+    for name, cells in CELLS.items():
+        write_notebook(place / "notebooks" / f"{name}.ipynb", cells)
+    return place / "notebooks"
+
+
+def test_notebooks_are_found_by_how_their_names_begin(notebooks):
+    assert [path.stem for path in find()] == list(CELLS)
+    assert find(["02"]) == find(["02-bad.ipynb", "notebooks/02-bad.ipynb"]) == [notebooks / "02-bad.ipynb"]
+    with pytest.raises(ValueError, match="did you mean '01-good'"):
+        find(["01-god"])
+
+
+def test_execution_reports_figures_claims_and_errors(notebooks):
+    before = {path: path.read_bytes() for path in notebooks.iterdir()}
+    good, bad = execute(find(), progress=False, jobs=2)
+    assert (good.notebook, good.figures, good.holds, good.does_not_hold, good.failed, good.error) == (
+        "01-good", 1, 1, 1, 0, "",
+    )  # fmt: skip
+    assert bad.error == "ZeroDivisionError: division by zero" and bad.figures == 0
+    assert {path: path.read_bytes() for path in notebooks.iterdir()} == before
+
+
+def test_written_outputs_are_always_the_same_and_are_checked(notebooks):
+    path = notebooks / "03-plain.ipynb"
+    write_notebook(path, ["import sys; print('noise', file=sys.stderr)", "2 + 3", "print('laws: 2 of 2')"])
+    (unchecked,) = execute([path], progress=False, check=True)
+    assert "cells [2] print other than what is stored" in unchecked.error
+    execute([path], progress=False, write=True)
+    written = path.read_bytes()
+    book = nbformat.read(path, as_version=4)
+    assert [len(cell.outputs) for cell in book.cells] == [0, 1, 1]
+    assert all(cell.execution_count for cell in book.cells)
+    (checked,) = execute([path], progress=False, check=True)
+    assert checked.error == ""
+    execute([path], progress=False, write=True)
+    assert path.read_bytes() == written
+    with pytest.raises(ValueError, match="check"):
+        execute([path], check=True, write=True)
+
+
+def test_progress_bars_and_widget_views_are_taken_out():
+    def shown(text):
+        return nbformat.v4.new_output("display_data", {"text/plain": text, WIDGET: {"model_id": "1"}})
+
+    outputs = [shown("  0%|          | 0/4 [00:00<?, ?it/s]"), shown("task:  25%|##  | 1/4"), shown("Image(value=b'')")]
+    cell = nbformat.v4.new_code_cell("x", outputs=outputs, metadata={"execution": {"iopub": "now"}})
+    book = normalise(
+        nbformat.v4.new_notebook(
+            cells=[cell], metadata={"widgets": {}, "language_info": {"name": "python", "version": "3"}}
+        )
+    )
+    assert [output.data for output in book.cells[0].outputs] == [{"text/plain": "Image(value=b'')"}]
+    assert not book.cells[0].metadata and set(book.metadata) == {"kernelspec", "language_info"}
+    nbformat.validate(book)

@@ -19,7 +19,6 @@ the consolidation alone see the same batches.
 import copy
 import functools
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -171,7 +170,7 @@ class Result:
 
 
 def describe(model: nn.Module | ModelFactory) -> str:
-    """The record of a model: a factory with its settings, or a module's class with a digest of its weights."""
+    """A model in words, for the record: a factory and its settings, or a module's class and a digest of its weights."""
     if isinstance(model, nn.Module):
         digest = hashlib.sha256()
         for name, tensor in get_weights(model, "cpu").items():
@@ -180,10 +179,7 @@ def describe(model: nn.Module | ModelFactory) -> str:
     if isinstance(model, functools.partial):
         parts = [repr(a) for a in model.args] + [f"{k}={v!r}" for k, v in sorted(model.keywords.items())]
         return f"{describe(model.func)}({', '.join(parts)})"
-    name = f"{getattr(model, '__module__', '?')}.{getattr(model, '__qualname__', repr(model))}"
-    if "<lambda>" in name or "<locals>" in name:
-        name += f"[{hashlib.sha256(inspect.getsource(model).encode()).hexdigest()[:16]}]"
-    return name
+    return f"{model.__module__}.{getattr(model, '__qualname__', type(model).__name__)}"
 
 
 def run(
@@ -453,7 +449,10 @@ def _device(device: torch.device | str) -> torch.device:
     """The device meant: "auto" is the first GPU if there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device: {device!r} is unknown to torch; use "cpu", "cuda" or "auto"') from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'device: {str(device)!r} was asked for and torch sees no GPU; use "cpu" or "auto"')
     return place

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+import toys
 
-from clkit import alignment, landscape, models, normalization
+from clkit import ER, CLeWI, alignment, landscape, models, normalization
 from clkit import weights as W
 from clkit.data import Examples, Stream, Task
 from clkit.evaluation import evaluate
@@ -111,6 +112,55 @@ def test_alignment_and_re_estimation_keep_the_ends(stream, net, ends, inputs):
     np.testing.assert_allclose(curves["plain"].loss[0], landscape.curve(net, (new, old), stream, 2).loss[0])
 
 
+def test_variants_picks_curves_and_leaves_the_others_out(stream, net, ends, inputs):
+    every = landscape.interpolation(net, *ends, stream, inputs, ts=3)
+    for name in landscape.VARIANTS:
+        (found,) = landscape.interpolation(net, *ends, stream, inputs, ts=3, variants=[name]).items()
+        assert found[0] == name
+        np.testing.assert_array_equal(found[1].loss, every[name].loss)
+    assert landscape.interpolation(net, *ends, stream, inputs, variants=[]) == {}
+
+
+def test_plain_variants_need_no_symmetry(stream, net, ends, inputs, monkeypatch):
+    monkeypatch.setattr(alignment, "symmetry", None)
+    landscape.interpolation(net, *ends, stream, inputs, ts=2, variants=["plain", "plain, re-estimated"])
+
+
+@pytest.mark.parametrize("variants", [landscape.VARIANTS, ("aligned", "plain, re-estimated")])
+def test_merges_are_interpolations_by_hand(stream, net, ends, inputs, variants):
+    before = W.get_weights(net)
+    trained = [*ends, before]
+    deployed = [W.get_weights(models.convnet(stream, widths=(4, 6), seed=seed)) for seed in (3, 4, 5)]
+    seen = [inputs[:8], inputs[8:18], inputs[18:]]
+    found = landscape.merges(net, trained, deployed, seen, stream, ts=[0, 0.5, 1], variants=variants)
+    assert len(found) == 2 and W.equal(W.get_weights(net), before)
+    for t, curves in enumerate(found, 1):
+        expected = landscape.interpolation(
+            net, deployed[t - 1], trained[t], stream, seen[t], ts=[0, 0.5, 1], seen=t + 1, variants=variants
+        )
+        assert tuple(curves) == tuple(expected) == tuple(variants)
+        for name, curve in curves.items():
+            assert curve.loss.shape == (3, t + 1)
+            np.testing.assert_array_equal(curve.loss, expected[name].loss)
+            np.testing.assert_array_equal(curve.accuracy, expected[name].accuracy)
+
+
+def test_one_task_has_no_merge(stream, net, ends, inputs):
+    assert landscape.merges(net, ends[:1], ends[1:], [inputs], stream) == []
+
+
+def test_merges_of_a_run_start_where_it_trained_and_end_where_it_deployed():
+    images = toys.images()
+    result = toys.quick(images, ER(8), CLeWI(0.3, points=0), model=toys.small_convnet)
+    found = landscape.merges(
+        result.model, result.trained, result.weights, result.inputs, images, ts=[0, 0.3, 1], variants=landscape.VARIANTS
+    )
+    for t, curves in enumerate(found, 1):
+        merged = curves["aligned, re-estimated"].accuracy[1]
+        np.testing.assert_array_equal(merged, result.accuracy[t, : t + 1])
+        np.testing.assert_array_equal(curves["plain"].accuracy[2], result.accuracy[t - 1, : t + 1])
+
+
 def test_a_plane_goes_through_its_corners(stream, net, ends):
     corners = (*ends, W.get_weights(net))
     plane = landscape.plane(net, corners, stream, 3, margin=0)
@@ -130,6 +180,11 @@ def test_a_plane_goes_through_its_corners(stream, net, ends):
         (lambda n, e, s: landscape.curve(n, e, s, []), "ts"),
         (lambda n, e, s: landscape.curve(n, e, s, seen=4), "seen: 4 of 3"),
         (lambda n, e, s: landscape.curve(n, (e[0], {}), s), "different names"),
+        (lambda n, e, s: landscape.interpolation(n, *e, s, None, variants=["plain", "alinged"]), "variants: 'alinged'"),
+        (
+            lambda n, e, s: landscape.merges(n, e, e, [torch.zeros(2, 1, 8, 8)] * 2, s, variants=["all"]),
+            "'all' is unknown",
+        ),
         (lambda n, e, s: landscape.plane(n, e, s), "corners: 2"),
         (lambda n, e, s: landscape.plane(n, (*e, W.lerp(*e, 0.5)), s), "one line"),
     ],

@@ -326,6 +326,8 @@ class TestBadInput:
     def test_seed_and_device(self, toy):
         with pytest.raises(ValueError, match="seed: -1"):
             quick(toy, seed=-1)
+        with pytest.raises(ValueError, match="device: 'abacus' is unknown"):
+            quick(toy, device="abacus")
         if not torch.cuda.is_available():
             with pytest.raises(ValueError, match="torch sees no GPU"):
                 quick(toy, device="cuda")

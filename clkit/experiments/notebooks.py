@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from clkit.experiments.pages import repository
+from clkit.experiments.pages import repository, suffix
 from clkit.weights import write_atomically
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -123,7 +123,7 @@ def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: boo
     if write and not error:
         text = nbformat.writes(normalise(book))
         write_atomically(path, lambda place: place.write_text(text + "\n", encoding="utf-8"))
-    holds, does_not_hold, failed = _claims(folder / f"{path.stem}-claims.json", begun)
+    holds, does_not_hold, failed = _claims(folder / f"{path.stem}-claims{suffix(env['CLKIT_PROFILE'])}.json", begun)
     figures = [file for file in folder.glob(f"{path.stem}-*.png") if file.stat().st_mtime >= begun - 1]
     return Outcome(path.stem, seconds, len(figures), holds, does_not_hold, failed, error)
 

@@ -48,6 +48,11 @@ def repository(start: Path | None = None) -> Path:
     raise FileNotFoundError(f"{start} is not inside a repository with a pyproject.toml; change to clkit's folder")
 
 
+def suffix(profile: str) -> str:
+    """What the names of a profile's files end in: nothing for the fast one, "-paper" for the paper's."""
+    return "-paper" if profile == "paper" else ""
+
+
 class Page:
     """What a notebook keeps beside itself: files named `<notebook>-<name>` in the folder of figures."""
 
@@ -89,7 +94,7 @@ class Page:
         import matplotlib as mpl
 
         _check_name("name", name)
-        stem = f"{self.name}-{name}"
+        stem = f"{self.name}-{name}{suffix(self.profile)}"
         with mpl.rc_context({"svg.hashsalt": stem}):
             for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
                 write_atomically(
@@ -106,17 +111,19 @@ class Page:
             facts["data"] = _legible(data)
         self._write(f"{stem}.json", facts | {"hash": digest([facts["config"], facts["seeds"], self.profile])})
 
-    def results(self, compute: Callable[[], Any], config: Any, name: str = "results") -> Any:
+    def results(
+        self, compute: Callable[[], Any], config: Any, name: str = "results", *, commit: bool | None = None
+    ) -> Any:
         """What `compute()` gives, a table or a JSON value; computed once for a configuration, then read.
 
-        With the paper profile the results lie with the figures, to be committed, and are computed again when `config`
-        is not the one they were made with. With the fast profile they are a cache outside of the repository, and
-        changed code of clkit makes them stale too.
+        With `commit`, the default for the paper profile, the results lie with the figures, to be committed, and are
+        computed again when `config` is not the one they were made with. Without it they are a cache outside of the
+        repository, and changed code of clkit makes them stale too.
         """
         _check_name("name", name)
         key = digest([self.name, name, _legible(config)])
-        path = self._results_path(name)
-        if self.profile == "fast":
+        path = self.figures / f"{self.name}-{name}{suffix(self.profile)}.json"
+        if not (self.profile == "paper" if commit is None else commit):
             path = cache_folder() / "pages" / f"{digest([key, source_digest()])}.json"
         with suppress(FileNotFoundError, ValueError, KeyError):
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -136,7 +143,7 @@ class Page:
 
     def published(self, name: str = "results") -> Any:
         """The committed results of the paper profile, whichever profile is on."""
-        path = self._results_path(name)
+        path = self.figures / f"{self.name}-{name}-paper.json"
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path.name} is not among the figures; make it with clkit figures {self.name} --profile paper"
@@ -150,9 +157,6 @@ class Page:
 
         display(Markdown(f"```python\n{inspect.getsource(inspect.unwrap(thing))}```"))
 
-    def _results_path(self, name: str) -> Path:
-        return self.figures / f"{self.name}-{name}-paper.json"
-
     def _write(self, file: str, content: Any) -> None:
         text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(self.figures / file, lambda place: place.write_text(text, encoding="utf-8"))
@@ -160,7 +164,7 @@ class Page:
     def _record(self) -> None:
         """Writes down the claims and laws checked so far."""
         parts = {"claims": self._claims.checked, "laws": self._laws.checked}
-        self._write(f"{self.name}-claims.json", {"profile": self.profile, **parts})
+        self._write(f"{self.name}-claims{suffix(self.profile)}.json", {"profile": self.profile, **parts})
 
 
 class Claims:

@@ -1,0 +1,75 @@
+"""What a reader of the repository meets: the README's example runs, the notebooks hold the outputs they should."""
+
+import ast
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def cells(path: Path, kind: str = "code") -> list[dict]:
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def text(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def test_the_readmes_example_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", README, re.S)
+    assert example
+    exec(example[1].replace("epochs=10", "epochs=1"), {})
+    er, merged = (ast.literal_eval(line) for line in capsys.readouterr().out.splitlines())
+    assert er.keys() == merged.keys() and er != merged
+
+
+def test_ci_runs_the_readmes_test_command():
+    block = re.search(r"<!-- test command -->\n```bash\n(.*?)\n```", README, re.S)
+    assert block and block[1].endswith("&& .venv/bin/pytest")
+    assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_module_is_in_the_readme():
+    modules = {p.name.removesuffix(".py") for p in (ROOT / "clkit").iterdir() if p.name[0] not in "._"}
+    assert modules <= set(re.findall(r"`(\w+)`", README))
+
+
+def test_every_figure_of_the_text_is_there():
+    texts = [(ROOT, README)]
+    texts += [(path.parent, text(cell)) for path in NOTEBOOKS for cell in cells(path, "markdown")]
+    for folder, content in texts:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", content):
+            assert (folder / link).exists(), link
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_it_is_stored_as_executed(self, path):
+        for cell in cells(path):
+            assert cell["execution_count"] is not None, text(cell)
+            assert all(output["output_type"] != "error" for output in cell["outputs"])
+
+    def test_compared_cells_have_something_to_compare(self, path):
+        compared = [cell for cell in cells(path) if "nbval-check-output" in cell["metadata"].get("tags", [])]
+        assert len(compared) >= 2
+        assert all(cell["outputs"] for cell in compared)
+
+    def test_its_parameters_are_literals(self, path):
+        parameters = [cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+        assert len(parameters) == 1
+        for statement in ast.parse(text(parameters[0])).body:
+            assert isinstance(statement, ast.Assign)
+            ast.literal_eval(statement.value)
+
+    def test_it_reads_well(self, path):
+        lines = [len(text(cell).splitlines()) for cell in cells(path)]
+        assert path.stat().st_size < 300_000
+        assert statistics.median(lines) <= 8 and max(lines) <= 18 and sum(lines) <= 180
+        definitions = sum(text(cell).count("\ndef ") + text(cell).startswith("def ") for cell in cells(path))
+        assert definitions <= 3

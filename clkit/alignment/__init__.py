@@ -1,6 +1,7 @@
 """Alignment: the permutation symmetry of any model, derived; matching networks by activations or weights."""
 
 from clkit.alignment.activations import STATISTICS, Similarities, similarities
+from clkit.alignment.derivation import symmetry
 from clkit.alignment.matching import Alignment, align, assign
 from clkit.alignment.permutation import (
     Permutations,
@@ -10,7 +11,7 @@ from clkit.alignment.permutation import (
     permute,
     random_permutations,
 )
-from clkit.alignment.symmetry import Axis, Group, Symmetry, symmetry
+from clkit.alignment.structure import Axis, Group, Proof, Row, Symmetry, Table
 
 __all__ = [
     "STATISTICS",
@@ -18,8 +19,11 @@ __all__ = [
     "Axis",
     "Group",
     "Permutations",
+    "Proof",
+    "Row",
     "Similarities",
     "Symmetry",
+    "Table",
     "align",
     "assign",
     "compose",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clkit.alignment.points import Ids
 from clkit.alignment.program import Program, trace
-from clkit.alignment.symmetry import Symmetry
+from clkit.alignment.structure import Symmetry
 from clkit.alignment.taps import Tap
 from clkit.weights import Weights
 
@@ -36,7 +36,7 @@ def similarities(
     inputs: Tensor,
     *,
     statistic: str = "pearson",
-    batch: int = 50,
+    batch: int = 32,
 ) -> Similarities:
     """Compares the units of two networks on `inputs` by Pearson's correlation over all examples and positions.
 
@@ -85,25 +85,26 @@ class _Moments:
         self.products = torch.zeros(())
 
     def add(self, values: list[Tensor]) -> None:
-        """Takes one batch's values of both networks, as (lanes, positions, units) in double precision."""
+        """Takes one batch's values of both networks."""
         now = [self._read(value) for value in values]
         if not self.count:
-            self.shift = [v.mean(1, keepdim=True) for v in now]
-            self.sums = [v.new_zeros(v.shape[0], v.shape[2]) for v in now]
+            self.shift = [v.mean(2, keepdim=True) for v in now]
+            self.sums = [v.new_zeros(v.shape[:2]) for v in now]
             self.squares = [s.clone() for s in self.sums]
-            self.products = now[0].new_zeros(len(now[0]), now[0].shape[2], now[1].shape[2])
-        self.count += now[0].shape[1]
+            self.products = now[0].new_zeros(len(now[0]), now[0].shape[1], now[1].shape[1])
+        self.count += now[0].shape[2]
         for k, value in enumerate(now):
             value -= self.shift[k]
-            self.sums[k] += value.sum(1)
-            self.squares[k] += torch.linalg.vector_norm(value, dim=1).square()
-        self.products.baddbmm_(now[0].mT, now[1])
+            self.sums[k] += value.sum(2)
+            self.squares[k] += torch.linalg.vector_norm(value, dim=2).square()
+        self.products.baddbmm_(now[0], now[1].mT)
 
     def _read(self, value: Tensor) -> Tensor:
-        matrix = self.tap.read(value)
-        if self.slots.size != matrix.shape[1] or (np.diff(self.slots.ravel()) != 1).any():
-            matrix = matrix[:, torch.from_numpy(self.slots.ravel()).to(matrix.device)]
-        return matrix.unflatten(1, self.slots.shape).movedim(1, 0).to(torch.float64, copy=True)
+        """The values as (lanes, units, positions) in double precision."""
+        rows = self.tap.read(value)
+        if self.slots.size != len(rows) or (np.diff(self.slots.ravel()) != 1).any():
+            rows = rows[torch.from_numpy(self.slots.ravel()).to(rows.device)]
+        return rows.unflatten(0, self.slots.shape)
 
     def compare(self, images: int | None) -> tuple[NDArray[np.float64], list[NDArray[np.bool_]]]:
         """The similarities of all pairs, a mean over lanes, and which units are constant, of either network.
@@ -111,7 +112,7 @@ class _Moments:
         `images`: their number for the statistic of CLeWI's code, None for Pearson's.
         """
         offsets = [s / self.count for s in self.sums]
-        means = [shift[:, 0] + offset for shift, offset in zip(self.shift, offsets, strict=True)]
+        means = [shift[..., 0] + offset for shift, offset in zip(self.shift, offsets, strict=True)]
         spreads = [s / self.count - o.square() for s, o in zip(self.squares, offsets, strict=True)]
         spreads = [torch.where(v > 1e-12 * m.square(), v, 0.0).sqrt() for v, m in zip(spreads, means, strict=True)]
         shared = self.products / self.count - offsets[0][:, :, None] * offsets[1][:, None, :]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clkit.alignment.activations import STATISTICS, Similarities, similarities
 from clkit.alignment.permutation import check_weights, identity, merge, move
 from clkit.alignment.points import Ids
-from clkit.alignment.symmetry import Symmetry
+from clkit.alignment.structure import Symmetry
 from clkit.weights import Weights, check_finite
 
 METHODS = ("activations", "weights")
@@ -46,10 +46,10 @@ def align(
     *,
     by: str = "activations",
     statistic: str = "pearson",
-    batch: int = 50,
+    batch: int = 32,
     generator: torch.Generator | None = None,
 ) -> Alignment:
-    """Finds the permutations that make `moving` look like `reference`: `permute(symmetry, result.permutations, moving)`.
+    """Finds the permutations that make `moving` look like `reference`; `permute` then applies them.
 
     By activations (git re-basin 2209.04836, CLeWI 2404.04002): one pass of both networks over `inputs` in evaluation
     mode; for each group the `similarities` of its units, then one linear assignment that maximises their sum. All
@@ -125,7 +125,9 @@ def _assign(
 def _match_activations(
     symmetry: Symmetry, found: Similarities, reference: Weights, moving: Weights
 ) -> dict[str, Tensor]:
-    """`assign`, where units that look alike at work (or never vary) are told apart by their weights, given the rest."""
+    """`assign`, with the weights to tell apart units that look alike at work, never vary or are not seen."""
+    blind = {g: np.zeros((group.units,) * 2) for g, group in symmetry.groups.items() if not symmetry.members[g]}
+    found = Similarities(blind | found.matrix, found.constant)
     permutations = assign(symmetry, found.matrix)
     vague = {g: (_ties(m), _ties(m.T)) for g, m in found.matrix.items()}
     vague = {g: ties for g, ties in vague.items() if min(map(len, ties)) > 1}

@@ -3,25 +3,28 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clkit.alignment.points import Ids
-from clkit.alignment.symmetry import Axis, Symmetry
 from clkit.weights import Weights
+
+if TYPE_CHECKING:
+    from clkit.alignment.structure import Axis, Symmetry
 
 Permutations = Mapping[str, Tensor]
 """For each group, which unit comes to each place: place i takes what was at `permutations[group][i]`."""
 
 
-def identity(symmetry: Symmetry) -> dict[str, Tensor]:
+def identity(symmetry: "Symmetry") -> dict[str, Tensor]:
     """The permutations that leave everything where it is."""
     return {name: torch.arange(group.units) for name, group in symmetry.groups.items()}
 
 
-def random_permutations(symmetry: Symmetry, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+def random_permutations(symmetry: "Symmetry", generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """Draws an element of the symmetry uniformly: blocks change places, and their members within them."""
     drawn: dict[str, Tensor] = {}
 
@@ -50,7 +53,7 @@ def invert(permutations: Permutations) -> dict[str, Tensor]:
     return {name: torch.argsort(p) for name, p in permutations.items()}
 
 
-def permute(symmetry: Symmetry, permutations: Permutations, weights: Weights) -> dict[str, Tensor]:
+def permute(symmetry: "Symmetry", permutations: Permutations, weights: Weights) -> dict[str, Tensor]:
     """Moves units to the places that `permutations` gives them; values are copied bitwise, the function stays.
 
     Groups that `permutations` leaves out stay as they are. Raises KeyError for an unknown group, ValueError for
@@ -61,7 +64,7 @@ def permute(symmetry: Symmetry, permutations: Permutations, weights: Weights) ->
     return {name: move(symmetry, element, name, tensor) for name, tensor in weights.items()}
 
 
-def check_weights(symmetry: Symmetry, weights: Weights, what: str) -> None:
+def check_weights(symmetry: "Symmetry", weights: Weights, what: str) -> None:
     """Raises ValueError unless the weights have the names and shapes that the symmetry was derived for."""
     if weights.keys() != symmetry.axes.keys():
         odd = sorted(weights.keys() ^ symmetry.axes.keys())[:3]
@@ -83,7 +86,7 @@ class Element:
     starts: Ids
 
 
-def merge(symmetry: Symmetry, permutations: Permutations) -> Element:
+def merge(symmetry: "Symmetry", permutations: Permutations) -> Element:
     """Puts permutations into one array; raises KeyError or ValueError for what is no element of the symmetry."""
     for name in permutations:
         if name not in symmetry.groups:
@@ -105,7 +108,7 @@ def merge(symmetry: Symmetry, permutations: Permutations) -> Element:
     return Element(whole, starts)
 
 
-def move(symmetry: Symmetry, element: Element, name: str, tensor: Tensor, but: int | None = None) -> Tensor:
+def move(symmetry: "Symmetry", element: Element, name: str, tensor: Tensor, but: int | None = None) -> Tensor:
     """Moves what lies on the axes of one weight, all of them or all but one."""
     out = tensor
     for dim, axis in enumerate(symmetry.axes[name]):
@@ -121,7 +124,7 @@ def move(symmetry: Symmetry, element: Element, name: str, tensor: Tensor, but: i
     return out.clone() if out is tensor else out
 
 
-def _sources(axis: Axis, element: Element) -> Ids | None:
+def _sources(axis: "Axis", element: Element) -> Ids | None:
     """For every position of an axis, the position whose content comes there; None if all stand still."""
     group, index, lane = axis.group.ravel(), axis.index.ravel(), axis.lane.ravel()
     live = np.flatnonzero(group >= 0)

@@ -88,7 +88,7 @@ class Points:
         """Fixes the index along some axes (default: all) of an array of points; `why` is kept for the report."""
         axes = tuple(range(points.ndim)) if axes is None else axes
         shape = tuple(points.shape[a] for a in axes)
-        self.separate(points, np.ravel_multi_index(tuple(np.indices(points.shape)[list(axes)]), shape))
+        self.separate(points, np.asarray(np.ravel_multi_index(tuple(np.indices(points.shape)[list(axes)]), shape)))
         if why not in self._reasons:
             self._reasons.append(why)
         self._why[points[self._why[points] == 0]] = self._reasons.index(why)
@@ -144,8 +144,10 @@ class Points:
         """Makes the points of `a` and `b` move together, position by position."""
         a, b = a.ravel(), b.ravel()
         one, other = self._column[a], self._column[b]
-        if not len(np.unique(one)) == len(np.unique(other)) == _codes(one, other).max(initial=-1) + 1:
+        pairs = int(_codes(one, other).max(initial=-1)) + 1
+        if pairs > len(np.unique(one)):
             self.separate(a, other)
+        if pairs > len(np.unique(other)):
             self.separate(b, one)
         self._unite(a, b, why)
 
@@ -185,7 +187,7 @@ class Points:
         if pairs.shape[1] not in each:
             return None
         if each[0] == each[1]:
-            self._unite(*pairs, why)
+            self._unite(pairs[0], pairs[1], why)
             return inner
         side = each.index(pairs.shape[1])
         fine, coarse = pairs[side], pairs[1 - side]

@@ -1,5 +1,6 @@
 """A model as a graph of operations (`torch.export`) that runs on any weights and shows every value on the way."""
 
+import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,32 @@ from torch.utils._pytree import tree_map
 
 from clkit.weights import Weights, live_tensors
 
-VIEWS = {"slice", "select", "view", "transpose", "permute", "expand", "unbind", "split", "chunk", "narrow", "t",
-         "squeeze", "unsqueeze", "as_strided", "diagonal", "detach", "alias", "split_with_sizes", "flatten",
-         "reshape", "unflatten", "expand_as", "view_as", "contiguous"}
+VIEWS = {
+    "slice",
+    "select",
+    "view",
+    "transpose",
+    "permute",
+    "expand",
+    "unbind",
+    "split",
+    "chunk",
+    "narrow",
+    "t",
+    "squeeze",
+    "unsqueeze",
+    "as_strided",
+    "diagonal",
+    "detach",
+    "alias",
+    "split_with_sizes",
+    "flatten",
+    "reshape",
+    "unflatten",
+    "expand_as",
+    "view_as",
+    "contiguous",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,6 +55,12 @@ class Program:
     buffers: frozenset[str]
     batch: int | None  # the one batch size it runs on, None for any
 
+    @property
+    def used(self) -> set[str]:
+        """The weights that some operation reads."""
+        places = {n.name for n in self.module.graph.nodes if n.op == "placeholder" and n.users}
+        return {name for place, name in self.sources.items() if place in places}
+
     def run(self, nets: Sequence[Weights], x: Tensor, look: Callable[[str, list[Any]], None]) -> list[Any]:
         """The output of several networks side by side; `look(node, values)` sees each result as soon as it is there."""
         fixed = [self.constants | {place: w[name] for place, name in self.sources.items()} for w in nets]
@@ -39,10 +69,12 @@ class Program:
             if node.op == "output":
                 return [_fill(node.args[0], values, k) for k in range(len(nets))]
             if node.op == "placeholder":
-                values[node] = [f[node.name] if node.name in f else x.clone() for f in fixed]
+                given = [f.get(node.name, x) for f in fixed]
+                values[node] = [t.clone() for t in given] if node in self._overwritten else given
             elif node.op == "get_attr":
                 values[node] = [operator.attrgetter(str(node.target))(self.module)] * len(nets)
             else:
+                assert callable(node.target)
                 values[node] = [
                     node.target(*_fill(node.args, values, k), **_fill(node.kwargs, values, k)) for k in range(len(nets))
                 ]
@@ -64,18 +96,23 @@ class Program:
             last.setdefault(node, []).append(used)
         return [(node, last.get(node, [])) for node in nodes]
 
+    @cached_property
+    def _overwritten(self) -> set[Node]:
+        return {owner for node in self.module.graph.nodes if writes(node) for owner in owners(node)}
+
 
 def _fill(arguments: Any, values: Mapping[Node, list[Any]], k: int) -> Any:
     return torch.fx.map_arg(arguments, lambda node: values[node][k])
 
 
-def trace(model: nn.Module, example: Any) -> Program:
+def trace(model: nn.Module, example: Any, training: bool = False, functional: bool = False) -> Program:
     """Traces `model(*example)` in evaluation mode, for any batch size if the model allows; the model stays as it is.
 
-    Raises ValueError naming the module that `torch.export` cannot follow.
+    `training` traces the training mode; `functional` rewrites operations that work in place. Raises ValueError naming
+    the module that `torch.export` cannot follow.
     """
     args = tuple(_pair(a) for a in (example if isinstance(example, (tuple, list)) else (example,)))
-    with evaluation(model), warnings.catch_warnings():
+    with mode(model, training), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dynamic = tree_map(lambda t: {0: torch.export.Dim.AUTO} if isinstance(t, Tensor) else None, args)
         try:
@@ -85,7 +122,7 @@ def trace(model: nn.Module, example: Any) -> Program:
                 exported = torch.export.export(model, args, strict=False)
             except Exception:
                 raise ValueError(_untraceable(model, first)) from first
-        if _writes_into_views(exported.graph_module):
+        if functional:
             exported = exported.run_decompositions({})
     names = {_place(tensor): name for name, tensor in live_tensors(model).items()}
     signature = exported.graph_signature
@@ -104,24 +141,31 @@ def trace(model: nn.Module, example: Any) -> Program:
     size = first.meta["val"].shape[0] if first.meta["val"].ndim else 0
     buffers = {names.get(_place(b)) for b in model.buffers()}
     return Program(
-        module, sources, constants, tuple(str(n) for n in signature.user_inputs),
-        frozenset(b for b in buffers if b), int(size) if isinstance(size, int) else None,
+        module,
+        sources,
+        constants,
+        tuple(str(n) for n in signature.user_inputs),
+        frozenset(b for b in buffers if b),
+        int(size) if isinstance(size, int) else None,
     )
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode, without fused attention, and back as it was."""
-    modes = {module: module.training for module in model.modules()}
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Puts a model in evaluation or training mode, without fused attention, and back as it was."""
+    before = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    quiet = logging.root.manager.disable
     try:
-        model.eval()
+        logging.disable(logging.ERROR)  # a trace that fails is reported by an exception
+        model.train(training)
         yield
     finally:
+        logging.disable(quiet)
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
+        for module, flag in before.items():
+            module.training = flag
 
 
 def base_name(node: Node) -> str:
@@ -136,15 +180,13 @@ def writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _writes_into_views(module: GraphModule) -> bool:
-    """Does the graph write into a tensor that others see too? Then its in-place operations must be undone."""
-    for node in module.graph.nodes:
-        if node.op == "call_function" and writes(node):
-            target = node.args[0]
-            alone = len(node.all_input_nodes) == 1 and base_name(node) not in ("fill", "zero")
-            if target.op != "call_function" or base_name(target) in VIEWS or (len(target.users) > 1 and not alone):
-                return True
-    return False
+def owners(node: Node) -> list[Node]:
+    """A node and those whose memory its value may share: what it is a view of, up to the tensor that owns it."""
+    chain = [node]
+    while node.op == "call_function" and node.all_input_nodes and (base_name(node) in VIEWS or writes(node)):
+        node = node.all_input_nodes[0]
+        chain.append(node)
+    return chain
 
 
 def _pair(value: Any) -> Any:

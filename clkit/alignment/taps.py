@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -12,10 +13,38 @@ from clkit.alignment.labels import Label, Part
 from clkit.alignment.points import Ids
 from clkit.alignment.program import VIEWS, Program, base_name
 
-READERS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
-           "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
-PASSED = VIEWS | {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "dropout", "clone",
-                  "getitem", "_unsafe_view", "swapaxes", "roll", "pad", "constant_pad_nd", "index"}
+READERS = {
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "scaled_dot_product_attention",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+}
+PASSED = VIEWS | {
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "mean",
+    "dropout",
+    "clone",
+    "getitem",
+    "_unsafe_view",
+    "swapaxes",
+    "roll",
+    "pad",
+    "constant_pad_nd",
+    "index",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +60,14 @@ class Tap:
     places: tuple[int, ...]
     slots: dict[str, Ids]
 
-
     def read(self, value: Tensor) -> Tensor:
-        """The value as a matrix: one row for each position in the data, one column for each position of the part."""
+        """The value in double precision: one row for each position of the part, one column for each in the data."""
         for dim in reversed(range(len(self.sizes))):
             if self.sizes[dim]:
                 value = value.unflatten(dim, self.sizes[dim])
-        last = range(value.ndim - len(self.places), value.ndim)
-        return value.movedim(self.places, tuple(last)).flatten(last[0]).flatten(0, -2)
+        value = value.movedim(self.places, tuple(range(len(self.places))))
+        copy = torch.empty(value.shape, dtype=torch.float64, device=value.device).copy_(value)
+        return copy.flatten(len(self.places)).flatten(0, -2)
 
 
 def find_taps(

@@ -1,0 +1,264 @@
+"""Deriving a symmetry: one walk through a model's graph ties and pins points, and what is left is the symmetry."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map
+
+from clkit.alignment.calls import Call, is_shape
+from clkit.alignment.labels import Factor, Label, Part, drop, fixed
+from clkit.alignment.points import Cells, Ids, Points
+from clkit.alignment.program import Program, base_name, owners, trace, writes
+from clkit.alignment.rules import propagate
+from clkit.alignment.structure import Axis, Group, Symmetry
+from clkit.alignment.taps import find_taps
+from clkit.weights import live_tensors
+
+
+def symmetry(model: nn.Module, example: Any) -> Symmetry:
+    """Derives the permutation symmetry of a model from its graph on an example input (a tensor or a tuple).
+
+    An operation that is not understood pins the axes that meet it and is named in `Symmetry.frozen`. Weights that the
+    model does not use in evaluation (auxiliary heads) follow its graph in training. Raises ValueError for a model
+    that `torch.export` cannot follow.
+    """
+    try:
+        return _derive(model, example, functional=False)
+    except SharedMemory:
+        return _derive(model, example, functional=True)
+
+
+class SharedMemory(Exception):
+    """An operation writes in place where labels would not show it."""
+
+
+def _derive(model: nn.Module, example: Any, functional: bool) -> Symmetry:
+    program = trace(model, example, functional=functional)
+    shapes = {name: tuple(t.shape) for name, t in live_tensors(model).items()}
+    programs, idle = [program], shapes.keys() - program.used
+    if idle:
+        try:
+            programs.append(trace(model, example, training=True, functional=functional))
+        except ValueError:  # evaluation works and training does not: what only that uses is pinned
+            pass
+    walk = Walk(programs, shapes)
+    for name in idle - programs[-1].used:
+        drop(walk.points, walk.weights[name], walk.weights[name].parts, "not used")
+    return _read(program, walk, example)
+
+
+class Walk:
+    """A walk through graphs: afterwards `weights`, and `values` of the first graph, hold labels over `points`."""
+
+    def __init__(self, programs: list[Program], shapes: dict[str, tuple[int, ...]]) -> None:
+        self.points = Points()
+        self.fibres = {name: self.points.fresh(*shape) for name, shape in _fibres(programs, shapes).items()}
+        self.weights = {name: self._weight(name, shape) for name, shape in shapes.items()}
+        self.constants: dict[Label, Ids] = {}
+        self.values, *_ = [self._follow(program) for program in programs]
+
+    def _follow(self, program: Program) -> dict[Node, Any]:
+        values: dict[Node, Any] = {}
+        current: dict[Node, Any] = {}  # in-place operations change what a node stands for
+        for node in program.module.graph.nodes:
+            if node.op == "output":
+                for label in tree_leaves(torch.fx.map_arg(node.args, current.__getitem__)):
+                    if isinstance(label, Label):
+                        drop(self.points, label, label.parts, "output")
+                break
+            if writes(node):
+                self._check(node, values)
+            current[node] = values[node] = self._label(program, node, current)
+            if writes(node):
+                current[node.all_input_nodes[0]] = current[node]
+        return values
+
+    def _check(self, node: Node, values: dict[Node, Any]) -> None:
+        """What writes to a tensor, or a view of it, ties or pins what is written; only along an axis that the tensor
+        does not vary along would labels miss it."""
+        elementwise = len(node.all_input_nodes) == 1 and base_name(node) not in ("fill", "zero")
+        for label in (values[owner] for owner in owners(node)[1:]):
+            if not elementwise and isinstance(label, Label) and label.uniform:
+                raise SharedMemory
+
+    def _weight(self, name: str, shape: tuple[int, ...]) -> Label:
+        dims = [(Factor(n),) if n > 1 else () for n in shape]
+        if name in self.fibres:
+            dims[1] = (Factor(shape[1], "group of a convolution"),)
+        live = [row[0] for k, row in enumerate(dims) if row and not (k == 1 and name in self.fibres)]
+        return Label(tuple(dims), tuple(Part(self.points.fresh(f.size), (f,)) for f in live))
+
+    def _label(self, program: Program, node: Node, current: dict[Node, Any]) -> Any:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in program.sources:
+            return self.weights[program.sources[node.name]]
+        if node.op == "placeholder" and node.name in program.constants:
+            label = fixed(tuple(program.constants[node.name].shape), "constant")
+            if program.constants[node.name].dtype in (torch.int64, torch.int32):
+                self.constants[label] = program.constants[node.name].cpu().numpy()
+            return label
+        if node.op == "placeholder":
+            return tree_map(lambda shape: fixed(shape, "input"), _shapes(value), is_leaf=is_shape)
+        if node.target is operator.getitem:
+            return current[node.all_input_nodes[0]][node.args[1]]
+        if node.op != "call_function" or not any(map(is_shape, tree_leaves(_shapes(value), is_leaf=is_shape))):
+            return None
+        arguments = _bind(node, current)
+        weight = node.args[1] if base_name(node).startswith("conv") else None
+        fibre = self.fibres.get(program.sources.get(getattr(weight, "name", ""), ""))
+        why = f"{base_name(node)} ({node.name})"
+        result = propagate(Call(self.points, why, _shapes(value), arguments, self.constants, fibre), node.target)
+        if base_name(node) in ("lift_fresh_copy", "detach", "clone", "alias"):
+            kept = arguments.get("self")
+            if kept in self.constants:
+                self.constants[result] = self.constants[kept]
+        return result
+
+
+def _bind(node: Node, current: dict[Node, Any]) -> dict[str, Any]:
+    args, kwargs = torch.fx.map_arg(
+        (node.args, dict(node.kwargs)), lambda n: label if (label := current[n]) is not None else _number(n)
+    )
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {str(k): a for k, a in enumerate(args)} | kwargs
+    schema = node.target._schema.arguments
+    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return bound | dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+
+
+def _number(node: Node) -> Any:
+    value = node.meta.get("val")
+    return _size(value) if isinstance(value, torch.SymInt) else value
+
+
+def _size(n: int | torch.SymInt) -> int:
+    if isinstance(n, torch.SymInt) and n.node.hint is None:
+        raise ValueError(
+            "model: the shape of a value in its graph depends on the values of the input; align the part of the model "
+            "before it"
+        )
+    return int(n if isinstance(n, int) else n.node.hint)
+
+
+def _shapes(value: Any) -> Any:
+    """Sizes in place of tensors; of a size that depends on the batch, the example's."""
+    if isinstance(value, Tensor):
+        return torch.Size(map(_size, value.shape))
+    return [_shapes(v) for v in value] if isinstance(value, (tuple, list)) else None
+
+
+def _fibres(programs: list[Program], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """The weights that are used by grouped convolutions only: their groups and inputs of a group."""
+    uses: dict[str, set[int]] = {}
+    for program, node in ((p, node) for p in programs for node in p.module.graph.nodes):
+        for used in (n for n in node.all_input_nodes if n.name in program.sources):
+            plain = base_name(node) in ("conv1d", "conv2d", "conv3d") and node.args[1] is used
+            groups = _bind(node, dict.fromkeys(node.all_input_nodes))["groups"] if plain else 1
+            uses.setdefault(program.sources[used.name], set()).add(groups)
+    return {
+        name: (groups.copy().pop(), shapes[name][1])
+        for name, groups in uses.items()
+        if len(groups) == 1 and groups != {1} and shapes[name][1] > 1
+    }
+
+
+def _read(program: Program, walk: Walk, example: Any) -> Symmetry:
+    """Turns the finished points into groups, axes and taps."""
+    cells = walk.points.finish()
+    found = _follow(cells)
+    lane = np.unique(np.stack([cells.column, cells.cell]), axis=1, return_inverse=True)[1].ravel()
+    reasons, reason = _blame(cells, found.group)
+    places = {}
+    for name, label in walk.weights.items():
+        arrays = [label.part(row[0]) if row else None for row in label.dims]
+        places[name] = [part.points if part else np.full(n, -1) for part, n in zip(arrays, label.shape, strict=True)]
+        if name in walk.fibres:
+            places[name][1] = walk.fibres[name]
+    names = _names(places, found)
+    number = np.full(int(found.group.max(initial=-1)) + 2, -1)
+    number[list(names)] = np.arange(len(names))
+    axes = {}
+    for name, arrays in places.items():
+        axes[name] = tuple(
+            Axis(number[found.group[p]], found.index[p], lane[p], reason[p])
+            if p.min(initial=0) >= 0
+            else Axis(p, p, np.zeros_like(p), np.zeros_like(p))
+            for p in arrays
+        )
+    groups = {}
+    for g, name in names.items():
+        outer = int(found.within[g])
+        blocks = int(found.units[outer]) if outer >= 0 else 1
+        groups[name] = Group(name, int(found.units[g]) // blocks, names.get(outer), blocks)
+    taps = find_taps(program, walk.values, found.group, found.index, lane, names)
+    return Symmetry(groups, axes, reasons, program.buffers, taps, program, example)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Which group (-1: none) and which of its units every point follows; for groups, that around it, its units."""
+
+    group: Ids
+    index: Ids
+    within: Ids
+    units: Ids
+
+
+def _follow(cells: Cells) -> _Found:
+    """Numbers the units of every group, block by block; one alone in its block follows the block."""
+    n = len(cells.unit)
+    group, index = np.full(n, -1), np.full(n, -1)
+    within, units = np.full(n + 1, -1), np.zeros(n + 1, np.int64)
+    level = np.unique(cells.unit[cells.block < 0])
+    while len(level):
+        block, cell = cells.block[level], cells.cell[level]
+        place = np.where(block >= 0, index[block], -1)
+        order = np.lexsort((level, block, place, cell))
+        level, block, cell = level[order], block[order], cell[order]
+        pairs = np.unique(np.stack([cell, block]), axis=1, return_inverse=True, return_counts=True)
+        free = pairs[2][pairs[1].ravel()] > 1
+        follows = ~free & (block >= 0)
+        group[level[follows]], index[level[follows]] = group[block[follows]], index[block[follows]]
+        level_free, cell_free, block_free = level[free], cell[free], block[free]
+        _, starts, counts = np.unique(cell_free, return_index=True, return_counts=True)
+        group[level_free] = cell_free
+        index[level_free] = np.arange(len(level_free)) - np.repeat(starts, counts)
+        within[cell_free] = np.where(block_free >= 0, group[block_free], -1)
+        units[cell_free] = np.repeat(counts, counts)
+        level = np.unique(cells.unit[np.isin(cells.block, level)])
+    return _Found(group[cells.unit], index[cells.unit], within, units)
+
+
+def _blame(cells: Cells, group: Ids) -> tuple[tuple[str, ...], Ids]:
+    """For every point that stands still, the number of a reason: its own, or of its members if it is a block."""
+    why = np.zeros(len(cells.unit), np.int64)
+    named = np.flatnonzero(cells.why)[::-1]
+    why[cells.unit[named]] = cells.why[named]
+    for _ in range(3):
+        inner = np.flatnonzero((cells.block >= 0) & (why[cells.unit] > 0))
+        outer = cells.block[inner]
+        why[outer] = np.where(why[outer] > 0, why[outer], why[cells.unit[inner]])
+    alone = len(cells.reasons)
+    why = np.where(why > 0, why, alone)[cells.unit]
+    return (*cells.reasons, "no other has its role"), np.where(group < 0, why, 0)
+
+
+def _names(places: dict[str, list[Ids]], found: _Found) -> dict[int, str]:
+    """Names groups after the module on whose weights they appear first, blocks after what is in them."""
+    names: dict[int, str] = {}
+    for name, arrays in places.items():
+        stem = name.rpartition(".")[0] or name
+        for g in (g for p in arrays if p.min(initial=0) >= 0 for g in dict.fromkeys(found.group[p].ravel().tolist())):
+            chain, end = [], ""
+            while g >= 0 and g not in names:
+                chain.append((g, end))
+                g, end = int(found.within[g]), end + ".blocks"
+            for g, end in reversed(chain):
+                same = sum(n == stem + end or n.startswith(stem + end + "#") for n in names.values())
+                names[g] = f"{stem}{end}#{same + 1}" if same else stem + end
+    return names

@@ -1,0 +1,212 @@
+"""Rules for operations that mix elements: products, convolutions, attention, norms, reductions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils._pytree import tree_leaves
+
+from clkit.alignment.calls import Call, is_shape
+from clkit.alignment.labels import Factor, Label, Part, drop, fixed, permute, replace, reshape, whole
+from clkit.alignment.moving import pointwise_rule, reason, same_rule
+from clkit.alignment.points import Ids, Points
+from clkit.alignment.ties import contract, join, reduce, split, still
+
+LETTERS = "abcdefghijklmnop"
+
+
+def _contract(call: Call, labels: Sequence[Label], terms: Sequence[str], out: str) -> Label:
+    return contract(call.points, labels, terms, out, call.why)
+
+
+def linear_rule(call: Call) -> Label:
+    """x @ weight.T + bias."""
+    rows = LETTERS[: len(call["input"].dims) - 1]
+    out = _contract(call, call.labels("input", "weight"), [rows + "y", "zy"], rows + "z")
+    return join(call.points, [out, *call.labels("bias")], call.why)
+
+
+def _product(call: Call, a: Label, b: Label) -> Label:
+    x, y = ("z" if len(a.dims) == 1 else "xz"), ("z" if len(b.dims) == 1 else "zy")
+    outer = LETTERS[: max(len(a.dims) - len(x), len(b.dims) - len(y))]
+    terms = [outer[len(outer) - len(t.dims) + len(end) :] + end for t, end in ((a, x), (b, y))]
+    return _contract(call, [a, b], terms, outer + x[:-1] + y[1:])
+
+
+def matmul_rule(call: Call) -> Label:
+    """`matmul` and its special cases."""
+    return _product(call, *call.labels(*call.arguments))
+
+
+def addmm_rule(call: Call) -> Label:
+    """A sum with a matrix product."""
+    first, a, b = call.labels(*call.arguments)
+    return join(call.points, [first, _product(call, a, b)], call.why)
+
+
+def einsum_rule(call: Call) -> Any:
+    """`einsum`, but for traces."""
+    equation, labels = call["equation"].replace(" ", ""), call["tensors"]
+    left, arrow, out = equation.partition("->")
+    terms = left.split(",")
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    widths = [len(t.dims) - len(term.replace("...", "")) for t, term in zip(labels, terms, strict=True)]
+    dots = "".join(spare[: max((w for w, t in zip(widths, terms, strict=True) if "..." in t), default=0)])
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        out = ("..." if dots else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    terms = [t.replace("...", dots[len(dots) - w :]) for t, w in zip(terms, widths, strict=True)]
+    if any(len(set(term)) < len(term) for term in terms):
+        return NotImplemented
+    return _contract(call, labels, terms, out.replace("...", dots))
+
+
+def attention_rule(call: Call) -> Any:
+    """Scaled dot-product attention; a causal mask pins the positions."""
+    query, key, value = call.labels("query", "key", "value")
+    if call["enable_gqa"] or len({len(t.dims) for t in (query, key, value)}) > 1:
+        return NotImplemented
+    if call["is_causal"]:
+        rank = len(query.dims)
+        query, key, value = (drop(call.points, t, t.touching([rank - 2]), call.why) for t in (query, key, value))
+    outer = LETTERS[: len(query.dims) - 2]
+    scores = _contract(call, [query, key], [outer + "xz", outer + "yz"], outer + "xy")
+    scores = join(call.points, [scores, *call.labels("attn_mask")], call.why)
+    split(call.points, scores, [len(outer) + 1], call.why)
+    return _contract(call, [scores, value], [outer + "xy", outer + "yz"], outer + "xz")
+
+
+def convolution_rule(call: Call) -> Any:
+    """Convolutions: like a product over channels; positions in images and kernels are pinned."""
+    x, weight = call["input"], call["weight"]
+    transposed, groups = call.arguments.get("transposed", "output_padding" in call.arguments), call["groups"]
+    batched = len(x.dims) == len(weight.dims)
+    if not batched:
+        x = Label(((), *x.dims), x.parts)
+    space = range(2, len(x.dims))
+    x = drop(call.points, x, x.touching(space), call.why)
+    weight = drop(call.points, weight, weight.touching(space), "kernel position")
+    shape = call.shape if batched else (1, *call.shape)
+    spread = [Label(((), t.dims[0], *((),) * len(space)), t.parts) for t in call.labels("bias")]
+    if groups == 1:
+        flat_x, flat_w = Label(x.dims[:2], x.parts), Label(weight.dims[:2], weight.parts)
+        out = _contract(call, [flat_x, flat_w], ["ac", "cb" if transposed else "bc"], "ab")
+    elif transposed:
+        return NotImplemented
+    else:
+        out = _grouped(call, x, weight, groups)
+    where = fixed(shape[2:], reason(x, space)).dims
+    out = join(call.points, [Label((*out.dims, *where), out.parts), *spread], call.why)
+    return out if batched else Label(out.dims[1:], out.parts)
+
+
+def _grouped(call: Call, x: Label, weight: Label, groups: int) -> Label:
+    """Groups move whole, and channels within each: the inputs of a group are rows, so are its outputs."""
+    inputs, outputs = line(call.points, x, 1, call.why), line(call.points, weight, 0, call.why)
+    outputs = outputs.reshape(groups, -1)
+    if len(inputs) == groups:
+        blocks = inputs
+    elif call.fibre is not None:
+        call.points.unite(inputs, call.fibre, call.why)
+        blocks = call.points.rows(inputs.reshape(groups, -1), call.why)
+    else:
+        call.points.pin(inputs.reshape(groups, -1), call.why, (1,))
+        drop(call.points, weight, weight.touching([1]), call.why)
+        blocks = call.points.rows(inputs.reshape(groups, -1), call.why)
+    call.points.unite(call.points.rows(outputs, call.why), blocks, call.why)
+    channels = Factor(outputs.size)
+    batch = drop(call.points, x, [p for p in x.touching([0]) if p in x.touching([1])], call.why)
+    return Label((batch.dims[0], (channels,)), (*batch.touching([0]), Part(outputs.ravel(), (channels,))))
+
+
+def line(points: Points, label: Label, dim: int, why: str) -> Ids:
+    """The points along one dimension, new ones that stand still where it is fixed."""
+    label = whole(points, label, dim, why)
+    label = drop(points, label, [p for p in label.touching([dim]) if p.points.ndim > 1], why)
+    parts = label.touching([dim])
+    return parts[0].points if parts else still(points, label.shape[dim], reason(label, [dim]))
+
+
+def spatial_rule(call: Call) -> Any:
+    """Pooling and resizing: the last dimensions are pinned."""
+    shapes = tree_leaves(call.shape, is_leaf=is_shape)
+    label, rank = same_rule(call), len(shapes[0])
+    dims = [d for d in range(rank) if d >= rank - _spatial_dims(call)]
+    why = reason(label, dims)
+    label = drop(call.points, label, label.touching(dims), call.why)
+    out = [Label((*label.dims[: dims[0]], *fixed(s[dims[0] :], why).dims), label.parts) for s in shapes]
+    return out[0] if is_shape(call.shape) else out
+
+
+def _spatial_dims(call: Call) -> int:
+    return int(next(c for c in call.why if c.isdigit()))
+
+
+def _channels(call: Call, label: Label, *names: str) -> Label:
+    """Joins per-channel tensors to a label along dimension 1."""
+    tail = ((),) * (len(label.dims) - 2)
+    spread = [Label(((), t.dims[0], *tail), t.parts) for t in call.labels(*names)]
+    return join(call.points, [label, *spread], call.why)
+
+
+def batch_norm_rule(call: Call) -> Any:
+    """Normalisation of each channel."""
+    label = call["input"]
+    if call.arguments.get("training") or call.arguments.get("use_input_stats"):
+        split(call.points, label, [1] if "training" in call.arguments else range(2, len(label.dims)), call.why)
+    out = _channels(call, label, "weight", "bias", "running_mean", "running_var")
+    return out if is_shape(call.shape) else [out, *(fixed(s, call.why) for s in call.shape[1:])]
+
+
+def group_norm_rule(call: Call) -> Label:
+    """Normalisation of each run of channels: these move in blocks."""
+    label, shape = call["input"], call["input"].shape
+    groups = call["num_groups"]
+    grouped = reshape(call.points, label, (shape[0], groups, shape[1] // groups, *shape[2:]), call.why)
+    split(call.points, grouped, range(2, len(grouped.dims)), call.why)
+    return _channels(call, label, "weight", "bias")
+
+
+def layer_norm_rule(call: Call) -> Label:
+    """Normalisation over the last dimensions."""
+    label, rank = call["input"], len(call["input"].dims)
+    split(call.points, label, range(rank - len(call["normalized_shape"]), rank), call.why)
+    return join(call.points, [label, *call.labels("weight", "bias")], call.why)
+
+
+def softmax_rule(call: Call) -> Label:
+    """A dimension is normalised whatever its order."""
+    split(call.points, call["self"], [call.dim()], call.why)
+    return call["self"]
+
+
+def reduce_rule(call: Call) -> Label:
+    """Sums and the like, over some or all dimensions."""
+    label, dims = call["self"], call.arguments.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    dims = [d % len(label.dims) for d in dims] if dims else range(len(label.dims))
+    return reduce(call.points, label, list(dims), bool(call.arguments.get("keepdim")), call.why)
+
+
+def ordered_rule(call: Call) -> Any:
+    """Operations that look at the order along one dimension: that one is pinned."""
+    if call.arguments.get("dim") is None:
+        return NotImplemented
+    label, dim = call["self"], call.dim()
+    label = drop(call.points, label, label.touching([dim]), call.why)
+    shapes = tree_leaves(call.shape, is_leaf=is_shape)
+    if len(shapes[0]) < len(label.dims):
+        out = permute(label, [d for d in range(len(label.dims)) if d != dim])
+    else:
+        out = replace(label, dim, Factor(shapes[0][dim], call.why))
+    return out if is_shape(call.shape) else [out for _ in shapes]
+
+
+def embedding_rule(call: Call) -> Label:
+    """Rows of a weight that the input picks."""
+    weight = drop(call.points, call["weight"], call["weight"].touching([0]), "input")
+    return Label((*fixed(call.shape[:-1], "input").dims, weight.dims[1]), weight.parts)
+
+
+def prelu_rule(call: Call) -> Label:
+    """Leaky ReLU with a slope for each channel."""
+    return _channels(call, call["self"], "weight") if len(call["self"].dims) > 1 else pointwise_rule(call)

@@ -1,0 +1,109 @@
+"""Alignment in one pass against the forward passes alone, and against one prefix network for each permutation.
+
+The work: ResNet-18 with the stem for small images, 200 images of 32 x 32, one CPU thread. CLeWI's released code
+(arXiv 2404.04002) finds each of 13 permutations from activations that it gets by running both networks from the
+input up to there, once for means and products and once more for deviations.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from clkit import alignment, data, models
+from clkit.weights import get_weights
+
+IMAGES, BATCH, REPEATS = 200, 25, 3
+
+
+def prefixes(net: nn.Module) -> Iterator[nn.Module]:
+    """The networks up to each place of the 13 permutations: stem, inside of every block, end of every stage."""
+
+    modules = [m for part in net.children() for m in (part if isinstance(part, nn.Sequential) else [part])]
+    blocks = 0
+    for k, module in enumerate(modules):
+        if isinstance(module, models.BasicBlock):
+            yield nn.Sequential(*modules[:k], module.conv1, module.norm1, nn.ReLU())
+            blocks += 1
+        if isinstance(module, nn.BatchNorm2d) or (isinstance(module, models.BasicBlock) and blocks % 2 == 0):
+            yield nn.Sequential(*modules[: k + 1])
+
+
+def correlation(first: nn.Module, second: nn.Module, batches: list[Tensor]) -> Tensor:
+    """Pearson's correlation of the channels of two networks, in two passes."""
+
+    def channels(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).movedim(1, -1).flatten(0, -2).double()
+
+    count, means, outer, squares = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for x in batches:
+        a, b = channels(first, x), channels(second, x)
+        count, means, outer = count + len(a), means + torch.stack([a.sum(0), b.sum(0)]), outer + a.T @ b
+    means = means / count
+    for x in batches:
+        a, b = channels(first, x), channels(second, x)
+        squares = squares + torch.stack([(a - means[0]).square().sum(0), (b - means[1]).square().sum(0)])
+    deviations = (squares / count).sqrt()
+    return (outer / count - torch.outer(*means)) / (torch.outer(*deviations) + 1e-12)
+
+
+@torch.no_grad()
+def measure() -> dict[str, list[float]]:
+    """Seconds of each way, `REPEATS` times, interleaved, in this process as it stands."""
+    from scipy.optimize import linear_sum_assignment
+
+    g = torch.Generator().manual_seed(0)
+    rows = data.Examples(torch.randint(0, 256, (2, 3, 32, 32), generator=g, dtype=torch.uint8), torch.arange(2))
+    task = data.Task(0, "bytes", tuple(range(10)), rows, rows, data.Normalize((0.5,) * 3, (0.25,) * 3))
+    stream = data.Stream("bytes", (task,), tuple(map(str, range(10))))
+    nets = [models.resnet18(stream, seed=seed).eval() for seed in (0, 1)]
+    x = torch.randn(IMAGES, 3, 32, 32, generator=g)
+    batches = list(x.split(BATCH))
+    symmetry = alignment.symmetry(nets[0], x[:2])
+    first, second = map(get_weights, nets)
+
+    def forward() -> None:
+        for net in nets:
+            for batch in batches:
+                net(batch)
+
+    def by_prefix() -> None:
+        for pair in zip(prefixes(nets[0]), prefixes(nets[1]), strict=True):
+            linear_sum_assignment(correlation(pair[0], pair[1], batches).numpy(), maximize=True)
+
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: alignment.align(symmetry, nets[0], first, second, x, batch=BATCH),
+        "forward": forward,
+        "prefixes": by_prefix,
+    }
+    forward()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(REPEATS):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def bench() -> list[dict[str, object]]:
+    """Rows of the table: our rate over each other's, medians of one interleaved run in a process of one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "clkit.benchmarks.alignment"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    ours, forward, prefixed = (statistics.median(values) for values in json.loads(done.stdout).values())
+    rate = {"unit": "alignments a second", "ours": 1 / ours}
+    return [
+        {"name": "alignment / a prefix network each", **rate, "theirs": 1 / prefixed, "ratio": prefixed / ours},
+        {"name": "alignment / the two forward passes alone", **rate, "theirs": 1 / forward, "ratio": forward / ours},
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))

@@ -1,6 +1,8 @@
 """Shared fixtures, and the rule for tests that need real data: they skip where their packs are missing."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks gain nothing from more; kernels of notebooks inherit it
 from pathlib import Path
 
 import pytest

@@ -53,12 +53,12 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "convnext": (small_convnext, 32),
     "densenet": (partial(zoo.DenseNet, 6, (2, 3, 2), 12, num_classes=10), 32),
     "efficientnet": (zoo.efficientnet_b0, 32),
-    "googlenet": (partial(zoo.googlenet, init_weights=False), 64),
+    "googlenet": (partial(zoo.googlenet, aux_logits=False, init_weights=False), 32),
     "maxvit": (
         partial(
-            zoo.MaxVit, (28, 28), 12, 3, [12, 24], [1, 1], 6, 0.0, squeeze_ratio=0.5, expansion_ratio=2, num_classes=10
+            zoo.MaxVit, (32, 32), 12, 4, [12, 24], [1, 1], 6, 0.0, squeeze_ratio=0.5, expansion_ratio=2, num_classes=10
         ),
-        28,
+        32,
     ),
     "mnasnet": (partial(zoo.mnasnet0_5, dropout=0.0), 32),
     "mobilenet_v2": (partial(zoo.mobilenet_v2, width_mult=0.35), 32),

@@ -1,5 +1,8 @@
 """Every consolidation keeps the contract of the family; the grid; then what each one is."""
 
+import copy
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +70,30 @@ class TestContract:
     def test_only_ends_of_tasks_after_the_first_are_due_at_most(self, name):
         due = SETTINGS[name].due
         assert not due(Progress(0, 6, 6, True)) and not due(Progress(2, 6, 6, False))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A consolidation, and whether it left what it was given as it was."""
+
+    inner: object
+    holdout = uses_history = property(lambda self: 0.0)
+
+    def due(self, progress):
+        return self.inner.due(progress)
+
+    def __call__(self, context):
+        given = {name: getattr(context, name) for name in ("base", "previous", "current")}
+        before = copy.deepcopy((given, context.inputs))
+        merged = self.inner(context)
+        assert all(equal(given[name], before[0][name]) for name in given) and torch.equal(context.inputs, before[1])
+        assert not {t.data_ptr() for t in merged.train.values()} & {t.data_ptr() for t in context.previous.values()}
+        return merged
+
+
+@pytest.mark.parametrize("name", [n for n, c in SETTINGS.items() if not c.holdout])
+def test_what_a_consolidation_is_given_stays_as_it_was(toy, name):
+    convnet(toy, Watched(SETTINGS[name]))
 
 
 class TestCLeWI:

@@ -159,6 +159,22 @@ def test_runs_that_differ_in_the_consolidation_see_the_same_batches(toy):
     assert np.array_equal(a.training_loss[0], b.training_loss[0])
 
 
+def test_every_task_begins_with_a_fresh_optimizer(toy, monkeypatch):
+    made = []
+
+    class Spy(Learner):
+        def begin_task(self, model, task):
+            made.append([])
+
+    def count(self, closure=None, step=torch.optim.SGD.step):
+        made[-1].append(len(self.state))
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", count)
+    quick(toy, Spy(), training=Training(1, 8, momentum=0.9))
+    assert [(sizes[0], min(sizes[1:])) for sizes in made] == [(0, 6)] * 3
+
+
 def test_nothing_is_kept_when_asked(toy):
     result = quick(toy, keep=False)
     assert result.weights == [] and result.trained == [] and result.accuracy.shape == (3, 3)

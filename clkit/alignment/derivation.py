@@ -137,12 +137,13 @@ def _number(node: Node) -> Any:
 
 
 def _size(n: int | torch.SymInt) -> int:
-    if isinstance(n, torch.SymInt) and n.node.hint is None:
+    hint = n.node.hint if isinstance(n, torch.SymInt) else n
+    if hint is None:
         raise ValueError(
             "model: the shape of a value in its graph depends on the values of the input; align the part of the model "
             "before it"
         )
-    return int(n if isinstance(n, int) else n.node.hint)
+    return int(hint)
 
 
 def _shapes(value: Any) -> Any:

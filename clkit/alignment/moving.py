@@ -46,14 +46,18 @@ def permute_rule(call: Call) -> Label:
 
 
 def transpose_rule(call: Call) -> Label:
-    """`transpose` and `t`: two dimensions change places."""
+    """`transpose`, `t`, `mT`: two dimensions change places (the last two if none are named)."""
     rank = len(call["self"].dims)
-    given = [v for k, v in call.arguments.items() if k != "self"] or [0, 1]
     order = list(range(rank))
     if rank > 1:
-        a, b = given[0] % rank, given[1] % rank
+        a, b = (d % rank for d in [v for k, v in call.arguments.items() if k != "self"] or (-1, -2))
         order[a], order[b] = b, a
     return permute(call["self"], order)
+
+
+def reverse_rule(call: Call) -> Label:
+    """`T`: the dimensions in reverse."""
+    return permute(call["self"], range(len(call["self"].dims))[::-1])
 
 
 def expand_rule(call: Call) -> Label:

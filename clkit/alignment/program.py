@@ -16,32 +16,10 @@ from torch.utils._pytree import tree_map
 
 from clkit.weights import Weights, live_tensors
 
-VIEWS = {
-    "slice",
-    "select",
-    "view",
-    "transpose",
-    "permute",
-    "expand",
-    "unbind",
-    "split",
-    "chunk",
-    "narrow",
-    "t",
-    "squeeze",
-    "unsqueeze",
-    "as_strided",
-    "diagonal",
-    "detach",
-    "alias",
-    "split_with_sizes",
-    "flatten",
-    "reshape",
-    "unflatten",
-    "expand_as",
-    "view_as",
-    "contiguous",
-}
+VIEWS = frozenset(
+    "alias as_strided chunk contiguous detach diagonal expand expand_as flatten mT narrow numpy_T permute reshape "
+    "select slice split split_with_sizes squeeze t transpose unbind unflatten unsqueeze view view_as".split()
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,6 +89,8 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
     `training` traces the training mode; `functional` rewrites operations that work in place. Raises ValueError naming
     the module that `torch.export` cannot follow.
     """
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
     args = tuple(_pair(a) for a in (example if isinstance(example, (tuple, list)) else (example,)))
     with mode(model, training), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,7 +126,7 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
         constants,
         tuple(str(n) for n in signature.user_inputs),
         frozenset(b for b in buffers if b),
-        int(size) if isinstance(size, int) else None,
+        int(size) if is_concrete_int(size) else None,
     )
 
 

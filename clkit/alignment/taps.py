@@ -13,38 +13,14 @@ from clkit.alignment.labels import Label, Part
 from clkit.alignment.points import Ids
 from clkit.alignment.program import VIEWS, Program, base_name
 
-READERS = {
-    "linear",
-    "matmul",
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "einsum",
-    "scaled_dot_product_attention",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "convolution",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-}
-PASSED = VIEWS | {
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "mean",
-    "dropout",
-    "clone",
-    "getitem",
-    "_unsafe_view",
-    "swapaxes",
-    "roll",
-    "pad",
-    "constant_pad_nd",
-    "index",
-}
+READERS = frozenset(
+    "addmm baddbmm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution einsum "
+    "linear matmul mm scaled_dot_product_attention".split()
+)
+PASSED = VIEWS | frozenset(
+    "_unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d clone constant_pad_nd dropout getitem "
+    "index mean pad roll swapaxes".split()
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """Matching: planted permutations come back, similarities are correlations, assignments are optimal."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -95,7 +96,7 @@ def compare(a: nn.Module, b: nn.Module, x: Tensor, **options) -> np.ndarray:
 
 def channels(net: Convolutions, x: Tensor) -> np.ndarray:
     with torch.no_grad():
-        return net.double().seen(x.double()).movedim(1, 0).flatten(1).numpy()
+        return copy.deepcopy(net).double().seen(x.double()).movedim(1, 0).flatten(1).numpy()
 
 
 class TestSimilarity:
@@ -122,12 +123,12 @@ class TestSimilarity:
         pair = Convolutions(seed=1), Convolutions(seed=2)
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
         once = compare(*pair, self.x)
-        np.testing.assert_allclose(compare(*pair, self.x[order], batch=batch), once, atol=1e-10)
-        np.testing.assert_allclose(compare(*pair, torch.cat([self.x, self.x])), once, atol=1e-10)
+        np.testing.assert_allclose(compare(*pair, self.x[order], batch=batch), once, atol=1e-6)
+        np.testing.assert_allclose(compare(*pair, torch.cat([self.x, self.x])), once, atol=1e-6)
 
     def test_larger_images_of_the_same_do_not_matter(self, pair):
         large = self.x.repeat_interleave(3, 2).repeat_interleave(2, 3)
-        np.testing.assert_allclose(compare(*pair, large), compare(*pair, self.x), atol=1e-10)
+        np.testing.assert_allclose(compare(*pair, large), compare(*pair, self.x), atol=1e-6)
 
     @settings(max_examples=5, deadline=None)
     @given(seed=SEEDS)
@@ -175,8 +176,9 @@ class TestSimilarity:
 
 
 class TestAssignment:
-    @pytest.fixture(scope="module")
-    def symmetry(self):
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def symmetry():
         net = nn.Sequential(nn.Linear(3, 6), nn.GroupNorm(3, 6), nn.Linear(6, 2))
         return alignment.symmetry(net, noise(2, 3))
 
@@ -259,7 +261,7 @@ class TestAlign:
     def test_a_model_bound_to_a_batch_size(self):
         class Bound(Convolutions):
             def forward(self, x: Tensor) -> Tensor:
-                return super().forward(x) + x.new_ones(len(x.tolist()), 1)
+                return super().forward(x) + x.new_ones(int(x.shape[0]), 1)
 
         a, b, x = Bound(seed=1), Bound(seed=2), noise(10, 3, 4, 4)
         symmetry = alignment.symmetry(a, x[:4])
@@ -272,7 +274,7 @@ class TestAlign:
             alignment.align(symmetry, net, reference, moving, x, by="activation")
         with pytest.raises(ValueError, match="pearson, clewi2024"):
             alignment.align(symmetry, net, reference, moving, x, statistic="cosine")
-        with pytest.raises(ValueError, match="inputs: .* by='weights'"):
+        with pytest.raises(ValueError, match=r"inputs: .* by='weights'"):
             alignment.align(symmetry, net, reference, moving, x[:0])
         with pytest.raises(ValueError, match="batch: 0"):
             alignment.align(symmetry, net, reference, moving, x, batch=0)

@@ -15,19 +15,18 @@ POLICIES = ("reservoir", "balanced")
 def reservoir_slots(seen: int, capacity: int, count: int, generator: torch.Generator) -> Tensor:
     """Draws the slot that each of `count` new rows takes in a reservoir that has seen `seen` rows: (count,) int64.
 
-    A row that is not kept gets slot -1, and so does a row whose slot a later row of the same batch takes: writing
-    the result in any order equals the one-by-one algorithm (Vitter 1985, algorithm R). Each row costs one draw.
+    A row that is not kept gets slot `capacity`, and so does a row whose slot a later row of the same batch takes:
+    writing the result in any order equals the one-by-one algorithm (Vitter 1985, algorithm R). Each row costs one draw.
     """
     device = generator.device
-    position = torch.arange(seen, seen + count, device=device)
     draw = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
-    slot = (draw * (position + 1)).long()
-    slot = torch.where(position < capacity, position, slot)
-    slot = torch.where(slot < capacity, slot, -1)
-    newest = torch.full((capacity,), -1, device=device)
-    order = torch.arange(count, device=device)
-    newest.scatter_reduce_(0, slot.clamp(min=0), torch.where(slot >= 0, order, -1), "amax")
-    return torch.where((slot >= 0) & (newest[slot.clamp(min=0)] == order), slot, -1)
+    seen_by = torch.arange(seen + 1, seen + count + 1, device=device)
+    slot = (draw * seen_by).long().clamp_(max=capacity)
+    free = max(0, min(count, capacity - seen))
+    slot[:free] = seen_by[:free] - 1
+    newest = torch.zeros(capacity + 1, dtype=torch.int64, device=device)
+    newest.scatter_reduce_(0, slot, seen_by, "amax")
+    return torch.where(newest[slot] == seen_by, slot, capacity)
 
 
 class Memory:
@@ -121,7 +120,7 @@ class Memory:
         return next(iter(counts.values()))
 
     def _allocate(self, rows: Mapping[str, Tensor]) -> None:
-        """Makes room for `capacity` rows and one more, at index -1, that takes the rows that are not kept."""
+        """Makes room for `capacity` rows and, behind them, one that takes the rows that are not kept."""
         device = next(iter(rows.values())).device
         self.rows = {n: t.new_zeros((self.capacity + 1, *t.shape[1:])) for n, t in rows.items()}
         self.keys = torch.zeros(self.capacity, dtype=torch.float64, device=device)

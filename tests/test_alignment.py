@@ -264,6 +264,12 @@ UNDERSTOOD = {  # operation, width after it, groups (size, blocks), further weig
         {(2, 1), (2, 2), (3, 4)},
         {},
     ),
+    "heads innermost": (
+        lambda s, h: (h.view(-1, 4, 3).softmax(1) * s.w * h.view(-1, 4, 3)).flatten(1),
+        12,
+        {(3, 1), (4, 3)},
+        {"w": torch.randn(3)},
+    ),
     "scale by head": (lambda s, h: (h.view(-1, 3, 4) * s.w).flatten(1), 12, {(3, 1), (4, 3)}, {"w": torch.randn(3, 1)}),
     "rotary": (lambda s, h: rotate(h.view(-1, 3, 4)).flatten(1), 12, {(3, 1)}, {}),
     "einsum by head": (
@@ -340,6 +346,14 @@ def test_a_model_bound_to_a_batch_size_can_be_derived():
     symmetry = alignment.symmetry(net, torch.randn(4, 5))
     assert symmetry.program.batch == 4
     assert holds(net, symmetry)
+
+
+def test_weights_in_shared_memory_of_another_order_stand_still():
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 2))
+    net[1].weight = nn.Parameter(net[0].weight.T)
+    symmetry = alignment.symmetry(net, torch.randn(3, 4))
+    assert "shared memory" in symmetry.frozen
+    assert symmetry.share == 0
 
 
 @pytest.fixture(scope="module")

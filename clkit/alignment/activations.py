@@ -45,6 +45,8 @@ def similarities(
     computes: with the number of images where that of positions belongs, the correlation r of two units with means m
     and deviations s over H W positions an image becomes (r s s' - (HW - 1) m m') / sqrt((s^2 + (HW - 1)^2 m^2) ...).
     """
+    if len(symmetry.program.inputs) != 1:
+        raise ValueError(f"model: it takes {len(symmetry.program.inputs)} tensors; only models of one can be watched")
     device = next(model.parameters(), inputs).device
     nets = [{name: t.to(device) for name, t in w.items()} for w in (reference, moving)]
     moments = [_Moments(tap, group, slots) for tap in symmetry.taps for group, slots in tap.slots.items()]

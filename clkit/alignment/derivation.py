@@ -17,6 +17,7 @@ from clkit.alignment.program import Program, base_name, owners, trace, writes
 from clkit.alignment.rules import propagate
 from clkit.alignment.structure import Axis, Group, Symmetry
 from clkit.alignment.taps import find_taps
+from clkit.alignment.ties import join
 from clkit.weights import live_tensors
 
 
@@ -47,8 +48,9 @@ def _derive(model: nn.Module, example: Any, functional: bool) -> Symmetry:
         except ValueError:  # evaluation works and training does not: what only that uses is pinned
             pass
     walk = Walk(programs, shapes)
-    for name in idle - programs[-1].used:
-        drop(walk.points, walk.weights[name], walk.weights[name].parts, "not used")
+    stuck = dict.fromkeys(idle - programs[-1].used, "not used") | dict.fromkeys(_overlapping(model), "shared memory")
+    for name, why in stuck.items():
+        drop(walk.points, walk.weights[name], walk.weights[name].parts, why)
     return _read(program, walk, example)
 
 
@@ -67,24 +69,22 @@ class Walk:
         current: dict[Node, Any] = {}  # in-place operations change what a node stands for
         for node in program.module.graph.nodes:
             if node.op == "output":
-                for label in tree_leaves(torch.fx.map_arg(node.args, current.__getitem__)):
-                    if isinstance(label, Label):
-                        drop(self.points, label, label.parts, "output")
+                for value in node.all_input_nodes:
+                    self._return(program, value, current[value])
                 break
             if writes(node):
-                self._check(node, values)
+                _check(node, values)
             current[node] = values[node] = self._label(program, node, current)
             if writes(node):
                 current[node.all_input_nodes[0]] = current[node]
         return values
 
-    def _check(self, node: Node, values: dict[Node, Any]) -> None:
-        """What writes to a tensor, or a view of it, ties or pins what is written; only along an axis that the tensor
-        does not vary along would labels miss it."""
-        elementwise = len(node.all_input_nodes) == 1 and base_name(node) not in ("fill", "zero")
-        for label in (values[owner] for owner in owners(node)[1:]):
-            if not elementwise and isinstance(label, Label) and label.uniform:
-                raise SharedMemory
+    def _return(self, program: Program, node: Node, label: Any) -> None:
+        if node.name in program.written:
+            join(self.points, [label, self.weights[program.written[node.name]]], "buffer")
+        for result in (r for r in tree_leaves(label) if isinstance(r, Label)):
+            if node.name not in program.written:
+                drop(self.points, result, result.parts, "output")
 
     def _weight(self, name: str, shape: tuple[int, ...]) -> Label:
         dims = [(Factor(n),) if n > 1 else () for n in shape]
@@ -120,6 +120,15 @@ class Walk:
         return result
 
 
+def _check(node: Node, values: dict[Node, Any]) -> None:
+    """What writes to a tensor, or to a view of it, ties or pins what is written; labels would miss it only along an
+    axis that the tensor did not vary along."""
+    if len(node.all_input_nodes) == 1 and base_name(node) not in ("fill", "zero"):
+        return
+    if any(isinstance(label := values[owner], Label) and label.uniform for owner in owners(node)[1:]):
+        raise SharedMemory
+
+
 def _bind(node: Node, current: dict[Node, Any]) -> dict[str, Any]:
     args, kwargs = torch.fx.map_arg(
         (node.args, dict(node.kwargs)), lambda n: label if (label := current[n]) is not None else _number(n)
@@ -129,6 +138,13 @@ def _bind(node: Node, current: dict[Node, Any]) -> dict[str, Any]:
     schema = node.target._schema.arguments
     bound = {a.name: a.default_value for a in schema if a.has_default_value()}
     return bound | dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+
+
+def _overlapping(model: nn.Module) -> list[str]:
+    """Weights that begin where another one of another shape or order does, such as a transposed view of it."""
+    live = live_tensors(model)
+    starts = [t.data_ptr() for t in live.values() if t.numel()]
+    return [name for name, t in live.items() if t.numel() and starts.count(t.data_ptr()) > 1]
 
 
 def _number(node: Node) -> Any:

@@ -43,7 +43,7 @@ class Label:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's, as far as the label knows: 1 where it does not vary."""
+        """The sizes of the dimensions."""
         return tuple(prod(f.size for f in dim) for dim in self.dims)
 
     @property

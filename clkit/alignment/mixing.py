@@ -130,15 +130,12 @@ def spatial_rule(call: Call) -> Any:
     """Pooling and resizing: the last dimensions are pinned."""
     shapes = tree_leaves(call.shape, is_leaf=is_shape)
     label, rank = same_rule(call), len(shapes[0])
-    dims = [d for d in range(rank) if d >= rank - _spatial_dims(call)]
+    count = next(int(c) for c in call.why if c.isdigit())  # the operation's name says how many
+    dims = range(rank - count, rank)
     why = reason(label, dims)
     label = drop(call.points, label, label.touching(dims), call.why)
     out = [Label((*label.dims[: dims[0]], *fixed(s[dims[0] :], why).dims), label.parts) for s in shapes]
     return out[0] if is_shape(call.shape) else out
-
-
-def _spatial_dims(call: Call) -> int:
-    return int(next(c for c in call.why if c.isdigit()))
 
 
 def _channels(call: Call, label: Label, *names: str) -> Label:

@@ -111,6 +111,11 @@ class Points:
         occurrence[order] = np.arange(len(flat)) - np.flatnonzero(starts)[np.cumsum(starts) - 1]
         return self.copies(points, occurrence.reshape(points.shape))
 
+    def are_blocks(self, points: Ids) -> bool:
+        """Are the rows of a matrix of points blocks already, each another one?"""
+        around = self.blocks(points)
+        return bool((around >= 0).all() and (around == around[:, :1]).all()) and len(np.unique(around)) == len(points)
+
     def rows(self, points: Ids, why: str) -> Ids:
         """Makes the rows of a matrix of points move as wholes; returns one point for each row, its block."""
         height, width = points.shape

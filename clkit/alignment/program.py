@@ -30,6 +30,7 @@ class Program:
     sources: dict[str, str]  # placeholder -> name of a weight
     constants: dict[str, Tensor]  # placeholder -> value
     inputs: tuple[str, ...]
+    written: dict[str, str]  # output -> the buffer that it replaces
     buffers: frozenset[str]
     batch: int | None  # the one batch size it runs on, None for any
 
@@ -116,17 +117,18 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
             constants[placeholder] = held[target]
         else:
             sources[placeholder] = name
+    written = {out: names.get(_place(held[target])) for out, target in signature.buffers_to_mutate.items()}
     module = exported.graph_module
-    first = next(n for n in module.graph.nodes if n.name in signature.user_inputs)
-    size = first.meta["val"].shape[0] if first.meta["val"].ndim else 0
-    buffers = {names.get(_place(b)) for b in model.buffers()}
+    inputs = [n for n in module.graph.nodes if n.name in signature.user_inputs and isinstance(n.meta["val"], Tensor)]
+    sizes = [n.meta["val"].shape[0] for n in inputs[:1] if n.meta["val"].ndim]
     return Program(
         module,
         sources,
         constants,
-        tuple(str(n) for n in signature.user_inputs),
-        frozenset(b for b in buffers if b),
-        int(size) if is_concrete_int(size) else None,
+        tuple(n.name for n in inputs),
+        {out: name for out, name in written.items() if name},
+        frozenset(name for b in model.buffers() if (name := names.get(_place(b)))),
+        next((int(size) for size in sizes if is_concrete_int(size)), None),
     )
 
 

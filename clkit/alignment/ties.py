@@ -82,29 +82,28 @@ def _pinned(points: Points, part: Part, reasons: dict[Factor, str]) -> bool:
 
 
 def _tie(points: Points, p: Part, q: Part, why: str) -> None:
-    """Makes two parts that meet over common factors move together as far as one array can say how."""
+    """Makes two parts that meet over common factors move together: the smaller one as blocks of the larger, else
+    neither along these factors."""
     p, q = sorted((p, q), key=lambda part: -len(part.factors))
-    common = set(p.factors) & set(q.factors)
-    n = len(common)
+    common = [f for f in p.factors if f in q.factors]
     if not common:
         return
-    if n == len(q.factors) and set(p.factors[:n]) == common:
-        outer = p.points.shape[:n]
-        rows = points.rows(p.points.reshape(prod(outer), -1), why)
-        points.unite(rows, q.ordered(p.factors[:n]), why)
+    array = p.ordered([*common, *(f for f in p.factors if f not in common)])
+    rows = array.reshape(prod(f.size for f in common), -1)
+    if len(common) == len(q.factors) and (p.factors[: len(common)] == tuple(common) or points.are_blocks(rows)):
+        points.unite(points.rows(rows, why), q.ordered(common), why)
     else:
-        points.pin(p.points, why, tuple(k for k, f in enumerate(p.factors) if f in common))
+        points.pin(p.points, why, tuple(p.factors.index(f) for f in common))
         points.pin(q.points, why)
 
 
-def split(points: Points, label: Label, dims: Iterable[int], why: str) -> Label:
-    """The label where indices in and out of `dims` move independently: a part over both moves block by block."""
+def split(points: Points, label: Label, dims: Iterable[int], why: str) -> None:
+    """Lets indices in and out of `dims` move independently: a part over both moves block by block."""
     inside = {f for d in dims for f in label.dims[d]}
     for part in label.parts:
         outer = [f for f in part.factors if f not in inside]
         if outer and len(outer) < len(part.factors):
             _rows(points, part, outer, why)
-    return label
 
 
 def _rows(points: Points, part: Part, outer: Sequence[Factor], why: str) -> Part:

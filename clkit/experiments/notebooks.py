@@ -80,8 +80,9 @@ def execute(
     cells = sum(cell.cell_type == "code" for book in books for cell in book.cells)
     scratch = tempfile.TemporaryDirectory() if check else nullcontext(figures)
     with scratch as folder, tqdm(total=cells, disable=not progress, unit="cell") as bar:
-        env = os.environ | {"CLKIT_PROFILE": profile, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
-        env["LOKY_MAX_CPU_COUNT"] = env["OMP_NUM_THREADS"]
+        share = str(max(1, cores // jobs))
+        threads = "1" if profile == "fast" else share  # small networks lose by more
+        env = os.environ | {"CLKIT_PROFILE": profile, "OMP_NUM_THREADS": threads, "LOKY_MAX_CPU_COUNT": share}
         if folder:
             env["CLKIT_FIGURES"] = str(Path(folder).resolve())
         with ThreadPoolExecutor(jobs) as pool:

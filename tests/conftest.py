@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks gain nothing fro
 from pathlib import Path
 
 import pytest
+import torch
 
 from clkit import data
 
@@ -13,6 +14,8 @@ PACKS = Path(os.environ.get("CLKIT_DATA") or Path(__file__).parents[2] / "shared
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     for marker in item.iter_markers("packs"):
         for name in marker.args or ("",):
             path = PACKS / f"{name}.zip" if name else PACKS

@@ -280,6 +280,12 @@ UNDERSTOOD = {  # operation, width after it, groups (size, blocks), further weig
     ),
     "shared layer": (lambda s, h: s.layer(s.layer(h).relu()), 12, {(12, 1)}, {"layer": nn.Linear(12, 12)}),
     "transposed weight": (lambda s, h: (h @ s.w).relu() @ s.w.T, 12, {(12, 1), (9, 1)}, {"w": torch.randn(12, 9)}),
+    "addmm": (
+        lambda s, h: torch.addmm(s.b, h, s.w).relu(),
+        9,
+        {(12, 1), (9, 1)},
+        {"w": torch.randn(12, 9), "b": torch.randn(9)},
+    ),
     "PReLU": (lambda s, h: s.act(h), 12, {(12, 1)}, {"act": nn.PReLU(12)}),
     "in place": (lambda s, h: overwrite(h), 12, {(4, 1), (2, 1), (6, 1)}, {}),
     "in place in a repeated axis": (lambda s, h: write_into_repeated(h), 12, {(11, 1)}, {}),

@@ -195,7 +195,6 @@ def test_a_stream_is_a_sequence_that_knows_its_shape():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_stream_moves_to_the_gpu_or_to_pinned_memory(monkeypatch: pytest.MonkeyPatch):
     stream = cumulative(split(toy(augment=Augment(crop=2, flip=True)), 2))
     moved = stream.to("cuda")

@@ -377,7 +377,6 @@ def test_progress_counts_steps_within_a_task(toy):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_learns_what_the_cpu_learns():
     stream = data.split(data.digits(), 2)
     gpu, cpu = (

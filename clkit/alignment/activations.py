@@ -40,10 +40,13 @@ def similarities(
 ) -> Similarities:
     """Compares the units of two networks on `inputs` by Pearson's correlation over all examples and positions.
 
-    Entries are in [-1, 1]; those of a residual stream are means over the places where it is read. Sums are kept in
-    double precision, about the means of the first batch. `statistic="clewi2024"` is what CLeWI's released code
-    computes: with the number of images where that of positions belongs, the correlation r of two units with means m
-    and deviations s over H W positions an image becomes (r s s' - (HW - 1) m m') / sqrt((s^2 + (HW - 1)^2 m^2) ...).
+    Entries are in [-1, 1]; those of a residual stream are means over the places where it is read. Deviations from the
+    first batch's means are multiplied in the precision of the activations (float32 at least), batch by batch, and
+    added up in double precision.
+
+    `statistic="clewi2024"` is what CLeWI's released code computes: it divides by the number of images where that of
+    positions belongs. With c the covariance of two units over HW positions an image, m their means and s their
+    deviations, it is (c - (HW - 1) m1 m2) / (d1 d2) with d^2 = s^2 + (HW - 1)^2 m^2: correlation only where HW = 1.
     """
     if len(symmetry.program.inputs) != 1:
         raise ValueError(f"model: it takes {len(symmetry.program.inputs)} tensors; only models of one can be watched")
@@ -58,8 +61,11 @@ def similarities(
         for m in watch.get(node, ()):
             m.add(values)
 
+    programs: dict[int, Program] = {}
     for x in inputs.split(batch):
-        _program(symmetry, model, x).run(nets, x.to(device), look)
+        if len(x) not in programs:
+            programs[len(x)] = _program(symmetry, model, x.to(device))
+        programs[len(x)].run(nets, x.to(device), look)
     matrix: dict[str, NDArray[np.float64]] = {}
     constant: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
     times: dict[str, int] = {}
@@ -72,8 +78,9 @@ def similarities(
 
 
 def _program(symmetry: Symmetry, model: nn.Module, x: Tensor) -> Program:
-    """The symmetry's own program, or, if that runs on one batch size only, one for this size."""
-    return symmetry.program if symmetry.program.batch in (None, len(x)) else trace(model, x)
+    """The symmetry's own program, or, if that is bound to another batch size or device, one for this."""
+    own = symmetry.program
+    return own if own.batch in (None, len(x)) and own.device == x.device else trace(model, x)
 
 
 class _Moments:
@@ -88,22 +95,28 @@ class _Moments:
 
     def add(self, values: list[Tensor]) -> None:
         """Takes one batch's values of both networks."""
-        now = [self._read(value) for value in values]
+        now = []
+        for k, value in enumerate(values):
+            view = self.tap.read(value)
+            places, rest = len(self.tap.places), tuple(range(len(self.tap.places), view.ndim))
+            if len(self.shift) == k:
+                self.shift.append(view.to(torch.promote_types(view.dtype, torch.float32)).mean(rest, keepdim=True))
+            rows = torch.empty(view.shape, dtype=self.shift[k].dtype, device=view.device)
+            rows = torch.sub(view, self.shift[k], out=rows).flatten(places).flatten(0, -2)
+            now.append(self._pick(rows))
         if not self.count:
-            self.shift = [v.mean(2, keepdim=True) for v in now]
-            self.sums = [v.new_zeros(v.shape[:2]) for v in now]
+            self.sums = [v.new_zeros(v.shape[:2], dtype=torch.float64) for v in now]
             self.squares = [s.clone() for s in self.sums]
-            self.products = now[0].new_zeros(len(now[0]), now[0].shape[1], now[1].shape[1])
+            self.products = torch.zeros(len(now[0]), now[0].shape[1], now[1].shape[1], dtype=torch.float64)
+            self.products = self.products.to(now[0].device)
         self.count += now[0].shape[2]
-        for k, value in enumerate(now):
-            value -= self.shift[k]
-            self.sums[k] += value.sum(2)
-            self.squares[k] += torch.linalg.vector_norm(value, dim=2).square()
-        self.products.baddbmm_(now[0], now[1].mT)
+        for k, rows in enumerate(now):
+            self.sums[k] += rows.sum(2)
+            self.squares[k] += torch.linalg.vector_norm(rows, dim=2).square()
+        self.products += now[0] @ now[1].mT
 
-    def _read(self, value: Tensor) -> Tensor:
-        """The values as (lanes, units, positions) in double precision."""
-        rows = self.tap.read(value)
+    def _pick(self, rows: Tensor) -> Tensor:
+        """The rows of the group's units, as (lanes, units, positions in the data)."""
         if self.slots.size != len(rows) or (np.diff(self.slots.ravel()) != 1).any():
             rows = rows[torch.from_numpy(self.slots.ravel()).to(rows.device)]
         return rows.unflatten(0, self.slots.shape)
@@ -114,7 +127,10 @@ class _Moments:
         `images`: their number for the statistic of CLeWI's code, None for Pearson's.
         """
         offsets = [s / self.count for s in self.sums]
-        means = [shift[..., 0] + offset for shift, offset in zip(self.shift, offsets, strict=True)]
+        means = [
+            self._pick(shift.double().flatten()[:, None])[..., 0] + offset
+            for shift, offset in zip(self.shift, offsets, strict=True)
+        ]
         spreads = [s / self.count - o.square() for s, o in zip(self.squares, offsets, strict=True)]
         spreads = [torch.where(v > 1e-12 * m.square(), v, 0.0).sqrt() for v, m in zip(spreads, means, strict=True)]
         shared = self.products / self.count - offsets[0][:, :, None] * offsets[1][:, None, :]

@@ -17,7 +17,8 @@ from clkit.weights import Weights, check_finite
 
 METHODS = ("activations", "weights")
 ROUNDS = 100
-HINT = 1e-6  # what weights count beside correlations, where these tie
+HINT = 1e-4  # what weights count beside correlations, where these tie
+ALIKE = 1e-5  # correlations that differ less tie: rounding of activations
 TIE = 1e-9  # of units that look alike, the one that stays is preferred
 Matrices = Mapping[str, NDArray[np.float64]]
 
@@ -146,11 +147,11 @@ def _match_activations(
 
 
 def _ties(matrix: NDArray[np.float64]) -> Ids:
-    """The rows whose largest entry is not the largest by more than `HINT`."""
+    """The rows whose largest entry is not the largest by more than `ALIKE`."""
     if matrix.shape[1] < 2:
         return np.arange(len(matrix))
     best = np.partition(matrix, -2, axis=1)[:, -2:]
-    return np.flatnonzero(best[:, 1] - best[:, 0] <= HINT)
+    return np.flatnonzero(best[:, 1] - best[:, 0] <= ALIKE)
 
 
 def match_weights(

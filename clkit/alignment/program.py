@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.weights import Weights, live_tensors
 
@@ -33,6 +33,7 @@ class Program:
     written: dict[str, str]  # output -> the buffer that it replaces
     buffers: frozenset[str]
     batch: int | None  # the one batch size it runs on, None for any
+    device: torch.device
 
     @property
     def used(self) -> set[str]:
@@ -129,6 +130,7 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
         {out: name for out, name in written.items() if name},
         frozenset(name for b in model.buffers() if (name := names.get(_place(b)))),
         next((int(size) for size in sizes if is_concrete_int(size)), None),
+        next((a.device for a in tree_leaves(args) if isinstance(a, Tensor)), torch.device("cpu")),
     )
 
 

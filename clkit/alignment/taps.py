@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -37,13 +36,11 @@ class Tap:
     slots: dict[str, Ids]
 
     def read(self, value: Tensor) -> Tensor:
-        """The value in double precision: one row for each position of the part, one column for each in the data."""
+        """A view of the value with the dimensions that hold positions of the part in front."""
         for dim in reversed(range(len(self.sizes))):
             if self.sizes[dim]:
                 value = value.unflatten(dim, self.sizes[dim])
-        value = value.movedim(self.places, tuple(range(len(self.places))))
-        copy = torch.empty(value.shape, dtype=torch.float64, device=value.device).copy_(value)
-        return copy.flatten(len(self.places)).flatten(0, -2)
+        return value.movedim(self.places, tuple(range(len(self.places))))
 
 
 def find_taps(

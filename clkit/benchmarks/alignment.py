@@ -2,9 +2,11 @@
 
 The work: ResNet-18 with the stem for small images, 200 images of 32 x 32, one CPU thread. CLeWI's released code
 (arXiv 2404.04002) finds each of 13 permutations from activations that it gets by running both networks from the
-input up to there, once for means and products and once more for deviations.
+input up to there, once for means and products and once more for deviations; it puts a convolution with identity
+weights into every shortcut before.
 """
 
+import copy
 import json
 import os
 import statistics
@@ -25,6 +27,13 @@ IMAGES, BATCH, REPEATS = 200, 25, 3
 def prefixes(net: nn.Module) -> Iterator[nn.Module]:
     """The networks up to each place of the 13 permutations: stem, inside of every block, end of every stage."""
 
+    net = copy.deepcopy(net)
+    for block in (m for m in net.modules() if isinstance(m, models.BasicBlock)):
+        width = block.conv2.out_channels
+        if not len(block.shortcut):
+            identity = nn.Conv2d(width, width, 1, bias=False)
+            nn.init.dirac_(identity.weight)
+            block.shortcut.append(identity)
     modules = [m for part in net.children() for m in (part if isinstance(part, nn.Sequential) else [part])]
     blocks = 0
     for k, module in enumerate(modules):
@@ -67,6 +76,7 @@ def measure() -> dict[str, list[float]]:
     batches = list(x.split(BATCH))
     symmetry = alignment.symmetry(nets[0], x[:2])
     first, second = map(get_weights, nets)
+    places = [list(prefixes(net)) for net in nets]
 
     def forward() -> None:
         for net in nets:
@@ -74,7 +84,7 @@ def measure() -> dict[str, list[float]]:
                 net(batch)
 
     def by_prefix() -> None:
-        for pair in zip(prefixes(nets[0]), prefixes(nets[1]), strict=True):
+        for pair in zip(*places, strict=True):
             linear_sum_assignment(correlation(pair[0], pair[1], batches).numpy(), maximize=True)
 
     ways: dict[str, Callable[[], object]] = {

@@ -82,7 +82,7 @@ def execute(
     with scratch as folder, tqdm(total=cells, disable=not progress, unit="cell") as bar:
         share = str(max(1, cores // jobs))
         threads = "1" if profile == "fast" else share  # small networks lose by more
-        env = os.environ | {"CLKIT_PROFILE": profile, "OMP_NUM_THREADS": threads, "LOKY_MAX_CPU_COUNT": share}
+        env = os.environ | {"CLKIT_PROFILE": profile, "OMP_NUM_THREADS": threads, "LOKY_MAX_CPU_COUNT": str(cores)}
         if folder:
             env["CLKIT_FIGURES"] = str(Path(folder).resolve())
         with ThreadPoolExecutor(jobs) as pool:

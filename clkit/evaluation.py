@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.data import Stream, Task
+from clkit.weights import Weights
 
 EVALUATION_BATCH = 1024
 
@@ -55,6 +56,17 @@ def evaluate(
                 sums += torch.stack([masked if stream.scenario == "task" else hits, masked, loss]).double()
             rows.append(sums / task.test.y.numel())
     return Evaluation(*torch.stack(rows, 1).cpu().numpy())
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
+    """What `model` gives for prepared inputs with `weights` in place of its own, in evaluation mode: a teacher's logits.
+
+    The model's own weights, statistics and training flags are left as they are; no gradient is recorded.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    with evaluation_mode(model):
+        return torch.func.functional_call(model, dict(weights), (x,))
 
 
 @contextmanager

@@ -114,7 +114,7 @@ class Task:
         raw, y = self.train.x[rows], self.train.y[rows]
         if device is not None:
             raw, y = raw.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        return Batch(self.prepare(raw, generator), y, raw, self, generator)
+        return Batch(self.prepare(raw, generator), y, raw, self, generator, rows=rows)
 
 
 @dataclass(eq=False)
@@ -122,7 +122,8 @@ class Batch:
     """What one step sees: prepared inputs `x` with labels `y`, and the current task's rows as stored (`raw`).
 
     After `join`, `x` and `y` hold the joined rows too, behind the current ones; `raw` and `size` do not change, so
-    `x[:size]`, `y[:size]` are the current task's. `epoch` counts the passes over the task's data from 0.
+    `x[:size]`, `y[:size]` are the current task's. `epoch` counts the passes over the task's data from 0; `rows` says
+    which rows of `task.train` the current ones are.
     """
 
     x: Tensor
@@ -131,6 +132,7 @@ class Batch:
     task: Task
     generator: torch.Generator | None = None
     epoch: int = 0
+    rows: Rows | None = None
 
     @property
     def size(self) -> int:

@@ -1,5 +1,6 @@
 """The learner that every rule starts from: plain fine-tuning, and the hooks that a rule overrides."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -140,3 +141,13 @@ class Learner:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` of a learner of the same settings gave."""
         self.setting.generator.set_state(state["generator"])
+
+
+def named(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under names that begin with `group` and a dot, for a state_dict."""
+    return {f"{group}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def under(group: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `named` put into a state: the tensors whose names begin with `group` and a dot, by what follows it."""
+    return {name.removeprefix(f"{group}."): t for name, t in state.items() if name.startswith(f"{group}.")}

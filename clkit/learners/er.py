@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from clkit.data import Batch, Examples, Task
-from clkit.learners.base import Learner, Setting
+from clkit.learners.base import Learner, Setting, named, under
 from clkit.memory import Memory
 
 
@@ -64,12 +64,12 @@ class ER(Learner):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The generator and the memory."""
-        return super().state_dict() | {f"memory.{name}": tensor for name, tensor in self.store.state_dict().items()}
+        return super().state_dict() | named("memory", self.store.state_dict())
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` gave."""
         super().load_state_dict(state)
-        self.store.load_state_dict({n.removeprefix("memory."): t for n, t in state.items() if n.startswith("memory.")})
+        self.store.load_state_dict(under("memory", state))
 
     def _prepared(self, task: Task, rows: dict[str, Tensor]) -> Examples:
         if not rows:

@@ -1,4 +1,4 @@
-"""A bounded store of examples: rows of named tensors, filled by reservoir or class-balanced sampling.
+"""A bounded store of examples: rows of named tensors, filled by reservoir, balanced, ring or herding selection.
 
 Writes are vectorised: one decision and one scatter for a whole batch, with no host synchronisation on the
 reservoir's path. The memory does not know why something is stored.
@@ -9,33 +9,35 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-POLICIES = ("reservoir", "balanced")
+AHEAD = 4096  # rows that a reservoir decides on at once
+POLICIES = ("reservoir", "balanced", "ring", "herding")
 
 
-def reservoir_slots(seen: int, capacity: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draws the slot that each of `count` new rows takes in a reservoir that has seen `seen` rows: (count,) int64.
+def reservoir_slots(seen: int, capacity: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws the slots that the `count` rows after the first `seen` take in a reservoir (Vitter 1985, algorithm R).
 
-    A row that is not kept gets slot `capacity`, and so does a row whose slot a later row of the same batch takes:
-    writing the result in any order equals the one-by-one algorithm (Vitter 1985, algorithm R). Each row costs one draw.
+    Gives (slots, until), both (count,) int64: a row that is not kept has slot `capacity`, and `until` is how many rows
+    have been seen when a later row of these takes the slot again. Each row costs one draw.
     """
     device = generator.device
+    number = torch.arange(seen, seen + count, device=device)
     draw = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
-    seen_by = torch.arange(seen + 1, seen + count + 1, device=device)
-    slot = (draw * seen_by).long().clamp_(max=capacity)
-    free = max(0, min(count, capacity - seen))
-    slot[:free] = seen_by[:free] - 1
-    newest = torch.zeros(capacity + 1, dtype=torch.int64, device=device)
-    newest.scatter_reduce_(0, slot, seen_by, "amax")
-    return torch.where(newest[slot] == seen_by, slot, capacity)
+    slots = torch.where(number < capacity, number, (draw * (number + 1)).long().clamp_(max=capacity))
+    by_slot = slots.argsort(stable=True)
+    until = torch.full_like(slots, torch.iinfo(torch.int64).max)
+    again = slots[by_slot[1:]] == slots[by_slot[:-1]]
+    until[by_slot[:-1]] = torch.where(again, number[by_slot[1:]] + 1, until[0])
+    return slots, until
 
 
 class Memory:
     """At most `capacity` rows of named tensors, e.g. {"x": images, "y": labels}.
 
-    `policy` says which rows stay when more were offered: "reservoir" keeps a uniform sample of everything offered;
-    "balanced" keeps as equal a number of each class (the tensor named "y") as what was offered allows, a uniform
-    sample within a class. `holdout` is the share of the slots that `sample` never draws from: rows to choose
-    settings by. Slots are random, so held-out rows are a random part of the memory too.
+    `policy` says which rows stay when more were offered: "reservoir" keeps a uniform sample of everything offered; the
+    others keep as equal a number of each class (the tensor named "y") as what was offered allows: "balanced" a uniform
+    sample of the class, "ring" its newest rows (GEM), "herding" those offered first, so that rows offered in the order
+    of `herding` leave the best and lose the last (iCaRL). `holdout` is the share of the slots that `sample` never draws
+    from: rows to choose settings by, spread evenly over the slots.
     """
 
     def __init__(self, capacity: int, policy: str = "reservoir", *, holdout: float = 0.0) -> None:
@@ -56,6 +58,8 @@ class Memory:
         self.held = torch.tensor([slot for slot in range(capacity) if held[slot]], dtype=torch.int64)
         self.keys = torch.zeros(0, dtype=torch.float64)
         self.seen = 0
+        self.decided = 0  # the rows seen before the first that `slots` and `until` are about
+        self.slots = self.until = torch.zeros(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
@@ -68,7 +72,7 @@ class Memory:
         if self.policy == "reservoir":
             self._reservoir(generator, rows, count)
         else:
-            self._balanced(generator, rows, count)
+            self._by_class(generator, rows, count)
         self.seen += count
 
     def sample(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -88,12 +92,14 @@ class Memory:
     def state_dict(self) -> dict[str, Tensor]:
         """All that the memory holds, as tensors: what `load_state_dict` needs to go on bit for bit."""
         state = {f"rows.{name}": tensor[: len(self)].clone() for name, tensor in self.rows.items()}
-        return state | {"keys": self.keys[: len(self)].clone(), "seen": torch.tensor(self.seen)}
+        counts = {"seen": torch.tensor(self.seen), "decided": torch.tensor(self.decided)}
+        return state | counts | {"keys": self.keys[: len(self)].clone(), "slots": self.slots, "until": self.until}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state_dict` of a memory of the same settings gave."""
         rows = {name.removeprefix("rows."): tensor for name, tensor in state.items() if name.startswith("rows.")}
-        self.seen = int(state["seen"])
+        self.seen, self.decided = int(state["seen"]), int(state["decided"])
+        self.slots, self.until = state["slots"], state["until"]
         if rows:
             self._allocate(rows)
             for name, tensor in [*rows.items()]:
@@ -115,8 +121,8 @@ class Memory:
                     f"rows: {name!r} is {tensor.dtype} of shape {tuple(tensor.shape[1:])} a row, the memory holds "
                     f"{stored.dtype} of {tuple(stored.shape[1:])}; all tasks of a stream must agree"
                 )
-        if self.policy == "balanced" and "y" not in rows:
-            raise ValueError("policy: 'balanced' needs the classes; offer a tensor named y")
+        if self.policy != "reservoir" and "y" not in rows:
+            raise ValueError(f"policy: {self.policy!r} needs the classes; offer a tensor named y")
         return next(iter(counts.values()))
 
     def _allocate(self, rows: Mapping[str, Tensor]) -> None:
@@ -127,30 +133,45 @@ class Memory:
         self.open, self.held = self.open.to(device), self.held.to(device)
 
     def _reservoir(self, generator: torch.Generator, rows: Mapping[str, Tensor], count: int) -> None:
+        """Decides on many rows ahead, so that a batch's share is a look at the decisions for it."""
         if not self.rows:
             self._allocate(rows)
-        slots = reservoir_slots(self.seen, self.capacity, count, generator)
+        end = self.seen + count
+        if end > self.decided + len(self.slots):
+            self.decided = self.seen
+            self.slots, self.until = reservoir_slots(self.seen, self.capacity, max(count, AHEAD), generator)
+        mine = slice(self.seen - self.decided, end - self.decided)
+        slots = self.slots[mine].masked_fill(self.until[mine] <= end, self.capacity)
         for name, tensor in rows.items():
-            self.rows[name][slots] = tensor
+            _write(self.rows[name], slots, tensor)
 
-    def _balanced(self, generator: torch.Generator, rows: Mapping[str, Tensor], count: int) -> None:
-        """Every row ever offered has a random key; a class keeps its rows of smallest keys, classes in equal parts."""
+    def _by_class(self, generator: torch.Generator, rows: Mapping[str, Tensor], count: int) -> None:
+        """Every row has a key; a class keeps its rows of smallest keys, classes in equal parts.
+
+        Keys are random, or the row's number in the order of offers, or that backwards. What cannot be shared equally
+        goes to the smallest of the random keys, and else to the classes that came first.
+        """
         have = len(self)
         if not self.rows:
             self._allocate(rows)
-        keys = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+        if self.policy == "balanced":
+            keys = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+        else:
+            keys = torch.arange(self.seen, self.seen + count, dtype=torch.float64, device=self.keys.device)
+            keys = -keys if self.policy == "ring" else keys
         pool = {name: torch.cat([self.rows[name][:have], tensor]) for name, tensor in rows.items()}
         keys = torch.cat([self.keys[:have], keys.to(self.keys.device)])
         by_key = keys.argsort()
         rank = torch.empty_like(by_key)
         rank[by_key] = _rank_within(pool["y"][by_key])
-        keep = torch.argsort(rank.double() + keys)[: self.capacity]
+        order = rank + keys if self.policy == "balanced" else rank.double()
+        keep = torch.argsort(order, stable=True)[: self.capacity]
         free = (keep >= have).nonzero().squeeze(1)
         stays = torch.zeros(have, dtype=torch.bool, device=keep.device)
         stays[keep[keep < have]] = True
         slots = torch.cat([(~stays).nonzero().squeeze(1), torch.arange(have, len(keep), device=keep.device)])
         for name, tensor in pool.items():
-            self.rows[name][slots] = tensor[keep[free]]
+            _write(self.rows[name], slots, tensor[keep[free]])
         self.keys[slots] = keys[keep[free]]
 
     def _slots(self, *, held: bool) -> Tensor:
@@ -159,6 +180,39 @@ class Memory:
 
     def _take(self, slots: Tensor) -> dict[str, Tensor]:
         return {name: tensor[slots] for name, tensor in self.rows.items()}
+
+
+def herding(features: Tensor, y: Tensor) -> Tensor:
+    """Orders rows by how well the mean of those before them and themselves fits the mean of their class: (n,) int64.
+
+    Rebuffi et al. 2017 (arXiv 1611.07725), algorithm 4: greedily, for `features` (n, F) of labels `y` (n,). All first
+    choices of the classes come first, then all second ones, and so on.
+    """
+    features, order = features.double(), torch.empty(0, dtype=torch.int64, device=y.device)
+    turns = torch.empty(0, dtype=torch.int64, device=y.device)
+    for label in y.unique():
+        rows = (y == label).nonzero().squeeze(1)
+        own = features[rows]
+        goal, total = own.mean(0), torch.zeros_like(own[0])
+        left = torch.zeros(len(rows), dtype=torch.float64, device=y.device)
+        picks = []
+        for turn in range(1, len(rows) + 1):
+            pick = ((goal - (total + own) / turn).square().sum(1) + left).argmin()
+            left[pick] = float("inf")
+            total = total + own[pick]
+            picks.append(pick)
+        order = torch.cat([order, rows[torch.stack(picks)]])
+        turns = torch.cat([turns, torch.arange(len(rows), device=y.device)])
+    return order[turns.argsort(stable=True)]
+
+
+def _write(store: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Copies rows into slots; bytes as words of eight where they fit, since the copy goes element by element."""
+    if rows.element_size() < 8 and rows.numel() and rows[0].nbytes % 8 == 0:
+        rows = rows.contiguous()
+        rows = rows if rows.data_ptr() % 8 == 0 else rows.clone()
+        store, rows = (t.flatten(1).view(torch.int64) for t in (store, rows))
+    store.index_copy_(0, slots, rows)
 
 
 def _rank_within(labels: Tensor) -> Tensor:

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clkit.memory import POLICIES, Memory, reservoir_slots
+from clkit import memory as memory_module
+from clkit.memory import AHEAD, POLICIES, Memory, herding, reservoir_slots
 
 laws = settings(max_examples=30, deadline=None)
 chunks = st.lists(st.integers(0, 12), min_size=1, max_size=8)
@@ -20,18 +21,15 @@ def fill(memory: Memory, sizes: list[int], seed: int = 0, classes: int = 3) -> i
 
 
 def one_by_one(capacity: int, sizes: list[int], seed: int) -> list[int]:
-    """Algorithm R as the textbook has it, drawing the same numbers."""
-    g, slots, n = torch.Generator().manual_seed(seed), [], 0
-    for size in sizes:
-        draws = torch.rand(size, generator=g, dtype=torch.float64) if size else []
-        for draw in draws:
-            if n < capacity:
-                slots.append(n)
-            else:
-                j = int(draw * (n + 1))
-                if j < capacity:
-                    slots[j] = n
-            n += 1
+    """Algorithm R as the textbook has it, with the same numbers, of which the memory draws many ahead."""
+    draws = torch.rand(AHEAD, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    slots: list[int] = []
+    for n in range(sum(sizes)):
+        j = int(draws[n] * (n + 1))
+        if n < capacity:
+            slots.append(n)
+        elif j < capacity:
+            slots[j] = n
     return slots
 
 
@@ -68,10 +66,71 @@ def test_rows_stay_whole_distinct_and_within_bounds(policy, capacity, sizes, see
     assert len(held.get("x", [])) == int(len(memory) * holdout)
 
 
+BY_CLASS = [policy for policy in POLICIES if policy != "reservoir"]
+
+
+def by_class_one_by_one(policy: str, capacity: int, sizes: list[int]) -> set[int]:
+    """Whole classes in the order of preference, cut to equal parts; the rest goes to the classes that came first."""
+    n = sum(sizes)
+    classes = [[x for x in range(n) if x % 3 == c] for c in range(3)]
+    ranked = [own[::-1] if policy == "ring" else own for own in classes]
+    kept: set[int] = set()
+    for turn in range(n):
+        for own in ranked:
+            if turn < len(own) and len(kept) < capacity:
+                kept.add(own[turn])
+    return kept
+
+
 @laws
-@given(st.integers(1, 12), chunks, st.integers(0, 99))
-def test_a_balanced_memory_is_as_balanced_as_what_was_offered_allows(capacity, sizes, seed):
-    memory = Memory(capacity, "balanced")
+@given(st.sampled_from(["ring", "herding"]), st.integers(1, 12), chunks)
+def test_ring_keeps_the_newest_and_herding_the_first_of_each_class(policy, capacity, sizes):
+    memory = Memory(capacity, policy)
+    fill(memory, sizes)
+    expected = by_class_one_by_one(policy, capacity, sizes)
+    kept = memory.all().get("x", torch.empty(0)).tolist()
+    share = capacity // 3
+    assert len(kept) == len(expected)
+    for c in range(3):  # which class has one more is the tie's affair; the others must agree row for row
+        mine, theirs = ({x for x in rows if x % 3 == c} for rows in (kept, expected))
+        assert mine <= theirs or theirs <= mine
+        assert abs(len(mine) - len(theirs)) <= 1 and min(len(mine), share) == min(len(theirs), share)
+
+
+def test_herding_orders_by_the_fit_of_the_running_mean():
+    """Algorithm 4 of iCaRL, as written."""
+    g = torch.Generator().manual_seed(0)
+    features, y = torch.randn(12, 3, generator=g, dtype=torch.float64), torch.arange(12) % 2
+    order = herding(features, y)
+    assert sorted(order.tolist()) == list(range(12))
+    for label in (0, 1):
+        own = [int(i) for i in order if y[i] == label]
+        mean = features[y == label].mean(0)
+        for turn in range(len(own)):
+            left = [i for i in range(12) if y[i] == label and i not in own[:turn]]
+            fits = {i: (mean - features[[*own[:turn], i]].mean(0)).norm().item() for i in left}
+            assert fits[own[turn]] <= min(fits.values()) + 1e-12
+
+
+def test_herding_takes_turns_over_the_classes():
+    order = herding(torch.randn(9, 2, generator=torch.Generator().manual_seed(0)), torch.arange(9) // 3)
+    assert [sorted((order[i : i + 3] // 3).tolist()) for i in (0, 3, 6)] == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.bool])
+@pytest.mark.parametrize("shape", [(), (3,), (8,), (1, 4, 4)])
+def test_rows_of_any_kind_come_back_as_they_were(dtype, shape):
+    rows = torch.randint(0, 2, (30, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
+    memory = Memory(40)
+    for part in (rows[:7], rows[7:8], rows[8:]):
+        memory.offer(torch.Generator(), x=part)
+    assert torch.equal(memory.all()["x"], rows)
+
+
+@laws
+@given(st.sampled_from(BY_CLASS), st.integers(1, 12), chunks, st.integers(0, 99))
+def test_a_balanced_memory_is_as_balanced_as_what_was_offered_allows(policy, capacity, sizes, seed):
+    memory = Memory(capacity, policy)
     n = fill(memory, sizes, seed, classes=3)
     if not n:
         return
@@ -117,10 +176,21 @@ def test_an_empty_memory_saves_loads_and_samples():
     assert len(memory) == 0 and memory.sample(2, torch.Generator()) == {}
 
 
-def test_slots_never_repeat_within_a_batch():
-    slots = reservoir_slots(3, 5, 1000, torch.Generator().manual_seed(0))
-    kept = slots[slots < 5]
-    assert len(kept.unique()) == len(kept) == 5
+def test_decisions_ahead_run_out_and_are_made_anew(monkeypatch):
+    monkeypatch.setattr(memory_module, "AHEAD", 7)
+    counts, trials = torch.zeros(30), 2000
+    for seed in range(trials):
+        memory = Memory(5)
+        fill(memory, [4, 9, 2, 6, 9], seed)
+        counts[memory.all()["x"]] += 1
+    assert (counts - trials / 6).abs().max() < 4.5 * (trials * 5 / 36) ** 0.5
+
+
+def test_a_slot_is_taken_until_a_later_row_takes_it():
+    slots, until = reservoir_slots(3, 5, 1000, torch.Generator().manual_seed(0))
+    for i in range(1000):
+        later = [3 + j + 1 for j in range(i + 1, 1000) if slots[j] == slots[i]]
+        assert until[i] == (later[0] if later else torch.iinfo(torch.int64).max)
 
 
 @pytest.mark.parametrize(

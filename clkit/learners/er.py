@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from clkit.data import Batch, Examples, Task
+from clkit.evaluation import EVALUATION_BATCH
 from clkit.learners.base import Learner, Setting, named, under
-from clkit.memory import Memory
+from clkit.memory import Memory, herding
+from clkit.models import features
 
 
 @dataclass
@@ -16,10 +20,10 @@ class ER(Learner):
 
     Ratcliff 1990; Robins 1995; in this form Chaudhry et al. 2019 (arXiv 1902.10486): one cross entropy over the
     current rows and the memory's, concatenated. `memory` is the number of examples kept, `batch` the number replayed
-    a step (None: as many as the step's own), `policy` which ones stay ("reservoir" or "balanced"). Rows are stored as
-    they are and augmented afresh whenever they are replayed. The papers leave open when an example is offered to the
-    memory: here once, at the end of its first step, so that the reservoir is a uniform sample of the stream however
-    many epochs there are.
+    a step (None: as many as the step's own), `policy` which ones stay (`memory.POLICIES`). Rows are stored as they are
+    and augmented afresh whenever they are replayed. The papers leave open when an example is offered to the memory:
+    here once, at the end of its first step, so that the reservoir is a uniform sample of the stream however many epochs
+    there are; with "herding" at the end of the task, in the order that the trained network's features give.
     """
 
     memory: int = 500
@@ -49,9 +53,22 @@ class ER(Learner):
         return super().loss(model, self.replayed(batch))
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:
-        """Offers the current rows to the memory in the task's first epoch."""
-        if batch.epoch == 0:
+        """Offers the current rows to the memory in the task's first epoch, unless they are to be herded."""
+        if batch.epoch == 0 and self.policy != "herding":
             self.store.offer(self.setting.generator, x=batch.raw, y=batch.y)
+
+    def after_training(self, model: nn.Module, task: Task) -> None:
+        """Offers the task's rows in the order of herding, if that is the policy."""
+        if self.policy == "herding":
+            self.offer_herded(model, task)
+
+    def offer_herded(self, model: nn.Module, task: Task) -> None:
+        """Offers all rows of the task, the best fits to their class's mean feature first; features have length one."""
+        device = self.setting.generator.device
+        parts = [features(model, task.prepare(x.to(device))) for x in task.train.x.split(EVALUATION_BATCH)]
+        order = herding(normalize(torch.cat(parts)), task.train.y.to(device))
+        rows = task.train[order.to(task.train.x.device)].to(device)
+        self.store.offer(self.setting.generator, x=rows.x, y=rows.y)
 
     def examples(self, task: Task) -> Examples:
         """The memory but for what is held out of it, prepared and not augmented."""

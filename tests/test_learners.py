@@ -9,9 +9,22 @@ from toys import quick
 
 from clkit import data
 from clkit.data import Examples, Normalize, Stream, Task
-from clkit.learners import ER, LEARNERS, Criterion, Learner
+from clkit.learners import AGEM, DER, ER, ERACE, GEM, LEARNERS, MIR, Criterion, DERpp, Joint, Learner
 
-SETTINGS = {"fine-tuning": Learner(), "ER": ER(memory=12), "ER balanced": ER(memory=12, policy="balanced", batch=4)}
+SETTINGS = {
+    "fine-tuning": Learner(),
+    "joint": Joint(),
+    "ER": ER(memory=12),
+    "ER balanced": ER(memory=12, policy="balanced", batch=4),
+    "ER herding": ER(memory=12, policy="herding"),
+    "ER-ACE": ERACE(memory=12),
+    "A-GEM": AGEM(memory=12),
+    "GEM": GEM(memory=12),
+    "MIR": MIR(memory=12, batch=4, candidates=8),
+    "DER": DER(memory=12, alpha=0.5),
+    "DER++": DERpp(memory=12),
+    "DER++ refreshed": DERpp(memory=12, refresh=True),
+}
 
 
 @pytest.fixture(scope="module")

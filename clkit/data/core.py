@@ -139,11 +139,14 @@ class Batch:
         """The number of rows of the current task."""
         return len(self.raw)
 
+    def prepare(self, raw: Tensor) -> Tensor:
+        """Turn raw rows into inputs as the batch's own were: moved to its device, augmented if it was."""
+        return self.task.prepare(raw.to(self.x.device, non_blocking=True), self.generator)
+
     def join(self, raw: Tensor, y: Tensor) -> "Batch":
-        """Append rows from a memory, prepared as the batch's own: moved to its device, augmented if it was."""
-        x = self.task.prepare(raw.to(self.x.device, non_blocking=True), self.generator)
+        """Append rows from a memory, prepared as the batch's own."""
         y = y.to(self.y.device, non_blocking=True)
-        return replace(self, x=torch.cat([self.x, x]), y=torch.cat([self.y, y]))
+        return replace(self, x=torch.cat([self.x, self.prepare(raw)]), y=torch.cat([self.y, y]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

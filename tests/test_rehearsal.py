@@ -1,0 +1,293 @@
+"""What each rule that keeps examples is."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import QUICK, quick
+
+from clkit.consolidation import CLeWI
+from clkit.data import Stream
+from clkit.learners import AGEM, DER, ER, ERACE, GEM, MIR, DERpp, Joint, Learner, Setting
+from clkit.learners.agem import flat_gradient, projected, set_gradient
+from clkit.learners.base import Criterion
+from clkit.learners.gem import projected as projected_on_all
+from clkit.weights import equal
+
+laws = settings(max_examples=50, deadline=None)
+vectors = st.integers(0, 10**6).map(lambda s: torch.Generator().manual_seed(s))
+
+
+@pytest.fixture(scope="module")
+def toy() -> Stream:
+    return toys.stream()
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(toy):
+    return quick(toy, Learner())
+
+
+def started(learner, stream, task=0, batch=8):
+    """A learner and a criterion as the loop would start them, at the given task."""
+    criterion = Criterion(stream, "all", 0.0, torch.device("cpu"))
+    learner.start(Setting(torch.Generator().manual_seed(0), criterion, len(stream.classes), batch, 0.1, 0.0))
+    criterion.begin_task(stream[task])
+    return learner
+
+
+@pytest.mark.parametrize("learner", [AGEM(memory=12), GEM(memory=12), Joint()])
+def test_the_first_task_is_fine_tuning_without_earlier_tasks(fine_tuned, toy, learner):
+    result = quick(toy, learner)
+    assert equal(result.trained[0], fine_tuned.trained[0])
+    assert not equal(result.trained[1], fine_tuned.trained[1])
+
+
+class TestAGEM:
+    @laws
+    @given(vectors)
+    def test_the_projection_does_not_go_against_the_reference(self, g):
+        gradient, reference = torch.randn(2, 30, generator=g, dtype=torch.float64)
+        result = projected(gradient, reference)
+        assert result @ reference >= -1e-12
+        if gradient @ reference >= 0:
+            assert torch.equal(result, gradient)
+        else:  # the nearest such vector: what was taken out lies along the reference
+            assert torch.allclose(
+                gradient - result, ((gradient - result) @ reference) / reference.square().sum() * reference
+            )
+
+    def test_a_reference_of_zero_changes_nothing(self):
+        gradient = torch.randn(5)
+        assert torch.equal(projected(gradient, torch.zeros(5)), gradient)
+
+    def test_in_training_no_step_goes_against_its_reference(self, toy):
+        products = []
+
+        class Watched(AGEM):
+            def adjust_gradients(self, model, batch):
+                if len(self.store):
+                    twin = copy.copy(self)
+                    twin.setting = copy.copy(self.setting)
+                    twin.setting.generator = torch.Generator()
+                    twin.setting.generator.set_state(self.setting.generator.get_state())
+                    rows = twin.store.sample(self.setting.batch, twin.setting.generator)
+                    reference = flat_gradient(model, self.setting.criterion(model(batch.prepare(rows["x"])), rows["y"]))
+                    before = flat_gradient(model) @ reference
+                    super().adjust_gradients(model, batch)
+                    products.append((before.item(), (flat_gradient(model) @ reference).item()))
+
+        quick(toy, Watched(memory=12))
+        before, after = np.array(products).T
+        assert (before < 0).any() and (after >= -1e-5).all()
+
+    def test_the_newest_task_is_in_the_memory_when_weights_are_combined(self, toy):
+        result = quick(toy, AGEM(memory=1000))
+        assert [len(x) for x in result.inputs] == [21, 42, 63]
+
+    def test_gradients_survive_the_way_through_one_vector(self, toy):
+        net = toys.models.mlp(toy)
+        net(toy[0].train.x).sum().backward()
+        before = [p.grad.clone() for p in net.parameters()]
+        set_gradient(net, flat_gradient(net))
+        assert all(torch.equal(p.grad, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+class TestGEM:
+    @laws
+    @given(vectors, st.integers(1, 6))
+    def test_the_projection_goes_against_no_task_and_is_the_nearest(self, g, tasks):
+        gradient = torch.randn(40, generator=g, dtype=torch.float64)
+        references = torch.randn(tasks, 40, generator=g, dtype=torch.float64)
+        result = projected_on_all(gradient, references, 0.0)
+        assert ((references @ result) >= -0.05 * references.norm(dim=1)).all()  # the Gram matrix is regularised
+        duals = torch.linalg.lstsq(references.T, result - gradient).solution
+        assert (duals >= -1e-8).all()
+        if ((references @ gradient) >= 0).all():
+            assert torch.equal(result, gradient)
+
+    def test_with_one_task_and_no_margin_it_is_a_gem(self):
+        gradient, reference = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 1.0, 0.0])
+        ours = projected_on_all(gradient, reference[None], 0.0)
+        assert torch.allclose(ours, projected(gradient, reference), atol=5e-3)
+
+    def test_the_margin_favours_earlier_tasks(self):
+        gradient, reference = torch.tensor([1.0, -0.2, 0.5]), torch.tensor([0.0, 1.0, 0.0])
+        loose, firm = (projected_on_all(gradient, reference[None], m) @ reference for m in (0.0, 0.5))
+        assert abs(loose) < 1e-3 and firm == pytest.approx(0.3, abs=1e-3)
+
+    def test_each_stored_row_counts_for_its_own_task(self, toy):
+        store = quick(toy, GEM(memory=12)).learner.store.all()
+        assert torch.equal(store["task"], store["y"] // 2)
+
+
+class TestMIR:
+    def candidates(self, toy, learner):
+        net = quick(toy, ER(memory=20)).model
+        rows = torch.arange(8)
+        batch = toy[2].batch(rows)
+        x = torch.cat([toy[0].train.x, toy[1].train.x])
+        y = torch.cat([toy[0].train.y, toy[1].train.y])
+        return net, batch, x, y
+
+    @pytest.mark.parametrize("make", [toys.stream, toys.images])
+    def test_rises_are_what_a_real_step_does(self, make):
+        """The reference twin: a copy takes the step, each example is judged by itself."""
+        stream = make()
+        model = toys.models.mlp if stream.shape == (6,) else toys.small_convnet
+        net = quick(stream, ER(memory=20), model=model).model
+        learner = started(MIR(memory=20), stream, 2)
+        batch = stream[2].batch(torch.arange(8))
+        x, y = stream[0].prepare(stream[0].train.x), stream[0].train.y
+        before = {n: b.clone() for n, b in net.state_dict().items()}
+        rises = learner.rises(net.train(), batch, x, y)
+        assert all(torch.equal(before[n], b) for n, b in net.state_dict().items())
+        moved = copy.deepcopy(net)
+        torch.nn.functional.cross_entropy(moved(batch.x), batch.y).backward()
+        with torch.no_grad():
+            for p in moved.parameters():
+                p -= 0.1 * p.grad
+        moved.load_state_dict({n: b for n, b in net.state_dict().items() if "running" in n}, strict=False)
+        for i in range(len(y)):
+            losses = [torch.nn.functional.cross_entropy(m.eval()(x[i : i + 1]), y[i : i + 1]) for m in (net, moved)]
+            assert rises[i].item() == pytest.approx((losses[1] - losses[0]).item(), abs=1e-5)
+        assert rises.max() > 0
+
+    def test_the_candidates_whose_loss_rises_most_are_replayed(self, toy):
+        learner = started(MIR(memory=40, batch=3, candidates=40), toy, 2)
+        net = toys.models.mlp(toy)
+        for t in (0, 1):
+            learner.store.offer(learner.setting.generator, x=toy[t].train.x, y=toy[t].train.y)
+        batch = toy[2].batch(torch.arange(8))
+        joined = learner.interfered(net, batch)
+        stored = learner.store.all()
+        rises = learner.rises(net, batch, batch.prepare(stored["x"]), stored["y"])
+        worst = batch.prepare(stored["x"][rises.topk(3).indices])
+        assert joined.size == 8 and len(joined.y) == 11
+        assert {tuple(r.tolist()) for r in joined.x[8:]} == {tuple(r.tolist()) for r in worst}
+
+    def test_scores_do_not_tie(self, toy):
+        """The released code's do: there MIR is ER."""
+        learner = started(MIR(memory=40), toy, 2)
+        rises = learner.rises(toys.models.mlp(toy), toy[2].batch(torch.arange(8)), toy[0].train.x, toy[0].train.y)
+        assert len(rises.unique()) > 15
+
+
+class TestDER:
+    def test_with_both_weights_zero_it_is_fine_tuning_bit_for_bit(self, toy, fine_tuned):
+        result = quick(toy, DERpp(memory=12, alpha=0, beta=0))
+        assert all(equal(a, b) for a, b in zip(result.trained, fine_tuned.trained, strict=True))
+
+    def test_without_labels_der_pp_is_der(self, toy):
+        a, b = quick(toy, DER(memory=12, alpha=0.3)), quick(toy, DERpp(memory=12, alpha=0.3, beta=0))
+        assert all(equal(x, y) for x, y in zip(a.trained, b.trained, strict=True))
+
+    def test_stored_logits_are_those_of_the_training_pass(self, toy):
+        seen = []
+
+        class Spy(DERpp):
+            def loss(self, model, batch):
+                value = super().loss(model, batch)
+                if batch.epoch == 0:
+                    seen.append((batch.raw, model(batch.x).detach()))
+                return value
+
+        store = quick(toy, Spy(memory=1000)).learner.store.all()
+        x, z = (torch.cat(part) for part in zip(*seen, strict=True))
+        for row, logits in zip(store["x"], store["logits"], strict=True):
+            match = (x == row).all(1)
+            assert torch.allclose(z[match][0], logits, atol=1e-6)
+
+    def test_the_distance_to_stored_logits_is_zero_where_they_were_stored(self, toy):
+        learner = started(DER(memory=8, alpha=1.0), toy)
+        net, batch = toys.models.mlp(toy), toy[0].batch(torch.arange(8))
+        first = learner.loss(net, batch)
+        learner.after_step(net, batch)
+        assert learner.loss(net, batch).item() == pytest.approx(first.item(), abs=1e-6)
+        with torch.no_grad():
+            net[-1].bias += 0.5
+        moved, plain = learner.loss(net, batch), Learner.loss(learner, net, batch)
+        assert (moved - plain).item() == pytest.approx(0.25, abs=1e-5)
+
+    @pytest.mark.parametrize("refresh", [False, True])
+    def test_refreshing_happens_after_a_merge_and_only_then(self, refresh):
+        stream = toys.images()
+
+        def stored(consolidation):
+            learner = DERpp(memory=12, refresh=refresh)
+            return quick(stream, learner, consolidation, model=toys.small_convnet)
+
+        plain, merged = stored(None), stored(CLeWI(alpha=0.4))
+        for result, anew in ((plain, False), (merged, refresh)):
+            rows = result.learner.store.all()
+            now = result.model.eval()(stream[0].prepare(rows["x"]))
+            assert torch.allclose(now, rows["logits"], atol=1e-5) == anew
+
+
+class TestERACE:
+    def test_a_new_batch_leaves_the_logits_of_absent_classes_alone(self, toy):
+        learner = started(ERACE(memory=12), toy, 2)
+        net, batch = toys.models.mlp(toy), toy[2].batch(torch.arange(8))
+        learner.loss(net, batch).backward()
+        gradient = net[-1].bias.grad
+        assert (gradient[:4] == 0).all() and (gradient[4:] != 0).all()
+
+    def test_replayed_rows_compete_among_all(self, toy):
+        learner = started(ERACE(memory=12), toy, 2)
+        learner.store.offer(learner.setting.generator, x=toy[0].train.x, y=toy[0].train.y)
+        net, batch = toys.models.mlp(toy), toy[2].batch(torch.arange(8))
+        state = learner.setting.generator.get_state()
+        value = learner.loss(net, batch)
+        learner.setting.generator.set_state(state)
+        joined = learner.replayed(batch)
+        logits = net(joined.x)
+        current = torch.nn.functional.cross_entropy(logits[:8, 4:], batch.y - 4)
+        assert value.item() == pytest.approx(
+            (current + torch.nn.functional.cross_entropy(logits[8:], joined.y[8:])).item()
+        )
+
+
+class TestJoint:
+    def test_every_row_seen_so_far_is_as_likely(self, toy):
+        learner = started(Joint(), toy, 2)
+        for t in (0, 1):
+            learner.after_training(torch.nn.Identity(), toy[t])
+        sizes = []
+
+        class Count(torch.nn.Module):
+            def forward(self, x):
+                sizes.append(len(x))
+                return torch.zeros(len(x), 6, requires_grad=True)
+
+        learner.loss(Count(), toy[2].batch(torch.arange(8)))
+        assert sizes == [24]
+
+    def test_it_forgets_least(self, toy):
+        assert quick(toy, Joint()).summary()["acc"] >= quick(toy, ER(memory=12)).summary()["acc"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DERpp(alpha=-1), "alpha: -1"),
+        (lambda: DER(beta=0.5), "beta: 0.5; DER replays no labels"),
+        (lambda: DERpp(policy="herding"), "policy: 'herding'"),
+        (lambda: GEM(margin=-0.1), "margin: -0.1"),
+        (lambda: GEM(policy="herding"), "policy: 'herding'"),
+        (lambda: MIR(batch=32, candidates=10), "candidates: 10"),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_herded_exemplars_are_the_nearest_to_their_class_mean():
+    stream = toys.images()
+    result = quick(stream, ER(memory=6, policy="herding"), model=toys.small_convnet, training=QUICK)
+    kept = result.learner.store.all()
+    assert torch.bincount(kept["y"]).tolist() == [1] * 6

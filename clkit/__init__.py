@@ -1,6 +1,6 @@
 """Continual learning in weight space: interpolate, average, align, merge and modulate the weights of networks."""
 
-from clkit import alignment, data, merging, metrics, models, normalization, weights
+from clkit import alignment, curvature, data, learners, merging, metrics, models, normalization, weights
 from clkit.consolidation import CLeWI, Merged, NoConsolidation, Progress
 from clkit.learners import ER, Learner
 from clkit.training import Evaluation, Result, Training, evaluate, run
@@ -16,8 +16,10 @@ __all__ = [
     "Result",
     "Training",
     "alignment",
+    "curvature",
     "data",
     "evaluate",
+    "learners",
     "merging",
     "metrics",
     "models",

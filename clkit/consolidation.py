@@ -118,12 +118,14 @@ class CLeWI:
     - `statistic`: "pearson", the correlation that the paper describes, or "clewi2024", what its released code computes.
     - `refresh`: re-estimate BatchNorm; without it the running statistics are interpolated like everything else.
     - `points`: positions at which the path is judged for the report; 0 skips it (not with "search").
+    - `when`: "always" merges after every task (the paper); "helps" only if that lowers the loss on the held-out part of
+      the memory, and otherwise leaves the weights as trained.
 
     The report has the path's `alphas`, `loss` and `accuracy`, what they were `judged_by`; the matching's `similarity`
     and share of `identity` (means over groups of channels) and the number of `constant` channels, which match nothing;
-    and `warnings`, the signs that merging does not pay: "no interior maximum along the path", "accuracy dropped by
-    merging", "degenerate matching" (there are constant channels). Without a holdout the judge is the
-    replayed memory, which the new network has fitted; it favours small alphas, and `judged_by` says so.
+    whether it `merged`; and `warnings`, the signs that merging does not pay: "no interior maximum along the path",
+    "accuracy dropped by merging", "degenerate matching" (there are constant channels). Without a holdout the judge is
+    the replayed memory, which the new network has fitted; it favours small alphas, and `judged_by` says so.
 
     The paper leaves open how alpha is chosen; its own values were picked by test accuracy. Matching and
     re-estimation see the stored inputs without augmentation. The old network's function is kept exactly: all axes on
@@ -135,10 +137,14 @@ class CLeWI:
     statistic: str = "pearson"
     refresh: bool = True
     points: int = 11
+    when: str = "always"
     holdout: float | None = None
     uses_history = False
 
     def __post_init__(self) -> None:
+        if self.when not in ("always", "helps"):
+            raise ValueError(f'when: {self.when!r} is unknown; choose "always" or "helps"')
+        judged = self.alpha == "search" or self.when == "helps"
         if isinstance(self.alpha, str):
             if self.alpha != "search":
                 raise ValueError(f'alpha: {self.alpha!r} is unknown; give numbers in [0, 1] or "search"')
@@ -160,9 +166,10 @@ class CLeWI:
         if self.points < 0:
             raise ValueError(f"points: {self.points!r}; give the number of positions to judge, 0 for none")
         if self.holdout is None:
-            object.__setattr__(self, "holdout", 0.2 if self.alpha == "search" else 0.0)
-        if not 0 <= (self.holdout or 0) < 1 or (self.alpha == "search" and self.holdout == 0):
-            raise ValueError(f'holdout: {self.holdout!r}; give a share of the memory in [0, 1), above 0 for "search"')
+            object.__setattr__(self, "holdout", 0.2 if judged else 0.0)
+        if not 0 <= (self.holdout or 0) < 1 or (judged and self.holdout == 0):
+            wanted = 'above 0 for alpha="search" and when="helps"'
+            raise ValueError(f"holdout: {self.holdout!r}; give a share of the memory in [0, 1), {wanted}")
 
     def due(self, progress: Progress) -> bool:
         """At the end of every task but the first."""
@@ -196,7 +203,10 @@ class CLeWI:
         else:
             alpha = self._fixed(context.progress)
         merged = at(alpha)
-        return Merged(merged, merged, report | {"alpha": alpha})
+        if self.when == "helps" and context.score is not None:
+            if context.score(merged).loss >= context.score(context.current).loss:
+                return Merged(context.current, context.current, report | {"alpha": 0.0, "merged": False})
+        return Merged(merged, merged, report | {"alpha": alpha, "merged": True})
 
     def aligned(self, context: Context) -> tuple[Weights, dict[str, Any]]:
         """The previous weights, permuted to look like the current ones, and a report on the matching."""

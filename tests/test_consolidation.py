@@ -24,6 +24,7 @@ SETTINGS = {
     "CLeWI as released": CLeWI(alpha=0.4, statistic="clewi2024"),
     "CLeWI schedule": CLeWI(alpha=(0.2, 0.3), points=3),
     "CLeWI search": CLeWI(alpha="search", points=5, holdout=0.3),
+    "CLeWI if it helps": CLeWI(alpha=0.4, points=0, when="helps", holdout=0.3),
 }
 
 
@@ -43,7 +44,7 @@ def test_every_consolidation_is_in_the_contract_suite():
 @pytest.mark.parametrize("learner", LEARNERS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_learner_with_every_consolidation(toy, learner, name):
-    if name == "CLeWI search" and learner == "fine-tuning":
+    if SETTINGS[name].holdout and learner == "fine-tuning":
         with pytest.raises(ValueError, match="keeps none; use a learner with a memory"):
             convnet(toy, SETTINGS[name], LEARNERS[learner])
         return
@@ -153,6 +154,22 @@ class TestCLeWI:
         given = convnet(toy, CLeWI(alpha=alphas, points=0, holdout=0.3))
         assert all(equal(a, b) for a, b in zip(found.weights, given.weights, strict=True))
 
+    @pytest.mark.parametrize("alpha", [0.1, 1.0])
+    def test_merging_only_if_it_helps_never_raises_the_held_out_loss(self, toy, alpha):
+        losses = []
+
+        class Judged(CLeWI):
+            def __call__(self, context):
+                merged = super().__call__(context)
+                scores = [context.score(w).loss for w in (context.current, merged.deploy)]
+                losses.append((*scores, merged.report["merged"], merged.deploy is context.current))
+                return merged
+
+        convnet(toy, Judged(alpha=alpha, points=0, when="helps", holdout=0.3))
+        for current, deployed, merged, same in losses:
+            assert deployed < current if merged else same
+        assert len(losses) == 2 and {merged for *_, merged, _ in losses} <= {True, False}
+
     def test_judging_the_path_does_not_change_the_result(self, toy):
         a, b = convnet(toy, CLeWI(alpha=0.4, points=11)), convnet(toy, CLeWI(alpha=0.4, points=0))
         assert all(equal(x, y) for x, y in zip(a.weights, b.weights, strict=True))
@@ -181,6 +198,8 @@ class TestCLeWI:
             ({"alpha": "search", "points": 2}, "too few"),
             ({"alpha": "search", "holdout": 0.0}, "holdout: 0.0"),
             ({"holdout": 1.0}, "holdout: 1.0"),
+            ({"when": "sometimes"}, "'sometimes' is unknown"),
+            ({"when": "helps", "holdout": 0.0}, "holdout: 0.0"),
         ],
     )
     def test_bad_settings_are_named(self, settings, message):

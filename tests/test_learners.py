@@ -9,11 +9,35 @@ from toys import quick
 
 from clkit import data
 from clkit.data import Examples, Normalize, Stream, Task
-from clkit.learners import AGEM, DER, ER, ERACE, GEM, LEARNERS, MIR, Criterion, DERpp, Joint, Learner
+from clkit.learners import (
+    AGEM,
+    DER,
+    ER,
+    ERACE,
+    EWC,
+    GEM,
+    L2,
+    LEARNERS,
+    MAS,
+    MIR,
+    SI,
+    BiC,
+    Criterion,
+    DERpp,
+    GDumb,
+    ICaRL,
+    Joint,
+    Learner,
+    LwF,
+    MemoryOnly,
+    OnlineEWC,
+    Sum,
+)
 
 SETTINGS = {
     "fine-tuning": Learner(),
     "joint": Joint(),
+    "memory only": MemoryOnly(memory=12),
     "ER": ER(memory=12),
     "ER balanced": ER(memory=12, policy="balanced", batch=4),
     "ER herding": ER(memory=12, policy="herding"),
@@ -24,6 +48,17 @@ SETTINGS = {
     "DER": DER(memory=12, alpha=0.5),
     "DER++": DERpp(memory=12),
     "DER++ refreshed": DERpp(memory=12, refresh=True),
+    "GDumb": GDumb(memory=12, fit_epochs=4),
+    "iCaRL": ICaRL(memory=12),
+    "BiC": BiC(memory=12),
+    "L2": L2(strength=0.5),
+    "EWC": EWC(strength=5.0),
+    "EWC true labels": EWC(strength=5.0, labels="true", samples=7),
+    "online EWC": OnlineEWC(strength=5.0, gamma=0.9),
+    "SI": SI(strength=0.5),
+    "MAS": MAS(strength=0.05),
+    "LwF": LwF(),
+    "ER + SI + LwF": Sum(ER(memory=12), SI(strength=0.5), LwF()),
 }
 
 
@@ -33,7 +68,7 @@ def toy() -> Stream:
 
 
 def test_every_learner_is_in_the_contract_suite():
-    assert {type(learner) for learner in SETTINGS.values()} == set(LEARNERS.values())
+    assert {type(learner) for learner in SETTINGS.values()} == {*LEARNERS.values(), Sum}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -52,6 +87,8 @@ class TestContract:
         assert result.config["learner"] == repr(learner) and eval(repr(learner)) == learner
 
     def test_the_first_task_lowers_the_loss(self, toy, name):
+        if isinstance(SETTINGS[name], GDumb):
+            pytest.skip("trains on its memory after the task, and the loss of its steps is zero")
         loss = quick(toy, SETTINGS[name]).training_loss[0]
         assert loss[-3:].mean() < loss[:3].mean()
 

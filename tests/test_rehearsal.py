@@ -12,7 +12,7 @@ from toys import QUICK, quick
 
 from clkit.consolidation import CLeWI
 from clkit.data import Stream
-from clkit.learners import AGEM, DER, ER, ERACE, GEM, MIR, DERpp, Joint, Learner, Setting
+from clkit.learners import AGEM, DER, ER, ERACE, GEM, MIR, DERpp, Joint, Learner, MemoryOnly, Setting
 from clkit.learners.agem import flat_gradient, projected, set_gradient
 from clkit.learners.base import Criterion
 from clkit.learners.gem import projected as projected_on_all
@@ -38,6 +38,12 @@ def started(learner, stream, task=0, batch=8):
     learner.start(Setting(torch.Generator().manual_seed(0), criterion, len(stream.classes), batch, 0.1, 0.0))
     criterion.begin_task(stream[task])
     return learner
+
+
+def test_a_memory_that_is_not_replayed_changes_nothing(fine_tuned, toy):
+    result = quick(toy, MemoryOnly(memory=12))
+    assert all(equal(a, b) for a, b in zip(result.trained, fine_tuned.trained, strict=True))
+    assert len(result.learner.store) == 12
 
 
 @pytest.mark.parametrize("learner", [AGEM(memory=12), GEM(memory=12), Joint()])

@@ -2,16 +2,27 @@
 
 from clkit.learners.agem import AGEM
 from clkit.learners.base import Criterion, Learner, Setting
+from clkit.learners.bic import BiC
+from clkit.learners.combined import Sum
 from clkit.learners.der import DER, DERpp
 from clkit.learners.er import ER
 from clkit.learners.er_ace import ERACE
+from clkit.learners.ewc import EWC, OnlineEWC
+from clkit.learners.gdumb import GDumb
 from clkit.learners.gem import GEM
+from clkit.learners.icarl import ICaRL
 from clkit.learners.joint import Joint
+from clkit.learners.l2 import L2
+from clkit.learners.lwf import LwF
+from clkit.learners.mas import MAS
+from clkit.learners.memory_only import MemoryOnly
 from clkit.learners.mir import MIR
+from clkit.learners.si import SI
 
 LEARNERS: dict[str, type[Learner]] = {
     "fine-tuning": Learner,
     "joint": Joint,
+    "memory only": MemoryOnly,
     "ER": ER,
     "ER-ACE": ERACE,
     "A-GEM": AGEM,
@@ -19,6 +30,15 @@ LEARNERS: dict[str, type[Learner]] = {
     "MIR": MIR,
     "DER": DER,
     "DER++": DERpp,
+    "GDumb": GDumb,
+    "iCaRL": ICaRL,
+    "BiC": BiC,
+    "L2": L2,
+    "EWC": EWC,
+    "online EWC": OnlineEWC,
+    "SI": SI,
+    "MAS": MAS,
+    "LwF": LwF,
 }
 
 __all__ = [
@@ -26,12 +46,23 @@ __all__ = [
     "DER",
     "ER",
     "ERACE",
+    "EWC",
     "GEM",
+    "L2",
     "LEARNERS",
+    "MAS",
     "MIR",
+    "SI",
+    "BiC",
     "Criterion",
     "DERpp",
+    "GDumb",
+    "ICaRL",
     "Joint",
     "Learner",
+    "LwF",
+    "MemoryOnly",
+    "OnlineEWC",
     "Setting",
+    "Sum",
 ]

@@ -1,0 +1,132 @@
+"""How much each parameter matters to a model's outputs: the diagonal of its Fisher information, and MAS's sensitivity.
+
+Everything here is pure: gradients are taken one example at a time in evaluation mode on a copy of the model, many
+examples at once. Results have one entry for each parameter that wants a gradient, named as `get_weights` names it.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clkit.data.core import IGNORED
+
+LABELS = ("sampled", "true", "exact")
+LARGEST_CHUNK = 512
+NUMBERS_AT_ONCE = 2**28  # of per-example gradients
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters that want a gradient, by name; of a compiled model, those of the original."""
+    model = getattr(model, "_orig_mod", model)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fisher(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    labels: str = "sampled",
+    y: Tensor | None = None,
+    space: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    chunk: int | None = None,
+) -> dict[str, Tensor]:
+    """The diagonal Fisher information: the mean over examples of the squared gradient of the log-likelihood.
+
+    F_i = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2, for prepared inputs `x`. `labels` says where y_n comes from,
+    which papers often leave open (van de Ven 2025, arXiv 2502.11756, compares the choices):
+
+    - "sampled": drawn from the model's own prediction, one an example, with `generator`: the Fisher by Monte Carlo
+    - "exact": the expectation over all classes under the model's prediction, at one pass for each class
+    - "true": the labels `y`: the "empirical" Fisher, which vanishes where the data are fitted
+
+    `space` masks the classes of the prediction (True: competes) and broadcasts to the logits, as `Criterion.space`
+    gives it. Logits of sequences (N, L, C) are an example each: log-likelihoods add up over positions, those whose `y`
+    is -100 left out; their "exact" expectation is not offered. `chunk` examples are done at once (None: as many as
+    keep the per-example gradients at 1 GiB in float32, at most 512), which changes nothing but the memory needed.
+    """
+    if labels not in LABELS:
+        raise ValueError(f"labels: {labels!r} is unknown; choose one of {', '.join(LABELS)}")
+    if labels == "true" and y is None:
+        raise ValueError('labels: "true" needs the labels; pass y, or labels="sampled" to draw them from the model')
+    if y is not None and len(y) != len(x):
+        raise ValueError(f"y has {len(y)} rows and x has {len(x)}; pass one label for each row of x")
+    net, chunk = _ready(model, x, chunk)
+    with torch.no_grad():
+        logits = torch.cat([net(part) for part in x.split(chunk)])
+    if labels == "exact" and logits.ndim != 2:
+        raise ValueError(f'labels: "exact" is for logits (N, C), not {tuple(logits.shape)}; use "sampled"')
+    space = torch.ones((), dtype=torch.bool, device=x.device) if space is None else space
+    space = space.expand(logits.shape)
+    p = logits.masked_fill(~space, float("-inf")).softmax(-1)
+
+    def surprise(logits: Tensor, space: Tensor, label: Tensor, scale: Tensor) -> Tensor:
+        log_p = logits.masked_fill(~space, float("-inf")).log_softmax(-1)
+        hit = log_p.gather(-1, label.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return -scale * torch.where(label == IGNORED, 0, hit).sum()
+
+    def of(label: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        return _mean_slopes(net, surprise, torch.square, (x, space, label, weight.sqrt()), chunk)
+
+    if labels == "exact":
+        classes = torch.arange(p.shape[-1], device=p.device)
+        parts = [of(c.expand(len(x)), p[:, c]) for c in classes]
+        return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+    if labels == "sampled":
+        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+        y = drawn if y is None else torch.where(y == IGNORED, y, drawn)
+    assert y is not None
+    return of(y, p.new_ones(len(x)))
+
+
+def sensitivity(model: nn.Module, x: Tensor, *, chunk: int | None = None) -> dict[str, Tensor]:
+    """How much the squared length of the outputs reacts to each parameter.
+
+    The mean over examples of |d ||f(x)||^2 / d theta_i|: the importance of Memory Aware Synapses (Aljundi et al. 2018,
+    arXiv 1711.09601, eq. 4), which needs no labels. `chunk` is as in `fisher`.
+    """
+    net, chunk = _ready(model, x, chunk)
+    return _mean_slopes(net, lambda logits: logits.square().sum(), torch.abs, (x,), chunk)
+
+
+def trace(diagonal: Mapping[str, Tensor]) -> float:
+    """The sum of all entries, in double precision; of the Fisher information it is a measure of plasticity."""
+    return float(torch.stack([t.double().sum() for t in diagonal.values()]).sum()) if diagonal else 0.0
+
+
+def _ready(model: nn.Module, x: Tensor, chunk: int | None) -> tuple[nn.Module, int]:
+    """A copy of the model in evaluation mode, and the number of examples to do at once."""
+    if not len(x):
+        raise ValueError("x: it has no rows; pass at least one example")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk: {chunk!r}; give the number of examples to do at once, at least 1, or None")
+    net = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    count = sum(p.numel() for p in trainable(net).values())
+    if not count:
+        raise ValueError("model: it has no parameter that requires a gradient; there is nothing to measure")
+    return net, chunk or max(1, min(LARGEST_CHUNK, NUMBERS_AT_ONCE // count))
+
+
+def _mean_slopes(
+    net: nn.Module,
+    objective: Callable[..., Tensor],
+    size: Callable[[Tensor], Tensor],
+    rows: tuple[Tensor, ...],
+    chunk: int,
+) -> dict[str, Tensor]:
+    """The mean over examples of `size` of the gradient of objective(logits, *rest), for rows (x, *rest)."""
+    parameters = {name: p.detach() for name, p in trainable(net).items()}
+
+    def value(parameters: dict[str, Tensor], x: Tensor, *rest: Tensor) -> Tensor:
+        return objective(torch.func.functional_call(net, parameters, (x.unsqueeze(0),)).squeeze(0), *rest)
+
+    slopes = torch.func.vmap(torch.func.grad(value), in_dims=(None, *[0] * len(rows)))
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # the attention that can be batched over examples
+        for part in zip(*(t.split(chunk) for t in rows), strict=True):
+            for name, slope in slopes(parameters, *part).items():
+                total[name] += size(slope).sum(0)
+    return {name: t / len(rows[0]) for name, t in total.items()}

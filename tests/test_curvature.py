@@ -1,0 +1,201 @@
+"""Per-example gradients, many at once, are what a loop over examples with autograd gives."""
+
+import pytest
+import torch
+import toys
+from torch import nn
+
+from clkit import curvature, models
+from clkit.curvature import fisher, sensitivity, trace
+from clkit.evaluation import evaluation_mode
+from clkit.weights import equal, get_weights
+
+
+def loop(model, x, objective, size):
+    """The mean over examples of size(gradient of objective(logits, row)), one example after the other."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    total = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+    with evaluation_mode(model):
+        for row in range(len(x)):
+            value = objective(model(x[row : row + 1])[0], row)
+            slopes = torch.autograd.grad(value, [model.get_parameter(name) for name in names])
+            for name, slope in zip(names, slopes, strict=True):
+                total[name] += size(slope) / len(x)
+    return total
+
+
+def close(a, b, tolerance=1e-9):
+    return a.keys() == b.keys() and all(torch.allclose(t, b[n], rtol=1e-6, atol=tolerance) for n, t in a.items())
+
+
+def vectors():
+    stream = toys.stream()
+    return models.mlp(stream, hidden=(5,)).double(), stream[1].train.x[:9].double(), stream[1].train.y[:9]
+
+
+def pictures():
+    """A network with BatchNorm whose statistics are not those of the batch."""
+    stream = toys.images()
+    model = toys.small_convnet(stream).double()
+    with torch.no_grad():
+        model.norm1.running_mean += 0.3
+        model.norm2.running_var *= 2
+    return model, stream[0].prepare(stream[0].train.x[:9]).double(), stream[0].train.y[:9]
+
+
+def attentive():
+    stream = toys.images()
+    model = models.vit(stream, patch=3, dim=8, depth=1, heads=2).double()
+    return model, stream[0].prepare(stream[0].train.x[:9]).double(), stream[0].train.y[:9]
+
+
+@pytest.fixture(params=[vectors, pictures, attentive])
+def case(request):
+    return request.param()
+
+
+SPACE = torch.tensor([True, True, True, True, False, False])
+
+
+class TestFisher:
+    def test_true_labels_are_squared_gradients_of_the_loss(self, case):
+        model, x, y = case
+        twin = loop(model, x, lambda logits, row: nn.functional.cross_entropy(logits, y[row]), torch.square)
+        assert close(fisher(model, x, labels="true", y=y), twin)
+
+    def test_exact_is_the_expectation_over_the_models_own_prediction(self, case):
+        model, x, _ = case
+        twin = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        with evaluation_mode(model), torch.no_grad():
+            p = model(x).softmax(-1)
+        for c in range(6):
+            of_class = loop(
+                model, x, lambda logits, row, c=c: logits.log_softmax(-1)[c] * p[row, c].sqrt(), torch.square
+            )
+            twin = {name: t + of_class[name] for name, t in twin.items()}
+        assert close(fisher(model, x, labels="exact"), twin)
+
+    def test_sampled_is_true_of_the_labels_drawn(self, case):
+        model, x, _ = case
+        with evaluation_mode(model), torch.no_grad():
+            p = model(x).softmax(-1)
+        drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(3)).squeeze(1)
+        sampled = fisher(model, x, generator=torch.Generator().manual_seed(3))
+        assert close(sampled, fisher(model, x, labels="true", y=drawn))
+
+    def test_sampled_tends_to_exact(self):
+        model, x, _ = vectors()
+        many = fisher(model, x.repeat(1500, 1), generator=torch.Generator().manual_seed(0))
+        exact = fisher(model, x, labels="exact")
+        for name, t in exact.items():
+            assert torch.allclose(many[name], t, rtol=0.2, atol=0.02 * float(t.max()))
+
+    @pytest.mark.parametrize("labels", curvature.LABELS)
+    def test_a_label_space_leaves_the_other_classes_alone(self, labels):
+        model, x, y = vectors()
+        found = fisher(model, x, labels=labels, y=y, space=SPACE, generator=torch.Generator().manual_seed(0))
+        assert all(t.isfinite().all() for t in found.values())
+        assert (found["linear.bias"][4:] == 0).all() and (found["linear.bias"][:4] > 0).all()
+        rows = fisher(
+            model, x, labels=labels, y=y, space=SPACE.expand(9, 6), generator=torch.Generator().manual_seed(0)
+        )
+        assert equal(found, rows)
+
+    def test_a_label_space_of_each_rows_own(self):
+        model, x, y = vectors()
+        space = torch.zeros(9, 6, dtype=torch.bool)
+        space[:, 2:4] = True
+        space[0] = True
+        twin = loop(
+            model,
+            x,
+            lambda logits, row: nn.functional.cross_entropy(logits[space[row]], y[row] if row == 0 else y[row] - 2),
+            torch.square,
+        )
+        assert close(fisher(model, x, labels="true", y=y, space=space), twin)
+
+    def test_softmax_regression_has_it_in_closed_form(self):
+        stream = toys.stream()
+        model = models.mlp(stream, hidden=()).double()
+        x = stream[0].train.x.double()
+        p = model(x).softmax(-1).detach()
+        found = fisher(model, x, labels="exact")
+        assert torch.allclose(found["linear.bias"], (p * (1 - p)).mean(0))
+        assert torch.allclose(found["linear.weight"], torch.einsum("nc,ni->ci", p * (1 - p), x**2) / len(x))
+
+    def test_sequences_add_up_their_positions(self):
+        model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).double()
+        g = torch.Generator().manual_seed(0)
+        x, y = torch.randint(0, 7, (2, 5, 3), generator=g)
+        y[0, 1] = y[3, :2] = -100
+
+        def objective(logits, row):
+            return nn.functional.cross_entropy(logits, y[row], reduction="sum", ignore_index=-100)
+
+        assert close(fisher(model, x, labels="true", y=y), loop(model, x, objective, torch.square))
+        blank = fisher(model, x, y=torch.full_like(y, -100), generator=g)
+        assert trace(blank) == 0 and trace(fisher(model, x, generator=g)) > 0
+        with pytest.raises(ValueError, match=r"logits \(N, C\), not \(5, 3, 7\)"):
+            fisher(model, x, labels="exact")
+
+
+def test_sensitivity_is_the_mean_size_of_the_gradient_of_the_squared_output(case):
+    model, x, _ = case
+    assert close(sensitivity(model, x), loop(model, x, lambda logits, row: logits.square().sum(), torch.abs))
+
+
+@pytest.mark.parametrize(
+    "measure", [sensitivity, lambda *a, **k: fisher(*a, **k, generator=torch.Generator().manual_seed(1))]
+)
+def test_the_chunk_only_bounds_memory(measure, case):
+    model, x, _ = case
+    whole = measure(model, x)
+    assert close(measure(model, x, chunk=4), whole) and close(measure(model, x, chunk=1), whole)
+
+
+@pytest.mark.parametrize("measure", [fisher, sensitivity])
+def test_the_model_is_left_as_it_was(measure):
+    model, x, _ = pictures()
+    model.train()
+    model.norm1.eval()
+    model.conv1.weight.requires_grad_(False)
+    before = get_weights(model)
+    with torch.no_grad():
+        found = measure(model, x)
+    assert equal(before, get_weights(model)) and model.training and not model.norm1.training
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+    assert all(p.grad is None for p in model.parameters())
+    assert found.keys() == dict(model.named_parameters()).keys() - {"conv1.weight"}
+    assert found.keys() <= before.keys() and not any(t.requires_grad for t in found.values())
+
+
+def test_tied_parameters_appear_once_with_both_their_uses():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    model[1].weight = model[0].weight
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = sensitivity(model, x)
+    assert list(found) == ["0.weight", "0.bias", "1.bias"]
+    assert close(found, loop(model, x, lambda logits, row: logits.square().sum(), torch.abs))
+
+
+def test_trace_adds_everything_up():
+    assert trace({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]])}) == 6.0
+    assert trace({}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": "real"}, "labels: 'real' is unknown; choose one of sampled, true, exact"),
+        ({"labels": "true"}, "pass y"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, "y has 3 rows and x has 9"),
+        ({"chunk": 0}, "chunk: 0"),
+        ({"x": torch.zeros(0, 6)}, "x: it has no rows"),
+        ({"model": nn.Flatten()}, "no parameter that requires a gradient"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    model, x, _ = vectors()
+    arguments = {"model": model, "x": x} | change
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        fisher(arguments.pop("model"), arguments.pop("x"), **arguments)

@@ -1,6 +1,8 @@
 """Executing the repository's notebooks, several at once, and what came of it."""
 
 import asyncio
+import base64
+import io
 import json
 import os
 import re
@@ -130,7 +132,10 @@ def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: boo
 
 
 def normalise(book: Any) -> Any:
-    """Takes out of an executed notebook what changes from run to run: times, widgets, progress bars, versions."""
+    """Takes out of an executed notebook what changes from run to run, times, widgets, progress bars and versions.
+
+    Pictures are stored with a palette of 256 colours where that takes less room.
+    """
     book.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -140,8 +145,21 @@ def normalise(book: Any) -> Any:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _passing(output)]
             for output in cell.outputs:
-                output.get("data", {}).pop(WIDGET, None)
+                content = output.get("data", {})
+                content.pop(WIDGET, None)
+                if "image/png" in content:
+                    content["image/png"] = _with_palette(content["image/png"])
     return book
+
+
+def _with_palette(png: str) -> str:
+    """A picture in base64, its colours reduced to the 256 that fit it best, or as it was if that is no smaller."""
+    from PIL import Image
+
+    picture, small = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    picture.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    reduced = base64.b64encode(small.getvalue()).decode()
+    return reduced if len(reduced) < len(png) else png
 
 
 def _passing(output: Any) -> bool:

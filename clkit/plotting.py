@@ -246,6 +246,31 @@ def bars(ax: "Axes", table: "DataFrame", value: str = "acc", *, by: str = "metho
     ax.set_xlabel(LABELS.get(value, value))
 
 
+def gains(
+    ax: "Axes", table: "DataFrame", others: Mapping[str, str] = {}, *, label: str = "gain in average accuracy (points)"
+) -> None:
+    """What was gained by name: a dot with its interval, and hollow marks where others found the gain.
+
+    A row of the table for each name, its index, with the columns gain, lower and upper, shares of 1, and those that
+    `others` name (their labels are its values); names keep their order, first on top. Dots are filled blue where the
+    interval lies above 0, red where it lies below, and grey where it does not tell.
+    """
+    _columns(table, "gain", "lower", "upper", *others)
+    for place, (_, row) in enumerate(table.iterrows()):
+        colour = BLUE if row["lower"] > 0 else RED if row["upper"] < 0 else GREY
+        ax.plot([100 * row["lower"], 100 * row["upper"]], [place, place], color=colour, linewidth=1.4)
+        ax.plot(100 * row["gain"], place, "o", color=colour, markersize=5.5)
+    for (column, name), mark in zip(others.items(), "sD^v", strict=False):
+        ax.plot(100 * table[column], range(len(table)), mark, color=BLACK, mfc="none", mew=0.8, label=name, ls="none")
+    ax.axvline(0, color=BLACK, linewidth=0.8)
+    ax.set_yticks(range(len(table)), [str(name) for name in table.index])
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.set_xlabel(label)
+    if others:
+        ax.legend()
+
+
 def examples_grid(ax: "Axes", stream: Any, columns: int = 10) -> None:
     """Training images as they are stored: a row for each task of the stream, its classes taking turns."""
     tiles = []

@@ -1,0 +1,116 @@
+"""CLeWI's experiments: what the grids hold, what was published, and what is made of a table."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+
+from clkit import models
+from clkit.consolidation import CLeWI
+from clkit.experiments import clewi
+from clkit.experiments.clewi.published import PUBLISHED
+from clkit.learners import LEARNERS, MemoryOnly, Sum
+from clkit.training import Result, Training
+
+FAST = {
+    "main": clewi.main,
+    "alphas": clewi.alphas,
+    "no rehearsal": clewi.no_rehearsal,
+    "width": clewi.width,
+    "memory size": clewi.memory_size,
+    "number of tasks": clewi.number_of_tasks,
+    "parts": clewi.parts,
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("profile", ["fast", "paper"])
+def test_a_grid_is_its_own_record(name, profile):
+    grid = FAST[name](profile)
+    record = json.loads(json.dumps(grid.config))
+    assert record == FAST[name](profile).config
+    assert record["methods"].keys() == grid.methods.keys() and len(grid.seeds) >= 3
+    assert (grid.config["streams"][0].split(",")[0] in ("digits", "letters")) == (profile == "fast")
+
+
+def test_the_papers_table_has_its_pairs_at_its_settings():
+    grid = clewi.main("paper", "cifar100")
+    assert set(grid.methods) == set(PUBLISHED) == set(clewi.published("cifar100").index)
+    pair = grid.methods["ER + CLeWI"]
+    assert pair.consolidation == CLeWI(0.5, points=0) and pair.training == replace(grid.training, lr=0.1)
+    assert grid.methods["SI"].training.lr == 0.01 and list(grid.seeds) == [43, 44, 45, 46, 47]
+    assert grid.training.epochs == 50 and grid.training.rate(44, 50) == pytest.approx(0.1)
+
+
+def test_learning_rates_are_the_same_with_and_without_merging_at_a_laptops_scale():
+    methods = clewi.main("fast").methods
+    for name, method in methods.items():
+        assert method.training == methods[name.split(" + ")[0]].training
+
+
+def test_every_rule_of_the_package_is_in_the_fast_table():
+    rules = [m.learner for m in clewi.main("fast").methods.values()]
+    used = {type(part) for rule in rules for part in (rule.parts if isinstance(rule, Sum) else (rule,))}
+    assert used == set(LEARNERS.values()) - {LEARNERS["fine-tuning"]}
+
+
+def test_published_numbers_are_the_specs():
+    table = clewi.published("cifar10")
+    assert table.acc["ER"] == 0.5322 and table.acc["ER + CLeWI"] == 0.6280
+    gain = table.acc["BiC + CLeWI"] - table.acc["BiC"]
+    assert gain == pytest.approx(-0.1848)
+    assert {n for n in clewi.PAIRS if table.acc[f"{n} + CLeWI"] < table.acc[n]} == {"ER-ACE", "BiC"}
+
+
+def test_equal_bytes_are_the_bytes_of_a_second_network():
+    grid = clewi.equal_bytes("digits", 50)
+    net = models.convnet(toys.images(), widths=(16, 32, 32))
+    parameters = sum(p.numel() for p in net.parameters())
+    [sizes] = [[m.learner.memory for n, m in grid.methods.items() if "CLeWI" not in n]]
+    assert sizes[0] == 50 and 4 * parameters / 65 < sizes[1] - 50 < 4 * parameters / 65 + 50
+
+
+def table_of(gap, spread):
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in range(5):
+        base = rng.uniform(0.4, 0.6)
+        for name, acc in (("ER", base), ("ER + CLeWI", base + gap + spread * (seed - 2))):
+            rows.append({"method": name, "seed": seed, "acc": acc, "forgetting": 1 - acc, "plasticity": 0.9})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(0.1, "gains"), (-0.1, "loses"), (0.005, "open")])
+def test_gains_are_paired_and_judged_by_their_interval(gap, verdict):
+    row = clewi.gains(table_of(gap, 0.01)).loc["ER"]
+    assert row.gain == pytest.approx(gap) and row.less == pytest.approx(gap) and row.verdict == verdict
+    half = 2.776445 * np.std([-0.02, -0.01, 0, 0.01, 0.02], ddof=1) / 5**0.5
+    assert row.upper - row.gain == pytest.approx(half) == row.gain - row.lower
+    assert row.cifar10 == pytest.approx(0.0958) and row.plasticity == pytest.approx(0.9)
+
+
+def test_plasticity_is_nothing_where_nothing_moved():
+    still = toys.quick(toys.images(), model=toys.small_convnet, training=Training(epochs=0, batch=8))
+    found = clewi.plasticity(still)
+    assert found["weight_change"] == pytest.approx(0, abs=1e-6) and found["fisher_trace"] > 0
+
+
+def test_plasticity_measures_the_way_gone_in_a_task():
+    result: Result = toys.quick(toys.images(), MemoryOnly(memory=12), CLeWI(0.4), model=toys.small_convnet)
+    names = [n for n, _ in result.model.named_parameters()]
+    ways = []
+    for t in (1, 2):
+        old, new = (torch.cat([w[n].flatten() for n in names]) for w in (result.weights[t - 1], result.trained[t]))
+        ways.append(((new - old).norm() / old.norm()).item())
+    found = clewi.plasticity(result)
+    assert found["weight_change"] == pytest.approx(np.mean(ways), rel=1e-4) and found["alpha"] == 0.4
+
+
+def test_a_planted_permutation_of_an_exact_copy_is_found():
+    table = clewi.planted(seeds=(0,), epochs=(0,)).set_index("kind")
+    assert table.found["went on"] == 1 and table.similarity["went on"] == pytest.approx(1, abs=1e-6)
+    assert table.found["began anew"] < 0.2

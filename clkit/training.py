@@ -11,6 +11,7 @@ The order of events in one task:
 7. load `train`, from which the next task goes on
 
 Weights are written into the live model in place, so an optimizer keeps its references; its state is fresh in each task.
+What is left between two tasks, the state of model, learner and generators and some weights, makes a checkpoint.
 Nothing waits for the device within an epoch, and an evaluation waits for it once. The data order, the augmentation,
 the learner and the model (dropout) draw from generators of their own, all derived from `seed`: two runs that differ in
 the consolidation alone see the same batches.
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -32,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit import alignment, metrics
+from clkit.checkpoint import Checkpoint, model_state, random_state, restore_model, restore_random
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress, Score
 from clkit.data import Examples, Stream, Task
 from clkit.evaluation import EVALUATION_BATCH, Evaluation, evaluate, evaluation_mode
@@ -142,7 +145,7 @@ class Result:
     - `inputs[t]`: what a consolidation may look at after task t, on the CPU; empty with `keep=False`
     - `reports[t]`: what the consolidation reports after task t, empty if it was not due
     - `training_loss[t]`: the loss of every step of task t
-    - `config`: the record, JSON-able; `seconds`: the duration
+    - `config`: the record, JSON-able; `seconds`: the duration, over all interruptions
     - `model`, `learner`: copies that end with the weights training would go on from, and the learner's last state
     """
 
@@ -193,12 +196,17 @@ def run(
     device: torch.device | str = "auto",
     progress: bool = True,
     keep: bool = True,
+    checkpoint: Path | str | None = None,
 ) -> Result:
     """Trains a model on the tasks of a stream one after another and tests it on all of them after each.
 
     `model` is a module, which is copied, or a factory that is called as `model(stream, seed=seed)`. `learner` (default:
     fine-tuning) says what a step minimises, `consolidation` (default: none) when and how weights are combined. `keep`
     holds the deployed and the trained weights of every task in the result. `device` "auto" is the GPU if there is one.
+
+    `checkpoint` names a file for the whole state of the run, written after every task. If it is there already, the run
+    goes on after the last task in it: an interruption costs the steps of one task and changes no bit of the result,
+    whose `seconds` add up; of a finished run the result comes back. A damaged file, or another run's, is refused.
 
     Raises before any work on settings that do not fit together, and FloatingPointError with task and step when a loss
     is not finite.
@@ -221,9 +229,37 @@ def run(
     }
     with _reproducible(seed, place):
         net: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(stream, seed=seed)
-        loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, progress, keep)
-        outcome = loop.run()
-    return Result(**outcome, config=record, seconds=time.perf_counter() - started, model=loop.model, learner=learner)
+        loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, progress, keep, started)
+        past = loop.run(_file(checkpoint, record, net, place, keep) if checkpoint is not None else None)
+    return past.result(config=record, model=loop.model, learner=learner)
+
+
+def _file(path: Path | str, record: dict[str, Any], model: nn.Module, device: torch.device, keep: bool) -> Checkpoint:
+    """A run's checkpoint: it belongs to all that the result depends on."""
+    parts = {name: record[name] for name in ("model", "learner", "consolidation", "training", "seed")}
+    own = {"stream": record["stream"]["data"], "initial weights": describe(model), "device": device.type, "keep": keep}
+    return Checkpoint(path, parts | own | {"torch": record["versions"]["torch"]})
+
+
+@dataclass(eq=False)
+class _Past:
+    """The finished tasks of a run: what its Result tells of them."""
+
+    initial: np.ndarray
+    accuracy: list[np.ndarray] = field(default_factory=list)
+    masked: list[np.ndarray] = field(default_factory=list)
+    losses: list[np.ndarray] = field(default_factory=list)
+    weights: list[Weights] = field(default_factory=list)
+    trained: list[Weights] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    training_loss: list[np.ndarray] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def result(self, **more: Any) -> Result:
+        """The Result, the rows of its matrices stacked."""
+        matrices: dict[str, Any] = {name: np.stack(getattr(self, name)) for name in ("accuracy", "masked", "losses")}
+        return Result(**vars(self) | matrices | more)
 
 
 class _Loop:
@@ -240,6 +276,7 @@ class _Loop:
         device: torch.device,
         progress: bool,
         keep: bool,
+        started: float,
     ) -> None:
         self.stream, self.model, self.learner = stream, model, learner
         self.consolidation, self.training, self.device, self.keep = consolidation, training, device, keep
@@ -263,55 +300,80 @@ class _Loop:
         self.history: list[Weights] = []
         self.scratch = copy.deepcopy(model).eval() if not isinstance(consolidation, NoConsolidation) else model
         self.optimizer = training.make_optimizer(model.parameters())
-        self.seed = seed
+        self.seed, self.started = seed, started
 
-    def run(self) -> dict[str, Any]:
+    def run(self, file: Checkpoint | None) -> _Past:
+        """The tasks that are not in the checkpoint, one after another."""
         from tqdm.auto import tqdm
 
-        initial = self.evaluate()
-        weights, trained, inputs, reports, losses, rows = [], [], [], [], [], []
-        total = sum(self.steps(task) for task in self.stream)
-        with tqdm(total=total, disable=not self.progress, unit="step", leave=False) as bar:
-            for task in self.stream:
+        state = file.load(self.device) if file is not None else None
+        past = self.past = self.restore(state) if state is not None else _Past(self.evaluate().accuracy)
+        done = len(past.accuracy)
+        steps = [self.steps(task) for task in self.stream]
+        with tqdm(
+            total=sum(steps), initial=sum(steps[:done]), disable=not self.progress, unit="step", leave=False
+        ) as bar:
+            for task in self.stream.tasks[done:]:
                 bar.set_description(f"task {task.index + 1} of {len(self.stream)}")
-                losses.append(self.train(task, bar.update))
-                self.learner.after_training(self.model, task)
-                current = get_weights(self.model)
-                check_finite(current, f"weights after task {task.index}")
-                progress = Progress(task.index, self.steps(task), self.steps(task), True)
-                if self.consolidation.due(progress):
-                    train, deploy, report = self.consolidate(task, progress, current)
-                    check_finite(train, f"consolidated weights after task {task.index}")
-                else:
-                    train, deploy, report = Merged(current, current)
-                set_weights(self.model, train)
-                self.learner.on_consolidated(self.model, task)
-                if deploy is not train:
-                    set_weights(self.model, deploy)
-                self.learner.calibrate(self.model, task)
-                rows.append(self.evaluate())
-                if deploy is not train:
-                    set_weights(self.model, train)
-                self.previous = deploy
-                if self.consolidation.uses_history:
-                    self.history.append(current)
-                reports.append(dict(report))
-                if self.keep:
-                    inputs.append(self.learner.inputs(task).cpu())
-                    trained.append({name: tensor.cpu() for name, tensor in current.items()})
-                    weights.append({name: tensor.cpu() for name, tensor in deploy.items()})
-        accuracy, masked, loss = (np.stack(part) for part in zip(*rows, strict=True))
+                self.learn(task, bar.update)
+                past.seconds = time.perf_counter() - self.started
+                if file is not None:
+                    file.save(self.state())
+        past.seconds = time.perf_counter() - self.started
+        return past
+
+    def learn(self, task: Task, tick: Callable[[int], Any]) -> None:
+        """One task, from its first step to its evaluation."""
+        past = self.past
+        past.training_loss.append(self.train(task, tick))
+        self.learner.after_training(self.model, task)
+        current = get_weights(self.model)
+        check_finite(current, f"weights after task {task.index}")
+        progress = Progress(task.index, self.steps(task), self.steps(task), True)
+        if self.consolidation.due(progress):
+            train, deploy, report = self.consolidate(task, progress, current)
+            check_finite(train, f"consolidated weights after task {task.index}")
+        else:
+            train, deploy, report = Merged(current, current)
+        set_weights(self.model, train)
+        self.learner.on_consolidated(self.model, task)
+        if deploy is not train:
+            set_weights(self.model, deploy)
+        self.learner.calibrate(self.model, task)
+        for rows, row in zip((past.accuracy, past.masked, past.losses), self.evaluate(), strict=True):
+            rows.append(row)
+        if deploy is not train:
+            set_weights(self.model, train)
+        self.previous = deploy
+        if self.consolidation.uses_history:
+            self.history.append(current)
+        past.reports.append(dict(report))
+        if self.keep:
+            past.inputs.append(self.learner.inputs(task).cpu())
+            past.trained.append({name: tensor.cpu() for name, tensor in current.items()})
+            past.weights.append({name: tensor.cpu() for name, tensor in deploy.items()})
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on between two tasks; optimizers begin anew in each."""
         return {
-            "accuracy": accuracy,
-            "masked": masked,
-            "losses": loss,
-            "initial": initial.accuracy,
-            "weights": weights,
-            "trained": trained,
-            "inputs": inputs,
-            "reports": reports,
-            "training_loss": losses,
+            "model": model_state(self.model),
+            "previous": self.previous,
+            "history": self.history,
+            "learner": self.learner.state_dict(),
+            "random": random_state(self.device, self.order, self.augmenter),
+            "past": vars(self.past),
         }
+
+    def restore(self, state: dict[str, Any]) -> _Past:
+        """Puts everything back to where it was when `state` was taken, and returns what is behind."""
+        past = _Past(**state["past"])
+        restore_model(self.model, state["model"])
+        self.previous, self.history = state["previous"], state["history"]
+        self.criterion.begin_task(self.stream[len(past.accuracy) - 1])
+        self.learner.load_state_dict(state["learner"])
+        restore_random(state["random"], self.device, self.order, self.augmenter)
+        self.started -= past.seconds
+        return past
 
     def train(self, task: Task, tick: Callable[[int], Any]) -> np.ndarray:
         """The steps on one task; returns the loss of each."""

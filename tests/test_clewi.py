@@ -74,6 +74,15 @@ def test_equal_bytes_are_the_bytes_of_a_second_network():
     assert sizes[0] == 50 and 4 * parameters / 65 < sizes[1] - 50 < 4 * parameters / 65 + 50
 
 
+def test_tables_stand_side_by_side_in_the_papers_shape():
+    ours = table_of(0.1, 0.01).assign(stream="digits, 5 tasks")
+    shown = clewi.side_by_side({"published": clewi.published("cifar10"), "ours": ours})
+    assert shown.index.to_list() == list(PUBLISHED) and shown.published["ER"] == "53.2 ± 3.0 (44.0)"
+    alone = ours[ours.method == "ER"]
+    numbers = [100 * v for v in (alone.acc.mean(), alone.acc.std(), 0.8 * alone.forgetting.mean())]
+    assert shown.ours["ER"] == "{:.1f} ± {:.1f} ({:.1f})".format(*numbers) and shown.ours["MIR"] == ""
+
+
 def table_of(gap, spread):
     rng = np.random.default_rng(0)
     rows = []

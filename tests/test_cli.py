@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from clkit import cli, experiments
+from clkit.learners import LEARNERS
 
 QUICK = [
     "--epochs",
@@ -26,6 +27,7 @@ QUICK = [
     "--device",
     "cpu",
 ]
+CHOSEN = {"training": "training", "stream": "digits", "model": "mlp"}
 
 
 def call(capsys, *argv: str) -> tuple[int, str, str]:
@@ -69,6 +71,20 @@ def test_where_two_parts_share_an_option_the_later_one_takes_its_parts_name(caps
     argv = ["run", *QUICK, "--json", "--learner", "ER", "--memory", "10", "--batch", "16", "--learner-batch", "4"]
     content = json.loads(call(capsys, *argv)[1])
     assert content["training"]["batch"] == 16 and "batch=4" in content["learner"]
+
+
+@pytest.mark.parametrize("name", experiments.choices("learner"))
+def test_every_learner_runs_with_its_defaults_written_out(capsys, name):
+    taken = {o.name for part in CHOSEN for o in experiments.options(part, CHOSEN[part])}
+    options = experiments.options("learner", name)
+    brief = {option.name: 1 for option in options if option.name.endswith("epochs")}
+    argv = ["run", *QUICK, "--json", "--learner", name]
+    for option in options:
+        flag = f"learner-{option.name}" if option.name in taken else option.name
+        argv += [f"--{flag.replace('_', '-')}", str(brief.get(option.name, option.shown))]
+    status, out, err = call(capsys, *argv)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["learner"] == repr(LEARNERS[name](**brief))
 
 
 def test_run_reads_a_folder_of_images(capsys, tmp_path):

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "clkit"
 FLOORS = [
     {"weights", "data", "memory", "metrics"},
     {"models", "evaluation", "merging", "alignment", "normalization", "curvature", "tangent", "modulation"},
-    {"learners", "consolidation"},
+    {"learners", "consolidation", "checkpoint"},
     {"training", "landscape", "representation"},
     {"experiments", "plotting", "interact", "benchmarks"},
     {"cli"},

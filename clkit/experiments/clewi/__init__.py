@@ -24,7 +24,7 @@ from clkit.experiments.clewi.grids import (
     stream,
     width,
 )
-from clkit.experiments.clewi.published import ALPHA, DATASETS, PAIRS, RATE, gains, published
+from clkit.experiments.clewi.published import ALPHA, DATASETS, PAIRS, RATE, gains, published, side_by_side
 from clkit.experiments.clewi.studies import curves, planted
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "plasticity",
     "published",
     "reduced",
+    "side_by_side",
     "stream",
     "width",
 ]

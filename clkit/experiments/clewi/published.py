@@ -4,6 +4,7 @@ Means and standard deviations over 5 seeds (ddof 0) in percent; the forgetting m
 tasks.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from scipy.stats import t as student
@@ -72,6 +73,29 @@ def published(dataset: str) -> "pd.DataFrame":
 
     numbers = {name: values[DATASETS.index(dataset)] for name, values in PUBLISHED.items()}
     return pd.DataFrame.from_dict(numbers, "index", columns=["acc", "acc_std", "fm", "fm_std"]) / 100
+
+
+def side_by_side(tables: Mapping[str, "pd.DataFrame"]) -> "pd.DataFrame":
+    """Main tables in the paper's shape: a row a method, "average accuracy ± spread (FM)" in percent by name of table.
+
+    FM is the paper's, forgetting times (T - 1) / T; spreads have n - 1 in the denominator. A table is one of runs, with
+    the stream's number of tasks in its name, or what `published` gives.
+    """
+    import pandas as pd
+
+    columns = {}
+    for title, table in tables.items():
+        if "fm" in table:
+            values = table.rename(columns={"acc_std": "std"})
+        else:
+            tasks = table.stream.str.extract(r"(\d+) tasks")[0].astype(int)
+            runs = table.assign(fm=table.forgetting * (tasks - 1) / tasks).groupby("method", sort=False)
+            values = pd.DataFrame({"acc": runs.acc.mean(), "std": runs.acc.std(), "fm": runs.fm.mean()})
+        columns[title] = {
+            name: f"{100 * row['acc']:.1f} ± {100 * row['std']:.1f} ({100 * row['fm']:.1f})"
+            for name, row in values.iterrows()
+        }
+    return pd.DataFrame(columns).reindex(list(PUBLISHED)).fillna("")
 
 
 def gains(table: "pd.DataFrame", kind: str = "CLeWI", level: float = 0.95) -> "pd.DataFrame":

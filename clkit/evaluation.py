@@ -60,9 +60,9 @@ def evaluate(
 
 @torch.no_grad()
 def outputs(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
-    """What `model` gives for prepared inputs with `weights` in place of its own, in evaluation mode: a teacher's logits.
+    """What `model` gives for prepared inputs with other `weights` in place of its own: a teacher's logits.
 
-    The model's own weights, statistics and training flags are left as they are; no gradient is recorded.
+    In evaluation mode and without a gradient; the model's own weights, statistics and training flags stay as they are.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     with evaluation_mode(model):

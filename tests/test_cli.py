@@ -87,6 +87,14 @@ def test_every_learner_runs_with_its_defaults_written_out(capsys, name):
     assert json.loads(out)["learner"] == repr(LEARNERS[name](**brief))
 
 
+def test_a_run_goes_on_from_its_checkpoint(capsys, tmp_path):
+    argv = ["run", *QUICK, "--json", "--checkpoint", str(tmp_path / "run.safetensors")]
+    first, again = (json.loads(call(capsys, *argv)[1]) for _ in range(2))
+    assert first | {"seconds": 0} == again | {"seconds": 0}
+    status, _, err = call(capsys, *argv, "--lr", "0.2")
+    assert status == 2 and "lr=0.2" in err and len(err.splitlines()) == 1
+
+
 def test_run_reads_a_folder_of_images(capsys, tmp_path):
     g = torch.Generator().manual_seed(0)
     for name in ("cat", "dog"):

@@ -92,6 +92,7 @@ def run_single(
     seed: int = 0,
     device: str = "auto",
     progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> Result:
     """Runs one configuration: `chosen` names each part, `settings` has the options of each that are not the default.
 
@@ -105,7 +106,8 @@ def run_single(
     dataset = made["stream"](**settings.get("stream", {}))
     stream = data.split(dataset, tasks, order=order, scenario=scenario)
     model = partial(made["model"], **settings.get("model", {}))
-    return run(stream, model, learner, consolidation, training, seed=seed, device=device, progress=progress, keep=False)
+    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress, "checkpoint": checkpoint}
+    return run(stream, model, learner, consolidation, training, keep=False, **options)
 
 
 def _makers(part: str) -> dict[str, Callable[..., Any]]:

@@ -44,6 +44,14 @@ def read(path: Path | str, device: torch.device | str = "cpu") -> Any:
         ) from error
 
 
+def _spread(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values by name, those of a dict within by its name, a space and theirs."""
+    spread: dict[str, Any] = {}
+    for name, value in identity.items():
+        spread |= {f"{name} {n}": v for n, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return spread
+
+
 class Checkpoint:
     """The file of one computation's state. `identity`, plain values by name, tells it apart from all others."""
 
@@ -62,7 +70,7 @@ class Checkpoint:
         found = read(self.path, device)
         if not isinstance(found, dict) or found.keys() != {"identity", "state"}:
             raise ValueError(f"checkpoint: {self.path} holds something else; give another path")
-        theirs, ours = found["identity"], self.identity
+        theirs, ours = (_spread(identity) for identity in (found["identity"], self.identity))
         differ = [name for name in ours if theirs.get(name) != ours[name]]
         if differ:
             details = "; ".join(f"{name}: {theirs.get(name)!s:.200} there, {ours[name]!s:.200} here" for name in differ)

@@ -34,10 +34,11 @@ class Memory:
     """At most `capacity` rows of named tensors, e.g. {"x": images, "y": labels}.
 
     `policy` says which rows stay when more were offered: "reservoir" keeps a uniform sample of everything offered; the
-    others keep as equal a number of each class (the tensor named "y") as what was offered allows: "balanced" a uniform
-    sample of the class, "ring" its newest rows (GEM), "herding" those offered first, so that rows offered in the order
-    of `herding` leave the best and lose the last (iCaRL). `holdout` is the share of the slots that `sample` never draws
-    from: rows to choose settings by, spread evenly over the slots.
+    others keep as equal a number of each class (the tensor named "y", or if there is one "group", of finer classes) as
+    what was offered allows: "balanced" a uniform sample of the class, "ring" its newest rows (GEM), "herding" those
+    offered first, so that rows offered in the order of `herding` leave the best and lose the last (iCaRL); where a
+    class comes in several tasks, these two keep the newest and the first task's rows of it. `holdout` is the share of
+    the slots that `sample` never draws from: rows to choose settings by, spread evenly over the slots.
     """
 
     def __init__(self, capacity: int, policy: str = "reservoir", *, holdout: float = 0.0) -> None:
@@ -123,6 +124,8 @@ class Memory:
                 )
         if self.policy != "reservoir" and "y" not in rows:
             raise ValueError(f"policy: {self.policy!r} needs the classes; offer a tensor named y")
+        if "y" in rows:
+            check_policy(self.policy, rows["y"])
         return next(iter(counts.values()))
 
     def _allocate(self, rows: Mapping[str, Tensor]) -> None:
@@ -163,7 +166,7 @@ class Memory:
         keys = torch.cat([self.keys[:have], keys.to(self.keys.device)])
         by_key = keys.argsort()
         rank = torch.empty_like(by_key)
-        rank[by_key] = _rank_within(pool["y"][by_key])
+        rank[by_key] = _rank_within(pool.get("group", pool["y"])[by_key])
         order = rank + keys if self.policy == "balanced" else rank.double()
         keep = torch.argsort(order, stable=True)[: self.capacity]
         free = (keep >= have).nonzero().squeeze(1)
@@ -182,11 +185,20 @@ class Memory:
         return {name: tensor[slots] for name, tensor in self.rows.items()}
 
 
-def herding(features: Tensor, y: Tensor) -> Tensor:
+def check_policy(policy: str, y: Tensor) -> None:
+    """Raises ValueError if a policy that goes by class is to go by labels of which a row has many."""
+    if policy != "reservoir" and y.ndim > 1:
+        raise ValueError(
+            f"policy: {policy!r} keeps rows by their class and the labels have shape {tuple(y.shape)}, many a row "
+            '(tokens); use policy="reservoir", or a rule that has it'
+        )
+
+
+def herding(features: Tensor, y: Tensor, most: int | None = None) -> Tensor:
     """Orders rows by how well the mean of those before them and themselves fits the mean of their class: (n,) int64.
 
     Rebuffi et al. 2017 (arXiv 1611.07725), algorithm 4: greedily, for `features` (n, F) of labels `y` (n,). All first
-    choices of the classes come first, then all second ones, and so on.
+    choices of the classes come first, then all second ones, and so on, up to the `most` best of each class (None: all).
     """
     features, order = features.double(), torch.empty(0, dtype=torch.int64, device=y.device)
     turns = torch.empty(0, dtype=torch.int64, device=y.device)
@@ -196,13 +208,13 @@ def herding(features: Tensor, y: Tensor) -> Tensor:
         goal, total = own.mean(0), torch.zeros_like(own[0])
         left = torch.zeros(len(rows), dtype=torch.float64, device=y.device)
         picks = []
-        for turn in range(1, len(rows) + 1):
+        for turn in range(1, min(len(rows), most or len(rows)) + 1):
             pick = ((goal - (total + own) / turn).square().sum(1) + left).argmin()
             left[pick] = float("inf")
             total = total + own[pick]
             picks.append(pick)
         order = torch.cat([order, rows[torch.stack(picks)]])
-        turns = torch.cat([turns, torch.arange(len(rows), device=y.device)])
+        turns = torch.cat([turns, torch.arange(len(picks), device=y.device)])
     return order[turns.argsort(stable=True)]
 
 

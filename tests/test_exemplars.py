@@ -6,7 +6,7 @@ import pytest
 import torch
 import toys
 from torch.nn.functional import cross_entropy, normalize
-from toys import quick
+from toys import domains, quick
 
 from clkit import models
 from clkit.consolidation import CLeWI, Merged
@@ -37,17 +37,6 @@ def pictures() -> Stream:
 @pytest.fixture(scope="module")
 def corrected(toy):
     return quick(toy, BiC(memory=24, validation=0.25))
-
-
-def domains() -> Stream:
-    """Two classes in three places."""
-    stream = toys.stream()
-
-    def fold(part: Examples) -> Examples:
-        return Examples(part.x, part.y % 2)
-
-    tasks = (replace(t, classes=(0, 1), train=fold(t.train), test=fold(t.test)) for t in stream)
-    return Stream("domains", tuple(tasks), ("a", "b"), "domain")
 
 
 def started(learner: Learner, stream: Stream, seed: int = 0) -> Learner:

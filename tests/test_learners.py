@@ -182,6 +182,24 @@ class TestCriterion:
         self.criterion(labels)(l, self.y).backward()
         assert ((l.grad == 0).sum(1) == silent).all()
 
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_targets_without_a_loss_count_for_nothing(self, smoothing):
+        logits, y = torch.randn(2, 5, 6), torch.randint(0, 6, (2, 5))
+        y[0, 1] = y[1, 3:] = -100
+        kept = y != -100
+        for labels in ("all", "seen", "task"):
+            criterion = self.criterion(labels, smoothing, task=2)
+            assert torch.allclose(criterion(logits, y), criterion(logits[kept], y[kept]))
+            assert torch.allclose(criterion(logits, y, "sum"), criterion(logits[kept], y[kept], "sum"))
+            assert (criterion(logits, y, "none")[~kept.flatten()] == 0).all()
+
+    def test_a_narrower_label_space(self, logits):
+        among = torch.tensor([True, True, True, True, False, True])
+        for labels, space in (("all", [0, 1, 2, 3, 5]), ("seen", [0, 1, 2, 3])):
+            ours = self.criterion(labels, 0.1)(logits, self.y, among=among)
+            theirs = torch.nn.functional.cross_entropy(logits[:, space], self.y, label_smoothing=0.1)
+            assert torch.allclose(ours, theirs)
+
     def test_sequences_are_flattened(self):
         logits = torch.randn(2, 5, 6)
         y = torch.randint(0, 6, (2, 5))
@@ -190,6 +208,19 @@ class TestCriterion:
             flat = criterion(logits.flatten(0, 1), y.flatten())
             assert torch.allclose(criterion(logits, y), flat)
             assert torch.allclose(criterion(logits, y, "none").mean(), flat)
+
+
+@pytest.mark.parametrize("labels", ["all", "seen", "task"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_token_streams_are_learned_or_refused_in_words(name, labels):
+    training = toys.Training(epochs=1, batch=8, lr=0.05, labels=labels)
+    learner = SETTINGS[name]
+    first = learner.first if isinstance(learner, Sum) else learner
+    if getattr(first, "policy", "reservoir") == "reservoir":
+        quick(toys.tokens(), learner, model=toys.small_reader, training=training)
+    else:
+        with pytest.raises(ValueError, match=r"policy: .* \(tokens\); use policy=\"reservoir\""):
+            quick(toys.tokens(), learner, model=toys.small_reader, training=training)
 
 
 @pytest.mark.parametrize(

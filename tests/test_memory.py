@@ -112,6 +112,14 @@ def test_herding_orders_by_the_fit_of_the_running_mean():
             assert fits[own[turn]] <= min(fits.values()) + 1e-12
 
 
+def test_the_best_of_each_class_are_the_first_that_herding_takes():
+    g = torch.Generator().manual_seed(0)
+    features, y = torch.randn(13, 3, generator=g), torch.arange(13) % 2
+    order = herding(features, y)
+    for most in (1, 3, 20):
+        assert torch.equal(herding(features, y, most), order[: 2 * most])
+
+
 def test_herding_takes_turns_over_the_classes():
     order = herding(torch.randn(9, 2, generator=torch.Generator().manual_seed(0)), torch.arange(9) // 3)
     assert [sorted((order[i : i + 3] // 3).tolist()) for i in (0, 3, 6)] == [[0, 1, 2]] * 3
@@ -168,6 +176,24 @@ def test_a_restored_memory_goes_on_bit_for_bit(policy):
         m.offer(g, x=torch.arange(100, 120), y=torch.arange(20) % 3)
     assert all(torch.equal(a, b) for a, b in zip(memory.all().values(), twin.all().values(), strict=True))
     assert memory.state_dict().keys() == twin.state_dict().keys()
+
+
+@pytest.mark.parametrize("policy", BY_CLASS)
+def test_a_finer_grouping_goes_before_the_classes(policy):
+    memory, x = Memory(8, policy), torch.arange(40)
+    memory.offer(torch.Generator().manual_seed(0), x=x, y=x % 2, group=x // 10)
+    assert torch.bincount(memory.all()["group"]).tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_with_many_labels_have_no_class_to_go_by(policy):
+    memory, rows = Memory(3, policy), {"x": torch.zeros(5, 7), "y": torch.zeros(5, 7, dtype=torch.int64)}
+    if policy == "reservoir":
+        memory.offer(torch.Generator(), **rows)
+        assert memory.all()["y"].shape == (3, 7)
+    else:
+        with pytest.raises(ValueError, match=rf"policy: '{policy}' .* shape \(5, 7\).*use policy=\"reservoir\""):
+            memory.offer(torch.Generator(), **rows)
 
 
 def test_an_empty_memory_saves_loads_and_samples():

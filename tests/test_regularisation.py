@@ -433,6 +433,11 @@ class TestSum:
         idle = Sum(ER(memory=12), EWC(0.0), SI(0.0), MAS(0.0), LwF(0.0))
         assert same(quick(stream, idle), quick(stream, ER(memory=12)))
 
+    def test_a_teachers_pass_moves_no_statistics(self):
+        stream, model = toys.images(), toys.small_convnet
+        alone = quick(stream, ER(memory=12), model=model)
+        assert same(quick(stream, Sum(ER(memory=12), LwF(0.0)), model=model), alone)
+
     def test_each_part_draws_numbers_of_its_own(self):
         learner = quick(toys.stream(), Sum(ER(memory=12), EWC(5.0), EWC(5.0))).learner
         seeds = {part.setting.generator.initial_seed() for part in learner.parts}
@@ -459,6 +464,24 @@ class TestSum:
         for slope, pull, total in slopes:
             for name, t in total.items():
                 assert torch.allclose(slope[name] + pull.get(name, 0), t, atol=1e-6)
+
+    def test_the_others_see_the_gradients_before_the_first_changes_them(self):
+        seen = []
+
+        @dataclass
+        class Doubling(Learner):
+            def adjust_gradients(self, model, batch):
+                for p in model.parameters():
+                    p.grad *= 2
+
+        @dataclass
+        class Noting(SI):
+            def adjust_gradients(self, model, batch):
+                super().adjust_gradients(model, batch)
+                seen.append((self.slope, gradients(model, self.setting.criterion(model(batch.x), batch.y))))
+
+        quick(toys.stream(tasks=1), Sum(Doubling(), Noting(0.5)))
+        assert all(torch.allclose(slope[n], t, atol=1e-6) for slope, twin in seen for n, t in twin.items())
 
     def test_it_shows_what_the_first_shows(self):
         stream = toys.stream()

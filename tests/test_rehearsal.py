@@ -8,7 +8,7 @@ import torch
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import QUICK, quick
+from toys import QUICK, domains, quick
 
 from clkit.consolidation import CLeWI
 from clkit.data import Stream
@@ -128,7 +128,18 @@ class TestGEM:
 
     def test_each_stored_row_counts_for_its_own_task(self, toy):
         store = quick(toy, GEM(memory=12)).learner.store.all()
-        assert torch.equal(store["task"], store["y"] // 2)
+        assert torch.equal(store["group"] // 6, store["y"] // 2) and torch.equal(store["group"] % 6, store["y"])
+
+    def test_tasks_that_share_classes_share_the_memory(self):
+        """By class alone the newest task would have all of it."""
+        learner = quick(domains(), GEM(memory=12)).learner
+        assert torch.bincount(learner.store.all()["group"]).tolist() == [2] * 6
+        learner.begin_task(toys.models.mlp(toys.stream()), domains()[2])
+        assert [len(part["y"]) for part in learner.parts] == [4, 4, 4]
+
+    def test_a_gradient_that_is_not_finite_is_left_to_the_run_to_report(self):
+        gradient, references = torch.tensor([float("nan"), 1.0]), torch.eye(2)
+        assert projected_on_all(gradient, references, 0.5) is gradient
 
 
 class TestMIR:
@@ -256,6 +267,13 @@ class TestERACE:
             (current + torch.nn.functional.cross_entropy(logits[8:], joined.y[8:])).item()
         )
 
+    def test_smoothing_spreads_over_the_classes_that_compete(self, toy):
+        learner = started(ERACE(memory=12), toy, 2)
+        learner.setting.criterion.smoothing = 0.1
+        net, batch = toys.models.mlp(toy), toy[2].batch(torch.arange(8))
+        twin = torch.nn.functional.cross_entropy(net(batch.x)[:, 4:], batch.y - 4, label_smoothing=0.1)
+        assert torch.allclose(learner.loss(net, batch), twin)
+
 
 class TestJoint:
     def test_every_row_seen_so_far_is_as_likely(self, toy):
@@ -285,6 +303,7 @@ class TestJoint:
         (lambda: GEM(margin=-0.1), "margin: -0.1"),
         (lambda: GEM(policy="herding"), "policy: 'herding'"),
         (lambda: MIR(batch=32, candidates=10), "candidates: 10"),
+        (lambda: quick(toys.stream(), MIR(candidates=7)), "candidates: 7, and 8 are replayed"),
     ],
 )
 def test_bad_settings_are_named(make, message):

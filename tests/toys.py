@@ -1,9 +1,12 @@
 """Streams that train in milliseconds."""
 
+from dataclasses import replace
+
 import torch
 
 from clkit import models
 from clkit.data import Examples, Normalize, Stream, Task
+from clkit.data.core import IGNORED
 from clkit.training import Result, Training, run
 
 QUICK = Training(epochs=2, batch=8, lr=0.1)
@@ -39,6 +42,40 @@ def images(tasks: int = 3, rows: int = 24) -> Stream:
         Task(t, f"task {t}", (2 * t, 2 * t + 1), examples(t, rows), examples(t, 10), norm) for t in range(tasks)
     )
     return Stream("pictures", parts, tuple(map(str, range(2 * tasks))))
+
+
+def domains() -> Stream:
+    """Two classes in three places."""
+    source = stream()
+
+    def fold(part: Examples) -> Examples:
+        return Examples(part.x, part.y % 2)
+
+    parts = (replace(t, classes=(0, 1), train=fold(t.train), test=fold(t.test)) for t in source)
+    return Stream("domains", tuple(parts), ("a", "b"), "domain")
+
+
+def tokens(tasks: int = 2, rows: int = 12) -> Stream:
+    """Sequences of five tokens, four kinds a task; the target is the next one, and the last has none."""
+    g = torch.Generator().manual_seed(0)
+
+    def examples(t: int, count: int) -> Examples:
+        x = 4 * t + torch.randint(4, (count, 5), generator=g)
+        y = x.roll(-1, 1)
+        y[:, -1] = IGNORED
+        return Examples(x, y)
+
+    parts = (
+        Task(t, f"task {t}", tuple(range(4 * t, 4 * t + 4)), examples(t, rows), examples(t, 6)) for t in range(tasks)
+    )
+    return Stream("tokens", tuple(parts), tuple(map(str, range(4 * tasks))))
+
+
+def small_reader(stream: Stream, *, seed: int = 0) -> torch.nn.Module:
+    """Predicts the next token from the last."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Embedding(len(stream.classes), 6), torch.nn.Linear(6, len(stream.classes)))
 
 
 def small_convnet(stream: Stream, *, seed: int = 0) -> torch.nn.Module:

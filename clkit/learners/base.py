@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clkit.data import Batch, Examples, Stream, Task
+from clkit.data.core import IGNORED
 
 LABELS = ("all", "seen", "task")
 CONTEXT_ROWS = 1000
@@ -19,7 +20,7 @@ class Criterion:
 
     Logits are (N, C) with labels (N,), or (N, L, C) with (N, L). With "task" every row competes among the classes of
     the task that its label belongs to, so replayed rows keep to their own task. A class outside a row's label space
-    gets no gradient from it.
+    gets no gradient from it, and a target of -100 carries no loss.
     """
 
     def __init__(self, stream: Stream, labels: str, smoothing: float, device: torch.device) -> None:
@@ -42,22 +43,31 @@ class Criterion:
             return None
         if self.labels == "seen":
             return self.member[: self.task + 1].any(0)
-        return self.member[self.first_task[y]]
+        return self.member[self.first_task[y.clamp(min=0)]]
 
-    def __call__(self, logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-        """The loss of logits against labels; `reduction` as in torch: "mean", "sum" or "none"."""
+    def __call__(self, logits: Tensor, y: Tensor, reduction: str = "mean", *, among: Tensor | None = None) -> Tensor:
+        """The loss of logits against labels; `reduction` as in torch: "mean", "sum" or "none".
+
+        `among` is a mask of classes (C,), all labels in it, to which the label space is narrowed.
+        """
         space = self.space(y)
+        if among is not None:
+            space = among if space is None else space & among
         if space is None:
             return F.cross_entropy(
                 logits.flatten(0, -2), y.flatten(), reduction=reduction, label_smoothing=self.smoothing
             )
         log_p = logits.masked_fill(~space, float("-inf")).log_softmax(-1)
-        hit = -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        hit = -log_p.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         if self.smoothing:
             space = space.expand_as(log_p)
             spread = -log_p.masked_fill(~space, 0).sum(-1) / space.sum(-1)
             hit = (1 - self.smoothing) * hit + self.smoothing * spread
-        return {"mean": hit.mean, "sum": hit.sum, "none": hit.flatten}[reduction]()
+        counts = y != IGNORED
+        hit = hit.masked_fill(~counts, 0)
+        if reduction == "mean":
+            return hit.sum() / counts.sum()
+        return hit.sum() if reduction == "sum" else hit.flatten()
 
 
 @dataclass(eq=False)

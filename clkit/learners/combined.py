@@ -83,8 +83,8 @@ class Sum(Learner):
         return loss
 
     def adjust_gradients(self, model: nn.Module, batch: Batch) -> None:
-        """Lets all parts see the gradients and the first change them."""
-        for part in self.parts:
+        """Lets the others see the gradients, then the first change them."""
+        for part in (*self.others, self.first):
             part.adjust_gradients(model, batch)
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from clkit.data import Batch, Examples, Task
 from clkit.evaluation import EVALUATION_BATCH
 from clkit.learners.base import Learner, Setting, named, under
-from clkit.memory import Memory, herding
+from clkit.memory import Memory, check_policy, herding
 from clkit.models import features
 
 
@@ -41,6 +41,10 @@ class ER(Learner):
         super().start(setting)
         self.store = Memory(self.memory, self.policy, holdout=setting.holdout)
 
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        """Refuses labels that the memory cannot sort by."""
+        check_policy(self.policy, task.train.y)
+
     def replayed(self, batch: Batch) -> Batch:
         """The batch with rows of the memory joined to it."""
         if not len(self.store):
@@ -63,12 +67,13 @@ class ER(Learner):
             self.offer_herded(model, task)
 
     def offer_herded(self, model: nn.Module, task: Task) -> None:
-        """Offers all rows of the task, the best fits to their class's mean feature first; features have length one."""
+        """Offers rows of the task, the best fits to their class's mean feature first; features have length one."""
         device = self.setting.generator.device
         parts = [features(model, task.prepare(x.to(device))) for x in task.train.x.split(EVALUATION_BATCH)]
-        order = herding(normalize(torch.cat(parts)), task.train.y.to(device))
-        rows = task.train[order.to(task.train.x.device)].to(device)
-        self.store.offer(self.setting.generator, x=rows.x, y=rows.y)
+        order = herding(normalize(torch.cat(parts)), task.train.y.to(device), self.memory)
+        for rows in order.to(task.train.x.device).split(EVALUATION_BATCH):
+            part = task.train[rows].to(device)
+            self.store.offer(self.setting.generator, x=part.x, y=part.y)
 
     def examples(self, task: Task) -> Examples:
         """The memory but for what is held out of it, prepared and not augmented."""

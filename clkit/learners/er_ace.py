@@ -23,9 +23,8 @@ class ERACE(ER):
         """Cross entropy of the current rows among their batch's classes, plus that of the replayed rows."""
         joined = self.replayed(batch)
         logits = model(joined.x)
-        present = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        present = present.index_fill(0, batch.y.flatten(), True)
-        current = self.setting.criterion(logits[: batch.size].masked_fill(~present, float("-inf")), batch.y)
+        present = (batch.y.flatten() == torch.arange(logits.shape[-1], device=logits.device)[:, None]).any(1)
+        current = self.setting.criterion(logits[: batch.size], batch.y, among=present)
         if len(joined.y) == batch.size:
             return current
         return current + self.setting.criterion(logits[batch.size :], joined.y[batch.size :])

@@ -52,6 +52,7 @@ class GDumb(ER):
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Keeps the weights that the first task begins with."""
+        super().begin_task(model, task)
         if not self.initial:
             self.initial = get_weights(model)
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clkit.data import Batch, Task
-from clkit.learners.agem import AGEM, flat_gradient, set_gradient
+from clkit.learners.agem import AGEM, chunks, flat_gradient, set_gradient
 
-EPSILON = 1e-3  # added to the diagonal of the Gram matrix, as in the authors' code
+EPSILON = 1e-3  # times its mean, added to the diagonal of the Gram matrix (the authors' code adds 1e-3 itself)
 
 
 @dataclass
@@ -19,7 +20,7 @@ class GEM(AGEM):
     inner product with the gradient of every earlier task's memory is not negative, by the dual quadratic programme, one
     variable a task; `margin` (gamma) is the least value of each and favours earlier tasks. Every step takes a backward
     pass for each earlier task, over all its stored rows, and waits for the device to solve the programme. The paper
-    gives each task an equal part of the memory and keeps its last examples: the policy "ring", by class.
+    gives each task an equal part of the memory and keeps its last examples: the policy "ring", by task and class.
     """
 
     policy: str = "ring"
@@ -34,9 +35,10 @@ class GEM(AGEM):
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Sorts the memory by task."""
+        super().begin_task(model, task)
         rows = self.store.all()
-        tasks = rows["task"].unique().tolist() if rows else []
-        self.parts = [{name: t[rows["task"] == k] for name, t in rows.items()} for k in tasks]
+        tasks = rows["group"] // self.setting.classes if rows else torch.empty(0)
+        self.parts = [{name: t[tasks == k] for name, t in rows.items()} for k in tasks.unique().tolist()]
 
     def adjust_gradients(self, model: nn.Module, batch: Batch) -> None:
         """Replaces the gradient by its projection."""
@@ -49,9 +51,10 @@ class GEM(AGEM):
 
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Offers the task's rows to the memory."""
-        rows = task.train.to(self.setting.generator.device)
-        number = torch.full((len(rows),), task.index, device=rows.y.device)
-        self.store.offer(self.setting.generator, x=rows.x, y=rows.y, task=number)
+        for rows in chunks(task, self.setting.generator.device):
+            first = torch.full((len(rows),), task.index * self.setting.classes, device=rows.y.device)
+            group = first + rows.y if rows.y.ndim == 1 else first
+            self.store.offer(self.setting.generator, x=rows.x, y=rows.y, group=group)
 
 
 def projected(gradient: Tensor, references: Tensor, margin: float) -> Tensor:
@@ -63,7 +66,9 @@ def projected(gradient: Tensor, references: Tensor, margin: float) -> Tensor:
     if (products >= 0).all():
         return gradient
     gram = (references @ references.T).double().cpu().numpy()
-    root = cholesky(gram + EPSILON * gram.diagonal().mean() * torch.eye(len(gram)).numpy(), lower=True)
+    if not (np.isfinite(products).all() and np.isfinite(gram).all()):  # the run reports the loss that led here
+        return gradient
+    root = cholesky(gram + EPSILON * gram.diagonal().mean() * np.eye(len(gram)), lower=True)
     wanted = solve_triangular(root, products + margin * gram.sum(1), lower=True)
     duals = nnls(root.T, -wanted)[0] + margin
     return gradient + torch.from_numpy(duals).to(references) @ references

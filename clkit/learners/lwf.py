@@ -19,7 +19,8 @@ class LwF(Learner):
     are softmax over the classes of earlier tasks at `temperature` T. The teacher is the network, in evaluation mode,
     with the weights that training went on from; KL in place of the paper's cross entropy has the same gradient and is
     zero at the teacher, and T^2 (Hinton et al. 2015, arXiv 1503.02531) keeps the gradient's scale. The paper gives
-    each task a head of its own: `Training(labels="task")` is that.
+    each task a head of its own: `Training(labels="task")` is that for the loss, while the distance is over all earlier
+    classes at once. Its warm-up, in which only a new head is trained, is left out.
     """
 
     strength: float = 1.0
@@ -44,8 +45,12 @@ class LwF(Learner):
         return loss + self.distance(model, batch.x, logits) if self.teacher else loss
 
     def term(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        """What this rule adds to a loss, by a pass of its own over the batch; None before there is a teacher."""
-        return self.distance(model, batch.x, model(batch.x)) if self.teacher else None
+        """What this rule adds to a loss, by a pass of its own that moves no statistics; None without a teacher."""
+        if not self.teacher:
+            return None
+        net = getattr(model, "_orig_mod", model)  # of torch.compile
+        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        return self.distance(model, batch.x, torch.func.functional_call(net, buffers, (batch.x,)))
 
     def distance(self, model: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
         """strength T^2 KL(teacher || student) over earlier classes, the mean over rows; the student gave `logits`."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from clkit.data import Batch
 from clkit.evaluation import outputs
+from clkit.learners.base import Setting
 from clkit.learners.er import ER
 
 
@@ -14,19 +15,29 @@ from clkit.learners.er import ER
 class MIR(ER):
     """Experience replay of those stored examples whose loss would rise most by the step on the current rows.
 
-    Aljundi et al. 2019 (arXiv 1908.04742), equation 1: among `candidates` drawn from the memory, the `batch` with the
-    largest loss(theta - lr gradient) - loss(theta) are replayed, theta - lr gradient being a virtual step of plain
-    gradient descent on the current rows alone, at the run's learning rate. The losses are taken in evaluation mode, so
-    that a candidate's does not depend on the others; the pass for the virtual step leaves BatchNorm's statistics as
+    Aljundi et al. 2019 (arXiv 1908.04742), equation 1: among `candidates` drawn from the memory (None: twice as many as
+    are replayed, as in CLeWI's runs), the `batch` with the largest loss(theta - lr gradient) - loss(theta) are
+    replayed, theta - lr gradient being a virtual step of plain gradient descent on the current rows alone, at the run's
+    learning rate. The losses are taken in evaluation mode, so that a candidate's does not depend on the others; the
+    pass for the virtual step leaves BatchNorm's statistics as
     they were. (In CLeWI's released code gradients are cleared before they are read: all scores tie, and MIR is ER.)
     """
 
-    candidates: int = 64
+    candidates: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.candidates < (self.batch or 1):
+        if self.candidates is not None and self.candidates < (self.batch or 1):
             raise ValueError(f"candidates: {self.candidates!r}; give at least as many as are replayed a step")
+
+    def start(self, setting: Setting) -> None:
+        """Begins with an empty memory."""
+        super().start(setting)
+        if self.candidates is not None and self.batch is None and self.candidates < setting.batch:
+            raise ValueError(
+                f"candidates: {self.candidates!r}, and {setting.batch} are replayed a step; give at least as many, "
+                "or a smaller batch"
+            )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy over the current rows and the most interfered of the candidates."""
@@ -36,7 +47,8 @@ class MIR(ER):
     def interfered(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with the most interfered candidates joined to it; all of them if they are not more."""
         count = self.batch or self.setting.batch
-        rows = self.store.sample(self.candidates, self.setting.generator) if len(self.store) else {}
+        drawn = 2 * count if self.candidates is None else self.candidates
+        rows = self.store.sample(drawn, self.setting.generator) if len(self.store) else {}
         if not rows:
             return batch
         if len(rows["y"]) > count:

@@ -90,7 +90,7 @@ def learners(memory: int, *, beyond: bool = False, fit_epochs: int = 256, ewc: f
         "ER": ER(memory),
         "A-GEM": AGEM(memory),
         "ER-ACE": ERACE(memory),
-        "MIR": MIR(memory),
+        "MIR": MIR(memory, candidates=64),
         "BiC": BiC(memory),
         "DER++": DERpp(memory, alpha=0.2, beta=0.5),
     }

@@ -19,8 +19,9 @@ class DERpp(ER):
     DER++, Buzzega et al. 2020 (arXiv 2004.07211), equation 6: L(current) + alpha |h(x') - z'|^2 + beta L(x'', y''),
     with two draws from the memory, x' and x''; the square is a mean over classes, as in the authors' code. A term whose
     weight is 0 draws nothing, so with both at 0 this is fine-tuning. One forward pass serves all three, so BatchNorm
-    sees them together. Logits are those of the training pass in which a row was first seen. When a consolidation
-    changes the weights they are those of a network that is no more; `refresh` then takes them from the new weights, in
+    sees them together. Rows are offered in every epoch, as the paper samples along the path of training, each time with
+    the logits that the training pass gave; the memory may hold a row twice. When a consolidation changes the weights
+    the logits are those of a network that is no more; `refresh` then takes them from the new weights, in
     evaluation mode (with released code that made DER collapse).
     """
 
@@ -52,9 +53,8 @@ class DERpp(ER):
         return loss
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:
-        """Offers the current rows with their logits to the memory in the task's first epoch."""
-        if batch.epoch == 0:
-            self.store.offer(self.setting.generator, x=batch.raw, y=batch.y, logits=self.current)
+        """Offers the current rows with their logits to the memory."""
+        self.store.offer(self.setting.generator, x=batch.raw, y=batch.y, logits=self.current)
 
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Notes the weights, to see whether a consolidation changes them."""

@@ -34,9 +34,25 @@ COLOURS: Mapping[str, str] = {
     "AWM": PURPLE,
     "HCMM": RED,
     "WiSE-FT": ORANGE,
+    "memory only": "#E3DACD",
+    "ER-ACE": "#117777",
+    "A-GEM": "#DDCC77",
+    "GEM": "#1B4D3E",
+    "MIR": "#99DDFF",
+    "DER": "#6A5ACD",
+    "DER++": INDIGO,
+    "GDumb": "#B07A45",
+    "iCaRL": "#AA4499",
+    "BiC": "#CC3311",
+    "L2": "#FFE135",
     "EWC": OLIVE,
+    "online EWC": "#A8E05F",
+    "SI": "#F4A582",
+    "MAS": "#663311",
     "LwF": WINE,
-    "DERpp": INDIGO,
+    "class-incremental": "#BB5566",
+    "domain-incremental": "#DDAA33",
+    "task-incremental": "#004488",
     "plain": GREY,
     "aligned": ORANGE,
     "plain, re-estimated": SKY,
@@ -53,6 +69,7 @@ LABELS: Mapping[str, str] = {
     "bwt": "backward transfer (%)",
     "fwt": "forward transfer (%)",
     "alpha": "α: weight of the old network",
+    "strength": "strength of the pull",
 }
 
 RC: Any = {
@@ -139,16 +156,18 @@ def interpolation_by_task(
     _legend(ax)
 
 
-def accuracy_matrix(ax: "Axes", matrix: ArrayLike, *, names: Sequence[str] | None = None) -> None:
+def accuracy_matrix(ax: "Axes", matrix: ArrayLike, *, names: Sequence[str] | None = None, whole: bool = False) -> None:
     """A heat map of accuracies in percent: row t after learning task t, column k the test on task k.
 
-    Tasks not learned yet are left blank. Numbers are written into up to 12 tasks.
+    Tasks not learned yet are left blank, unless the `whole` matrix is asked for. Numbers are written into up to 12
+    tasks.
     """
     a = np.asarray(matrix, dtype=float)
     if a.ndim != 2 or a.shape[0] != a.shape[1]:
         raise ValueError(f"matrix: the shape is {a.shape}; pass (tasks, tasks), as Result.accuracy is")
     tasks = len(a)
-    shown = np.ma.masked_where(np.triu(np.ones_like(a, dtype=bool), 1), 100 * a)
+    blank = np.zeros_like(a, dtype=bool) if whole else np.triu(np.ones_like(a, dtype=bool), 1)
+    shown = np.ma.masked_where(blank, 100 * a)
     ax.grid(False)
     image = ax.imshow(shown, cmap="viridis", vmin=0, vmax=100)
     ticks = range(0, tasks, 1 + tasks // 13)
@@ -161,7 +180,7 @@ def accuracy_matrix(ax: "Axes", matrix: ArrayLike, *, names: Sequence[str] | Non
     if tasks > 12:
         ax.figure.colorbar(image, ax=ax, shrink=0.8)
         return
-    for row, column in zip(*map(np.ndarray.tolist, np.tril_indices(tasks)), strict=True):
+    for row, column in np.argwhere(~blank).tolist():
         number = 100 * a[row, column]
         ink = "white" if number < 60 else "black"
         ax.text(column, row, f"{number:.0f}", ha="center", va="center", color=ink, fontsize=8)
@@ -256,10 +275,10 @@ def gains(
     interval lies above 0, red where it lies below, and grey where it does not tell.
     """
     _columns(table, "gain", "lower", "upper", *others)
-    for place, (_, row) in enumerate(table.iterrows()):
-        colour = BLUE if row["lower"] > 0 else RED if row["upper"] < 0 else GREY
-        ax.plot([100 * row["lower"], 100 * row["upper"]], [place, place], color=colour, linewidth=1.4)
-        ax.plot(100 * row["gain"], place, "o", color=colour, markersize=5.5)
+    for place, (gain, lower, upper) in enumerate(100 * table[["gain", "lower", "upper"]].to_numpy(float)):
+        colour = BLUE if lower > 0 else RED if upper < 0 else GREY
+        ax.plot([lower, upper], [place, place], color=colour, linewidth=1.4)
+        ax.plot(gain, place, "o", color=colour, markersize=5.5)
     for (column, name), mark in zip(others.items(), "sD^v", strict=False):
         ax.plot(100 * table[column], range(len(table)), mark, color=BLACK, mfc="none", mew=0.8, label=name, ls="none")
     ax.axvline(0, color=BLACK, linewidth=0.8)

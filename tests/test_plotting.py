@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 
 from clkit import plotting
 from clkit.data import Examples, Stream, Task
+from clkit.learners import LEARNERS
 
 TS = np.linspace(0, 1, 5)
 
@@ -87,6 +88,12 @@ def test_accuracy_matrix_writes_what_was_learned(ax):
     assert ax.images[0].get_array().mask.sum() == 3
 
 
+def test_a_whole_accuracy_matrix_leaves_nothing_blank(ax):
+    plotting.accuracy_matrix(ax, np.arange(9).reshape(3, 3) / 10, whole=True)
+    assert [t.get_text() for t in ax.texts] == [str(10 * i) for i in range(9)]
+    assert not np.ma.getmaskarray(ax.images[0].get_array()).any()
+
+
 def test_large_accuracy_matrices_have_a_colour_bar_instead(ax):
     plotting.accuracy_matrix(ax, np.zeros((20, 20)))
     assert not ax.texts and len(ax.figure.axes) == 2
@@ -161,6 +168,10 @@ def test_colours_are_kept_and_never_shared():
 
 GROUPS = [["fine-tuning", "joint", "ER", "CLeWI"], ["CLeWI", "SFA", "AWM", "HCMM", "WiSE-FT"]]
 GROUPS.append(["plain", "aligned", "plain, re-estimated", "aligned, re-estimated"])
+GROUPS.append(["fine-tuning", "joint", "ER", "EWC", "LwF", "iCaRL", "DER++"])
+GROUPS.append(["ER", "ER-ACE", "A-GEM", "GEM", "MIR", "DER", "DER++"])
+GROUPS.append(["fine-tuning", "joint", "L2", "EWC", "online EWC", "SI", "MAS", "LwF"])
+GROUPS.append(["class-incremental", "domain-incremental", "task-incremental"])
 # Machado, Oliveira and Fernandes 2009, severity 1
 DEFICIENCIES = {
     "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
@@ -183,6 +194,11 @@ def test_colours_that_meet_are_told_apart_by_everyone(names, deficiency):
     seen = [lab(plotting.COLOURS[name], DEFICIENCIES[deficiency]) for name in names]
     apart = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
     assert min(apart) > 15
+
+
+def test_every_learning_rule_has_a_colour_of_its_own():
+    colours = [plotting.COLOURS[name] for name in LEARNERS]
+    assert len(set(colours)) == len(LEARNERS)
 
 
 def test_style_is_left_behind():

@@ -83,6 +83,13 @@ def test_tables_stand_side_by_side_in_the_papers_shape():
     assert shown.ours["ER"] == "{:.1f} ± {:.1f} ({:.1f})".format(*numbers) and shown.ours["MIR"] == ""
 
 
+def test_grids_and_their_records_need_no_data(monkeypatch):
+    monkeypatch.delenv("CLKIT_DATA", raising=False)
+    for name in ("mnist", "cifar10"):
+        assert len(clewi.equal_bytes(name, 50, limit=9).config["methods"]) == 3
+        assert name in clewi.reduced(name, limit=9, epochs=1, memory=9).config["streams"][0]
+
+
 def table_of(gap, spread):
     rng = np.random.default_rng(0)
     rows = []

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TASKS = {"digits": 5, "mnist": 5, "cifar10": 5, "cifar100": 10, "tiny-imagenet": 20}
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # of ten classes each, in bytes
 GENTLE = 0.03  # the learning rate, at a laptop's scale, of rules with a penalty or a projection; of others it is 0.1
 
 
@@ -215,15 +216,13 @@ def memory_size(profile: str = "fast") -> Grid:
 
 def equal_bytes(dataset: str, memory: int, *, limit: int | None = None, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
     """CLeWI with a memory against ER whose memory may also have the bytes of the second network that CLeWI keeps."""
-    made = partial(models.convnet, widths=(16, 32, 32))
-    streams = stream(dataset, limit=limit)
-    first = next(iter(streams.values()))(0)
-    net = weights.get_weights(made(first, seed=0))
-    more = sum(t.nbytes for t in net.values()) // (first[0].train.x[0].nbytes + 1)
-    total = min(memory + more, sum(len(task.train) for task in first))
+    made, shape = partial(models.convnet, widths=(16, 32, 32)), SHAPES[dataset]
+    blank = data.Examples(torch.zeros(10, *shape, dtype=torch.uint8), torch.arange(10))
+    net = made(data.split(Dataset("blank", blank, blank, tuple("0123456789")), 1), seed=0)
+    total = memory + sum(t.nbytes for t in weights.get_weights(net).values()) // (blank.x[0].nbytes + 1)
     methods = {f"ER {memory}": Method(ER(memory)), f"ER {total}": Method(ER(total))}
     methods[f"ER {memory} + CLeWI"] = Method(ER(memory), CLeWI(0.3, points=0))
-    return Grid(streams, {"convnet 16-32-32": made}, methods, Training(10, 32, 0.1), seeds)
+    return Grid(stream(dataset, limit=limit), {"convnet 16-32-32": made}, methods, Training(10, 32, 0.1), seeds)
 
 
 def parts(profile: str = "fast") -> Grid:

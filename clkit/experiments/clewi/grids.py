@@ -135,16 +135,19 @@ def main(profile: str = "fast", dataset: str | None = None) -> Grid:
     return Grid(stream(dataset or "digits"), {"convnet": models.convnet}, methods, training, range(5), plasticity)
 
 
-def reduced(dataset: str, *, limit: int, epochs: int, memory: int, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
+def reduced(
+    dataset: str, *, limit: int, epochs: int, memory: int, ewc: float = 10.0, seeds: Sequence[int] = (0, 1, 2)
+) -> Grid:
     """The paper's main table on `limit` images a class and a small convnet: its pairs at its alphas, one learning rate.
 
     Alphas are those of CIFAR-100 for cifar100 and of CIFAR-10 for others; the learning rate is 0.1, of rules with a
-    penalty or a projection 0.03, the same with and without CLeWI.
+    penalty or a projection 0.03, the same with and without CLeWI. `ewc` is the strength of online EWC, whose steps
+    grow without bound where it is too large for the learning rate.
     """
     place = 1 if dataset == "cifar100" else 0
     training = Training(epochs=epochs, batch=32, lr=0.1)
     methods = {}
-    for n, rule in learners(memory, fit_epochs=63).items():
+    for n, rule in learners(memory, fit_epochs=63, ewc=ewc).items():
         own = replace(training, lr=GENTLE) if n == "A-GEM" or isinstance(rule, Sum) else None
         methods[n] = Method(rule, None, own)
         if n in PAIRS:

@@ -127,7 +127,7 @@ def main(profile: str = "fast", dataset: str | None = None) -> Grid:
     training = Training(epochs=10, batch=32, lr=0.1)
     methods = {}
     for n, rule in learners(50, beyond=True, fit_epochs=63).items():
-        own = replace(training, lr=GENTLE) if n in ("A-GEM", "GEM") or isinstance(rule, Sum) else None
+        own = _own(training, rule)
         methods[n] = Method(rule, None, own)
         methods[f"{n} + CLeWI"] = Method(rule, CLeWI(0.3, points=0), own)
         if rule.remembers:
@@ -148,7 +148,7 @@ def reduced(
     training = Training(epochs=epochs, batch=32, lr=0.1)
     methods = {}
     for n, rule in learners(memory, fit_epochs=63, ewc=ewc).items():
-        own = replace(training, lr=GENTLE) if n == "A-GEM" or isinstance(rule, Sum) else None
+        own = _own(training, rule)
         methods[n] = Method(rule, None, own)
         if n in PAIRS:
             methods[f"{n} + CLeWI"] = Method(rule, CLeWI(ALPHA[n][place], points=0), own)
@@ -173,7 +173,7 @@ def number_of_tasks(profile: str = "fast") -> Grid:
 
 def alphas(profile: str = "fast") -> Grid:
     """How alpha may be chosen: fixed, on a schedule, by search, and merging only where it helps; with ER."""
-    memory, merges = (500, 9) if profile == "paper" else (50, 4)
+    (memory, _), merges = _usual(profile), 9 if profile == "paper" else 4
     fixed = [i / 10 for i in range(1, 8)]
     chosen: dict[str, CLeWI] = {f"fixed {a}": CLeWI(a, points=0) for a in fixed}
     chosen["rising 0.2 + 0.05 a task"] = CLeWI(tuple(round(0.2 + 0.05 * i, 2) for i in range(merges)), points=0)
@@ -188,7 +188,7 @@ def alphas(profile: str = "fast") -> Grid:
 
 def no_rehearsal(profile: str = "fast") -> Grid:
     """Fine-tuning with CLeWI at several alphas: the memory serves matching and re-estimation alone."""
-    rule = MemoryOnly(500 if profile == "paper" else 50)
+    rule = MemoryOnly(_usual(profile)[0])
     found = {f"alpha {a}": Method(rule, CLeWI(a, points=0)) for a in (0.2, 0.3, 0.5, 0.6, 0.7, 0.8)}
     grid = _small(profile, {"fine-tuning": Method(rule)} | found)
     return replace(grid, training=replace(grid.training, lr=0.03))
@@ -200,8 +200,7 @@ def width(profile: str = "fast") -> Grid:
         made: Mapping[str, Model] = {f"x{k}": partial(models.resnet18, width=64 * k) for k in (1, 2, 4)}
     else:
         made = {f"x{k}": partial(models.convnet, widths=(8 * k, 16 * k, 16 * k)) for k in (1, 2, 4)}
-    alpha = 0.5 if profile == "paper" else 0.3
-    memory = 500 if profile == "paper" else 50
+    memory, alpha = _usual(profile)
     er, der = ER(memory), DERpp(memory, alpha=0.2, beta=0.5)
     methods = {"ER": Method(er), "ER + CLeWI": Method(er, CLeWI(alpha, points=0))}
     methods |= {"DER++": Method(der), "DER++ + CLeWI": Method(der, CLeWI(0.2, points=0))}
@@ -211,7 +210,7 @@ def width(profile: str = "fast") -> Grid:
 def memory_size(profile: str = "fast") -> Grid:
     """ER with and without CLeWI while the memory grows."""
     sizes = (200, 500, 1000, 2000) if profile == "paper" else (20, 50, 100, 200, 500)
-    alpha = 0.5 if profile == "paper" else 0.3
+    _, alpha = _usual(profile)
     pairs = {f"ER {m}": Method(ER(m)) for m in sizes}
     pairs |= {f"ER + CLeWI {m}": Method(ER(m), CLeWI(alpha, points=0)) for m in sizes}
     return _small(profile, pairs | {f"ER + search {m}": Method(ER(m), CLeWI("search")) for m in sizes})
@@ -230,7 +229,8 @@ def equal_bytes(dataset: str, memory: int, *, limit: int | None = None, seeds: S
 
 def parts(profile: str = "fast") -> Grid:
     """What each part of CLeWI adds: permutation and re-estimation on and off, and matching by weights; with ER."""
-    rule, alpha = ER(500 if profile == "paper" else 50), 0.5 if profile == "paper" else 0.3
+    memory, alpha = _usual(profile)
+    rule = ER(memory)
     settings = {
         "ER + CLeWI": {},
         "no permutation": {"align": None},
@@ -295,6 +295,16 @@ def _dataset(name: str, limit: int | None) -> Dataset:
     if not pack.is_file() and limit is None:
         return data.load(name)
     return data.folder(pack, limit=limit, augment=augment)
+
+
+def _usual(profile: str) -> tuple[int, float]:
+    """The memory and the alpha of the smaller studies."""
+    return (500, 0.5) if profile == "paper" else (50, 0.3)
+
+
+def _own(training: Training, rule: Learner) -> Training | None:
+    """The training of a rule with a penalty or a projection, at a laptop's scale; None for the grid's own."""
+    return replace(training, lr=GENTLE) if isinstance(rule, AGEM | Sum) else None
 
 
 def _small(profile: str, methods: Mapping[str, Method]) -> Grid:

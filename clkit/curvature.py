@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clkit.data.core import IGNORED
+from clkit.weights import uncompiled
 
 LABELS = ("sampled", "true", "exact")
 LARGEST_CHUNK = 512
@@ -20,8 +21,7 @@ NUMBERS_AT_ONCE = 2**28  # of per-example gradients
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters that want a gradient, by name; of a compiled model, those of the original."""
-    model = getattr(model, "_orig_mod", model)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in uncompiled(model).named_parameters() if p.requires_grad}
 
 
 def fisher(
@@ -103,7 +103,7 @@ def _ready(model: nn.Module, x: Tensor, chunk: int | None) -> tuple[nn.Module, i
         raise ValueError("x: it has no rows; pass at least one example")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: {chunk!r}; give the number of examples to do at once, at least 1, or None")
-    net = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    net = copy.deepcopy(uncompiled(model)).eval()
     count = sum(p.numel() for p in trainable(net).values())
     if not count:
         raise ValueError("model: it has no parameter that requires a gradient; there is nothing to measure")

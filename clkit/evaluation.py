@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.data import Stream, Task
-from clkit.weights import Weights
+from clkit.weights import Weights, uncompiled
 
 EVALUATION_BATCH = 1024
 
@@ -64,9 +64,16 @@ def outputs(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
 
     In evaluation mode and without a gradient; the model's own weights, statistics and training flags stay as they are.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(model)
     with evaluation_mode(model):
         return torch.func.functional_call(model, dict(weights), (x,))
+
+
+def side_pass(model: nn.Module, x: Tensor) -> Tensor:
+    """What `model` gives for prepared inputs in the mode it is in, with gradients, its buffers left as they are."""
+    model = uncompiled(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return torch.func.functional_call(model, buffers, (x,))
 
 
 @contextmanager

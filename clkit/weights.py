@@ -30,6 +30,11 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     return live
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, or the one that `torch.compile` wrapped: names and buffers are its own there."""
+    return getattr(model, "_orig_mod", model)
+
+
 def get_weights(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
     """Copies the model's floating parameters and buffers out of it; later training does not change the copies.
 

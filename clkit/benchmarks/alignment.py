@@ -12,13 +12,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from clkit import alignment, data, models
+from clkit.benchmarks import interleaved
 from clkit.weights import get_weights
 
 IMAGES, BATCH, REPEATS = 200, 25, 3
@@ -93,13 +93,7 @@ def measure() -> dict[str, list[float]]:
         "prefixes": by_prefix,
     }
     forward()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(REPEATS):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+    return interleaved(ways, REPEATS)
 
 
 def bench() -> list[dict[str, object]]:

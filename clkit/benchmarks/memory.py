@@ -2,12 +2,12 @@
 
 import random
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from clkit.benchmarks import interleaved
 from clkit.memory import Memory
 
 ROWS, BATCH, CAPACITY, REPEATS = 4096, 64, 500, 7
@@ -43,12 +43,7 @@ def bench() -> list[dict[str, object]]:
             optimizer.step()
 
     ways: dict[str, Callable[[], None]] = {"ours": vectorised, "theirs": one_by_one, "steps": steps}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(REPEATS):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
+    seconds = interleaved(ways, REPEATS)
     ours, theirs, step = (statistics.median(seconds[name]) for name in ways)
     rate = {"unit": "rows a second", "ours": ROWS / ours}
     return [

@@ -11,13 +11,13 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from clkit import data, models
+from clkit.benchmarks import interleaved
 from clkit.learners import ER
 from clkit.training import Training, run
 
@@ -92,13 +92,7 @@ def measure() -> dict[str, list[float]]:
         "DataLoader over images": lambda: loaded(stream, images),
     }
     resident(digits_like(BATCH))
-    rates: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(REPEATS):
-        for name, loop in loops.items():
-            started = time.perf_counter()
-            loop()
-            rates[name].append(ROWS / (time.perf_counter() - started))
-    return rates
+    return {name: [ROWS / s for s in seconds] for name, seconds in interleaved(loops, REPEATS).items()}
 
 
 def bench() -> list[dict[str, object]]:

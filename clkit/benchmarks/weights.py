@@ -1,11 +1,11 @@
 """Merging at memory bandwidth: `weights.lerp` against the dictionary comprehension of most merging code."""
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
+from clkit.benchmarks import interleaved
 from clkit.weights import lerp
 
 REPEATS = 15
@@ -22,12 +22,7 @@ def bench() -> list[dict[str, object]]:
         "lerp": lambda: lerp(a, b, 0.3),
         "(1 - t) a + t b": lambda: {name: (1 - 0.3) * a[name] + 0.3 * b[name] for name in a},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(REPEATS):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
+    seconds = interleaved(ways, REPEATS)
     moved = 3 * sum(tensor.nbytes for tensor in a.values()) / 1e9
     rates = {name: moved / statistics.median(values) for name, values in seconds.items()}
     naive = rates.pop("(1 - t) a + t b")

@@ -1,15 +1,13 @@
 """Averaged gradient episodic memory."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from clkit.data import Batch, Examples, Task
-from clkit.evaluation import EVALUATION_BATCH
+from clkit.data import Batch, Task
 from clkit.learners.base import Learner
-from clkit.learners.er import ER
+from clkit.learners.er import ER, portions
 
 
 def flat_gradient(model: nn.Module, loss: Tensor | None = None) -> Tensor:
@@ -27,12 +25,6 @@ def set_gradient(model: nn.Module, flat: Tensor) -> None:
     wanted = [p for p in model.parameters() if p.requires_grad]
     for p, part in zip(wanted, flat.split([p.numel() for p in wanted]), strict=True):
         p.grad = part.view_as(p)
-
-
-def chunks(task: Task, device: torch.device) -> Iterator[Examples]:
-    """The task's training rows on a device, some at a time: they may be on the host because there is no room."""
-    for start in range(0, len(task.train), EVALUATION_BATCH):
-        yield task.train[start : start + EVALUATION_BATCH].to(device)
 
 
 @dataclass
@@ -65,7 +57,7 @@ class AGEM(ER):
         if self.policy == "herding":
             self.offer_herded(model, task)
         else:
-            for rows in chunks(task, self.setting.generator.device):
+            for rows in portions(task.train, self.setting.generator.device):
                 self.store.offer(self.setting.generator, x=rows.x, y=rows.y)
 
 

@@ -131,9 +131,12 @@ class Learner:
 
     def examples(self, task: Task) -> Examples:
         """What a consolidation may look at, prepared: the memory, else 1,000 evenly spaced rows of this task's data."""
-        count = len(task.train)
-        rows = torch.arange(count) if count <= CONTEXT_ROWS else torch.linspace(0, count - 1, CONTEXT_ROWS).long()
-        some = task.train[rows.to(task.train.x.device)].to(self.setting.generator.device)
+        return self._evenly(task, task.train)
+
+    def _evenly(self, task: Task, kept: Examples) -> Examples:
+        """1,000 evenly spaced rows of what was kept, or all if they are fewer, prepared."""
+        rows = torch.linspace(0, len(kept) - 1, min(CONTEXT_ROWS, len(kept))).long()
+        some = kept[rows.to(kept.x.device)].to(self.setting.generator.device)
         return Examples(task.prepare(some.x), some.y)
 
     def held_out(self, task: Task) -> Examples | None:

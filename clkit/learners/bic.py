@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clkit.data import Batch, Examples, Task
-from clkit.evaluation import EVALUATION_BATCH, outputs
+from clkit.evaluation import outputs
 from clkit.learners.base import Learner, Setting, named, under
-from clkit.learners.er import ER
+from clkit.learners.er import ER, portions
 from clkit.memory import Memory
 from clkit.weights import Weights, get_weights
 
@@ -95,8 +95,7 @@ class BiC(ER):
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Offers the rows trained on to the exemplars, and the others to the validation memory."""
         for store, mine in ((self.store, ~self.apart), (self.judges, self.apart)):
-            for rows in mine.nonzero().squeeze(1).split(EVALUATION_BATCH):
-                part = task.train[rows].to(self.setting.generator.device)
+            for part in portions(task.train, self.setting.generator.device, mine.nonzero().squeeze(1)):
                 store.offer(self.setting.generator, x=part.x, y=part.y)
 
     def on_consolidated(self, model: nn.Module, task: Task) -> None:

@@ -1,5 +1,6 @@
 """Experience replay."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,10 +70,9 @@ class ER(Learner):
     def offer_herded(self, model: nn.Module, task: Task) -> None:
         """Offers rows of the task, the best fits to their class's mean feature first; features have length one."""
         device = self.setting.generator.device
-        parts = [features(model, task.prepare(x.to(device))) for x in task.train.x.split(EVALUATION_BATCH)]
+        parts = [features(model, task.prepare(part.x)) for part in portions(task.train, device)]
         order = herding(normalize(torch.cat(parts)), task.train.y.to(device), self.memory)
-        for rows in order.to(task.train.x.device).split(EVALUATION_BATCH):
-            part = task.train[rows].to(device)
+        for part in portions(task.train, device, order):
             self.store.offer(self.setting.generator, x=part.x, y=part.y)
 
     def examples(self, task: Task) -> Examples:
@@ -97,3 +97,10 @@ class ER(Learner):
         if not rows:
             return Examples(task.prepare(task.train.x[:0]), task.train.y[:0])
         return Examples(task.prepare(rows["x"]), rows["y"])
+
+
+def portions(examples: Examples, device: torch.device, rows: Tensor | None = None) -> Iterator[Examples]:
+    """Examples, or the given rows of them, on a device, some at a time: they may be on the host for want of room."""
+    chosen = torch.arange(len(examples)) if rows is None else rows
+    for part in chosen.to(examples.x.device).split(EVALUATION_BATCH):
+        yield examples[part].to(device)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from clkit.data import Batch, Task
-from clkit.learners.agem import AGEM, chunks, flat_gradient, set_gradient
+from clkit.learners.agem import AGEM, flat_gradient, set_gradient
+from clkit.learners.er import portions
 
 EPSILON = 1e-3  # times its mean, added to the diagonal of the Gram matrix (the authors' code adds 1e-3 itself)
 
@@ -51,7 +52,7 @@ class GEM(AGEM):
 
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Offers the task's rows to the memory."""
-        for rows in chunks(task, self.setting.generator.device):
+        for rows in portions(task.train, self.setting.generator.device):
             first = torch.full((len(rows),), task.index * self.setting.classes, device=rows.y.device)
             group = first + rows.y if rows.y.ndim == 1 else first
             self.store.offer(self.setting.generator, x=rows.x, y=rows.y, group=group)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.data import Batch, Examples, Task
-from clkit.learners.base import CONTEXT_ROWS, Learner, Setting
+from clkit.learners.base import Learner, Setting
 
 
 @dataclass
@@ -39,10 +39,7 @@ class Joint(Learner):
 
     def examples(self, task: Task) -> Examples:
         """1,000 evenly spaced rows of everything kept, prepared."""
-        kept = self.past if self.past is not None else task.train
-        rows = torch.linspace(0, len(kept) - 1, min(CONTEXT_ROWS, len(kept))).long()
-        some = kept[rows.to(kept.x.device)].to(self.setting.generator.device)
-        return Examples(task.prepare(some.x), some.y)
+        return self._evenly(task, self.past if self.past is not None else task.train)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The generator and all data kept."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.data import Batch, Task
-from clkit.evaluation import outputs
+from clkit.evaluation import outputs, side_pass
 from clkit.learners.base import Learner, Setting, named, under
 from clkit.weights import get_weights
 
@@ -46,11 +46,7 @@ class LwF(Learner):
 
     def term(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """What this rule adds to a loss, by a pass of its own that moves no statistics; None without a teacher."""
-        if not self.teacher:
-            return None
-        net = getattr(model, "_orig_mod", model)  # of torch.compile
-        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-        return self.distance(model, batch.x, torch.func.functional_call(net, buffers, (batch.x,)))
+        return self.distance(model, batch.x, side_pass(model, batch.x)) if self.teacher else None
 
     def distance(self, model: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
         """strength T^2 KL(teacher || student) over earlier classes, the mean over rows; the student gave `logits`."""

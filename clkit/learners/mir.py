@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clkit.curvature import trainable
 from clkit.data import Batch
-from clkit.evaluation import outputs
+from clkit.evaluation import outputs, side_pass
 from clkit.learners.base import Setting
 from clkit.learners.er import ER
 
@@ -58,11 +59,8 @@ class MIR(ER):
 
     def rises(self, model: nn.Module, batch: Batch, x: Tensor, y: Tensor) -> Tensor:
         """By how much the virtual step on the batch raises the loss of each example: (N,)."""
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
-        logits = torch.func.functional_call(model, parameters | buffers, (batch.x,))
-        loss = self.setting.criterion(logits, batch.y)
+        parameters = trainable(model)
+        loss = self.setting.criterion(side_pass(model, batch.x), batch.y)
         gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         with torch.no_grad():
             stepped = {n: p - self.setting.lr * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}

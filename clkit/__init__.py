@@ -1,20 +1,23 @@
 """Continual learning in weight space: interpolate, average, align, merge and modulate the weights of networks."""
 
 from clkit import alignment, curvature, data, learners, merging, metrics, models, normalization, weights
-from clkit.consolidation import CLeWI, Merged, NoConsolidation, Progress
+from clkit.consolidation import SFA, CLeWI, Merged, Merging, NoConsolidation, Progress, WiSEFT
 from clkit.learners import ER, Learner
 from clkit.training import Evaluation, Result, Training, evaluate, run
 
 __all__ = [
     "ER",
+    "SFA",
     "CLeWI",
     "Evaluation",
     "Learner",
     "Merged",
+    "Merging",
     "NoConsolidation",
     "Progress",
     "Result",
     "Training",
+    "WiSEFT",
     "alignment",
     "curvature",
     "data",

@@ -94,6 +94,7 @@ class Merge:
     paper: str
     base: bool = False
     arity: int | None = None
+    needs: str | None = None
     symmetric: bool = True
     shifts: bool = True
     defaults: Mapping[str, object] = field(default_factory=dict)

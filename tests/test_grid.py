@@ -80,7 +80,7 @@ def one_symmetry():
     with pytest.MonkeyPatch.context() as patch:
         derived = functools.cache(lambda: alignment.symmetry(toys.small_convnet(toys.images()), prepared()))
         derived()
-        patch.setattr("clkit.training.alignment.symmetry", lambda model, example: derived())
+        patch.setattr("clkit.training.loop.alignment.symmetry", lambda model, example: derived())
         yield
 
 

@@ -123,7 +123,7 @@ class Batch:
 
     After `join`, `x` and `y` hold the joined rows too, behind the current ones; `raw` and `size` do not change, so
     `x[:size]`, `y[:size]` are the current task's. `epoch` counts the passes over the task's data from 0; `rows` says
-    which rows of `task.train` the current ones are.
+    which rows of `task.train` the current ones are; `lr` is the step's learning rate.
     """
 
     x: Tensor
@@ -133,6 +133,7 @@ class Batch:
     generator: torch.Generator | None = None
     epoch: int = 0
     rows: Rows | None = None
+    lr: float = 0.0
 
     @property
     def size(self) -> int:

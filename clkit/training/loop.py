@@ -3,14 +3,16 @@
 The order of events in one task:
 
 1. `learner.begin_task`
-2. every step: `loss`, backward, `adjust_gradients`, optimizer step, `after_step`; the consolidation, if due
+2. every step: `loss`, backward, `adjust_gradients`, optimizer step, `after_step`; the consolidation, if due: load
+   its `train`
 3. `learner.after_training`
 4. the consolidation, if due, gives two weights, `train` and `deploy`
 5. load `train`: `learner.on_consolidated`
 6. load `deploy`: `learner.calibrate`, then evaluate on the test data of every task
 7. load `train`, from which the next task goes on
 
-Weights are written into the live model in place, so an optimizer keeps its references; its state is fresh in each task.
+Weights are written into the live model in place, so an optimizer keeps its references; its state is fresh in each task
+and goes on through a consolidation within one, unless that asks for a fresh one.
 What is left between two tasks, the state of model, learner and generators and some weights, makes a checkpoint.
 Nothing waits for the device within an epoch, and an evaluation waits for it once. The data order, the augmentation,
 the learner and the model (dropout) draw from generators of their own, all derived from `seed`: two runs that differ in
@@ -22,10 +24,9 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,143 +34,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit import alignment, metrics
+from clkit import alignment
 from clkit.checkpoint import Checkpoint, model_state, random_state, restore_model, restore_random
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress, Score
 from clkit.data import Examples, Stream, Task
 from clkit.evaluation import EVALUATION_BATCH, Evaluation, evaluate, evaluation_mode
 from clkit.learners import Criterion, Learner, Setting
-from clkit.learners.base import LABELS
+from clkit.training.result import Result
+from clkit.training.settings import Training
 from clkit.weights import Weights, check_finite, get_weights, set_weights
 
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("constant", "cosine", "linear", "multistep")
-PRECISIONS = ("auto", "float32", "bfloat16")
-
 ModelFactory = Callable[..., nn.Module]
-
-
-def _choice(name: str, value: object, known: Iterable[str]) -> None:
-    options = list(known)
-    if value not in options:
-        close = get_close_matches(str(value), options, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(options)}{hint}")
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a task is trained; the same for every task of a stream.
-
-    - `epochs`, `batch` (rows of the task a step; a last batch of one row is left out), `lr`
-    - `optimizer` "sgd" or "adamw", with `momentum` (SGD) and `weight_decay`
-    - `schedule` of the learning rate within each task: "constant"; "cosine" or "linear" to zero; "multistep", times
-      0.1 at each of the `milestones` (shares of the task's steps); it first rises for `warmup`, a share of the steps
-    - `clip`: the largest norm of the gradient, None for any; `label_smoothing`
-    - `labels`: the label space of a step's loss: "all" classes, those "seen" so far, or the row's own "task"
-    - `augment`: use the stream's augmentation
-    - `precision`: "auto" is bfloat16 autocast on GPUs that have it, else float32; `channels_last`: None is yes on a GPU
-    - `compile`: run the model's training forward pass through `torch.compile`
-    """
-
-    epochs: int = 10
-    batch: int = 32
-    lr: float = 0.1
-    optimizer: str = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    milestones: tuple[float, ...] = (0.7, 0.9)
-    warmup: float = 0.0
-    clip: float | None = None
-    label_smoothing: float = 0.0
-    labels: str = "all"
-    augment: bool = True
-    precision: str = "auto"
-    channels_last: bool | None = None
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("labels", LABELS)):
-            _choice(name, getattr(self, name), known)
-        _choice("precision", self.precision, PRECISIONS)
-        for name, low in (("epochs", 0), ("batch", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
-                raise ValueError(f"{name}: {getattr(self, name)!r}; give a whole number, at least {low}")
-        if not self.lr > 0:
-            raise ValueError(f"lr: {self.lr!r}; give a learning rate above 0")
-        for name in ("momentum", "label_smoothing", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)!r}; give a number in [0, 1)")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay: {self.weight_decay!r}; give a number, at least 0")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip: {self.clip!r}; give the largest norm of the gradient, above 0, or None")
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        if not all(0 < m < 1 for m in self.milestones):
-            raise ValueError(f"milestones: {self.milestones!r}; give shares of a task's steps in (0, 1)")
-
-    def rate(self, step: int, steps: int) -> float:
-        """The factor on the learning rate in step `step` of `steps`."""
-        rise = self.warmup * steps
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        share = (step - rise) / max(1.0, steps - rise)
-        if self.schedule == "cosine":
-            return 0.5 * (1 + float(np.cos(np.pi * share)))
-        if self.schedule == "linear":
-            return 1 - share
-        if self.schedule == "multistep":
-            return 0.1 ** sum(step >= m * steps for m in self.milestones)
-        return 1.0
-
-    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """A fresh optimizer over the parameters that want gradients."""
-        wanted = [p for p in parameters if p.requires_grad]
-        if not wanted:
-            raise ValueError("model: it has no parameter that requires a gradient; there is nothing to train")
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(wanted, lr=self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(wanted, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-
-
-@dataclass(eq=False)
-class Result:
-    """What a run gives. T tasks; accuracies in [0, 1].
-
-    - `accuracy` (T, T): row t after learning task t, column k the test accuracy on task k, in the stream's scenario
-    - `masked`, `losses` (T, T): the same with logits masked to the task's classes, and the mean test loss
-    - `initial` (T,): accuracies before any training
-    - `weights[t]`: deployed after task t; `trained[t]`: as trained on task t, before consolidation; on the CPU, and
-      empty with `keep=False`
-    - `inputs[t]`: what a consolidation may look at after task t, on the CPU; empty with `keep=False`
-    - `reports[t]`: what the consolidation reports after task t, empty if it was not due
-    - `training_loss[t]`: the loss of every step of task t
-    - `config`: the record, JSON-able; `seconds`: the duration, over all interruptions
-    - `model`, `learner`: copies that end with the weights training would go on from, and the learner's last state
-    """
-
-    accuracy: np.ndarray
-    masked: np.ndarray
-    losses: np.ndarray
-    initial: np.ndarray
-    weights: list[Weights]
-    trained: list[Weights]
-    inputs: list[Tensor]
-    reports: list[dict[str, Any]]
-    training_loss: list[np.ndarray]
-    config: dict[str, Any]
-    seconds: float
-    model: nn.Module = field(repr=False)
-    learner: Learner = field(repr=False)
-
-    def summary(self) -> dict[str, float]:
-        """acc, forgetting, bwt, fwt, last and plasticity, as `metrics` defines them."""
-        return metrics.summary(self.accuracy, self.initial)
-
-    def __repr__(self) -> str:
-        numbers = ", ".join(f"{name}={value:.3f}" for name, value in self.summary().items())
-        return f"Result({numbers}; {len(self.accuracy)} tasks, seed {self.config['seed']})"
 
 
 def describe(model: nn.Module | ModelFactory) -> str:
@@ -196,6 +71,7 @@ def run(
     device: torch.device | str = "auto",
     progress: bool = True,
     keep: bool = True,
+    watch: int | None = None,
     checkpoint: Path | str | None = None,
 ) -> Result:
     """Trains a model on the tasks of a stream one after another and tests it on all of them after each.
@@ -203,6 +79,8 @@ def run(
     `model` is a module, which is copied, or a factory that is called as `model(stream, seed=seed)`. `learner` (default:
     fine-tuning) says what a step minimises, `consolidation` (default: none) when and how weights are combined. `keep`
     holds the deployed and the trained weights of every task in the result. `device` "auto" is the GPU if there is one.
+    `watch` also tests on all tasks after every so many steps (0: after none) and before and after each consolidation,
+    which changes nothing else: see `Result.watched`.
 
     `checkpoint` names a file for the whole state of the run, written after every task. If it is there already, the run
     goes on after the last task in it: an interruption costs the steps of one task and changes no bit of the result,
@@ -214,7 +92,7 @@ def run(
     learner = copy.deepcopy(learner if learner is not None else Learner())
     rule: Consolidation = consolidation if consolidation is not None else NoConsolidation()
     training = training if training is not None else Training()
-    _check(stream, model, learner, rule, training, seed)
+    _check(stream, model, learner, rule, training, seed, watch)
     started = time.perf_counter()
     place = _device(device)
     record = {
@@ -229,16 +107,18 @@ def run(
     }
     with _reproducible(seed, place):
         net: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(stream, seed=seed)
-        loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, progress, keep, started)
-        past = loop.run(_file(checkpoint, record, net, place, keep) if checkpoint is not None else None)
+        options: dict[str, Any] = {"progress": progress, "keep": keep, "watch": watch, "started": started}
+        loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, **options)
+        own = {"initial weights": describe(net), "device": place.type, "keep": keep, "watch": watch}
+        past = loop.run(_file(checkpoint, record, own) if checkpoint is not None else None)
     return past.result(config=record, model=loop.model, learner=learner)
 
 
-def _file(path: Path | str, record: dict[str, Any], model: nn.Module, device: torch.device, keep: bool) -> Checkpoint:
+def _file(path: Path | str, record: dict[str, Any], own: dict[str, Any]) -> Checkpoint:
     """A run's checkpoint: it belongs to all that the result depends on."""
     parts = {name: record[name] for name in ("model", "learner", "consolidation", "training", "seed")}
-    own = {"stream": record["stream"]["data"], "initial weights": describe(model), "device": device.type, "keep": keep}
-    return Checkpoint(path, parts | own | {"torch": record["versions"]["torch"]})
+    versions = {"stream": record["stream"]["data"], "torch": record["versions"]["torch"]}
+    return Checkpoint(path, parts | own | versions)
 
 
 @dataclass(eq=False)
@@ -254,6 +134,7 @@ class _Past:
     inputs: list[Tensor] = field(default_factory=list)
     reports: list[dict[str, Any]] = field(default_factory=list)
     training_loss: list[np.ndarray] = field(default_factory=list)
+    watched: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     def result(self, **more: Any) -> Result:
@@ -274,12 +155,15 @@ class _Loop:
         training: Training,
         seed: int,
         device: torch.device,
+        *,
         progress: bool,
         keep: bool,
+        watch: int | None,
         started: float,
     ) -> None:
         self.stream, self.model, self.learner = stream, model, learner
-        self.consolidation, self.training, self.device, self.keep = consolidation, training, device, keep
+        self.consolidation, self.training, self.device = consolidation, training, device
+        self.keep, self.watch = keep, watch
         seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
         self.order, self.augmenter, own = (torch.Generator(device).manual_seed(s) for s in seeds)
         self.criterion = Criterion(stream, training.labels, training.label_smoothing, device)
@@ -298,6 +182,9 @@ class _Loop:
         self.base = get_weights(model)
         self.previous = self.base
         self.history: list[Weights] = []
+        self.memo: Any = None
+        self.report: dict[str, Any] = {}
+        self.trace = torch.zeros(0, device=device)
         self.scratch = copy.deepcopy(model).eval() if not isinstance(consolidation, NoConsolidation) else model
         self.optimizer = training.make_optimizer(model.parameters())
         self.seed, self.started = seed, started
@@ -330,11 +217,13 @@ class _Loop:
         current = get_weights(self.model)
         check_finite(current, f"weights after task {task.index}")
         progress = Progress(task.index, self.steps(task), self.steps(task), True)
-        if self.consolidation.due(progress):
-            train, deploy, report = self.consolidate(task, progress, current)
-            check_finite(train, f"consolidated weights after task {task.index}")
-        else:
-            train, deploy, report = Merged(current, current)
+        merged = Merged(current, current)
+        if due := self.consolidation.due(progress):
+            if self.watch is not None:
+                self.look("before", progress)
+            merged = self.consolidate(task, progress, current)
+            check_finite(merged.train, f"consolidated weights after task {task.index}")
+        train, deploy = merged.train, merged.deploy
         set_weights(self.model, train)
         self.learner.on_consolidated(self.model, task)
         if deploy is not train:
@@ -342,12 +231,14 @@ class _Loop:
         self.learner.calibrate(self.model, task)
         for rows, row in zip((past.accuracy, past.masked, past.losses), self.evaluate(), strict=True):
             rows.append(row)
+        if self.watch is not None:
+            self.note("after" if due else "step", progress, past.accuracy[-1])
         if deploy is not train:
             set_weights(self.model, train)
         self.previous = deploy
         if self.consolidation.uses_history:
             self.history.append(current)
-        past.reports.append(dict(report))
+        past.reports.append(self.report)
         if self.keep:
             past.inputs.append(self.learner.inputs(task).cpu())
             past.trained.append({name: tensor.cpu() for name, tensor in current.items()})
@@ -359,6 +250,7 @@ class _Loop:
             "model": model_state(self.model),
             "previous": self.previous,
             "history": self.history,
+            "memo": self.memo,
             "learner": self.learner.state_dict(),
             "random": random_state(self.device, self.order, self.augmenter),
             "past": vars(self.past),
@@ -368,7 +260,7 @@ class _Loop:
         """Puts everything back to where it was when `state` was taken, and returns what is behind."""
         past = _Past(**state["past"])
         restore_model(self.model, state["model"])
-        self.previous, self.history = state["previous"], state["history"]
+        self.previous, self.history, self.memo = state["previous"], state["history"], state["memo"]
         self.criterion.begin_task(self.stream[len(past.accuracy) - 1])
         self.learner.load_state_dict(state["learner"])
         restore_random(state["random"], self.device, self.order, self.augmenter)
@@ -377,21 +269,23 @@ class _Loop:
 
     def train(self, task: Task, tick: Callable[[int], Any]) -> np.ndarray:
         """The steps on one task; returns the loss of each."""
+        self.report = {}
         self.criterion.begin_task(task)
         self.learner.begin_task(self.model, task)
         optimizer = self.optimizer = self.training.make_optimizer(self.model.parameters())
         steps = self.steps(task)
-        trace = torch.zeros(steps, device=self.device)
+        trace = self.trace = torch.zeros(steps, device=self.device)
         augmenter = self.augmenter if self.training.augment else None
         step = 0
         self.model.train()
         for epoch in range(self.training.epochs):
             begun = step
             for rows in self.batches(task):
+                lr = self.training.lr * self.training.rate(step, steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = self.training.lr * self.training.rate(step, steps)
+                    group["lr"] = lr
                 batch = task.batch(rows, augmenter, device=self.device)
-                batch.epoch = epoch
+                batch.epoch, batch.lr = epoch, lr
                 batch.x = batch.x.contiguous(memory_format=self.layout)
                 optimizer.zero_grad(set_to_none=True)
                 with self.autocast():
@@ -404,12 +298,36 @@ class _Loop:
                 self.learner.after_step(self.model, batch)
                 trace[step] = loss.detach()
                 step += 1
-                progress = Progress(task.index, step, steps, False)
-                if self.consolidation.due(progress):
-                    set_weights(self.model, self.consolidate(task, progress, get_weights(self.model)).train)
+                self.within(task, Progress(task.index, step, steps, False))
             tick(step - begun)
             self.check_trace(trace[begun:step], task, begun)
         return trace.cpu().numpy()
+
+    def within(self, task: Task, progress: Progress) -> None:
+        """What may follow a step: a consolidation, whose weights training goes on from, and a look at all tasks."""
+        if self.consolidation.due(progress):
+            current = get_weights(self.model)
+            merged = self.consolidate(task, progress, current)
+            if merged.train is not current:
+                if self.watch is not None:
+                    self.look("before", progress)
+                set_weights(self.model, merged.train)
+                if merged.fresh:
+                    self.optimizer.state.clear()
+                if self.watch is not None:
+                    self.look("after", progress)
+                return
+        if self.watch and progress.step % self.watch == 0 and progress.step < progress.steps:
+            self.look("step", progress)
+
+    def look(self, when: str, progress: Progress) -> None:
+        """Tests the live model on every task for the record."""
+        self.note(when, progress, self.evaluate().accuracy)
+
+    def note(self, when: str, progress: Progress, accuracy: np.ndarray) -> None:
+        """Puts accuracies on record."""
+        at = {"learning": progress.task, "step": progress.step, "when": when}
+        self.past.watched.append(at | {"accuracy": accuracy})
 
     def consolidate(self, task: Task, progress: Progress, current: Weights) -> Merged:
         """Asks the consolidation, with generators of its own, so that training draws the same numbers as without it."""
@@ -425,11 +343,16 @@ class _Loop:
             progress=progress,
             score=functools.partial(self.score, judged) if len(judged) else None,
             held_out=held_out is not None,
+            losses=self.trace[: progress.step],
+            gradients=lambda: {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None},
             second_moment=self.second_moment(),
             symmetry=lambda: self.symmetry,
+            memo=self.memo,
         )
         with _reproducible(self.seed + progress.task, self.device):
-            return self.consolidation(context)
+            merged = self.consolidation(context)
+        self.memo, self.report = merged.memo, dict(merged.report)
+        return merged
 
     @torch.no_grad()
     def score(self, examples: Examples, weights: Weights) -> Score:
@@ -489,6 +412,7 @@ def _check(
     consolidation: Consolidation,
     training: Training,
     seed: int,
+    watch: int | None,
 ) -> None:
     """Raises on arguments of the wrong kind before any work starts."""
     if not isinstance(stream, Stream):
@@ -505,6 +429,8 @@ def _check(
         raise TypeError(f"training: {training!r} is not a Training; pass Training(epochs=10, lr=0.1), for example")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: {seed!r}; give a whole number, at least 0")
+    if watch is not None and (not isinstance(watch, int) or watch < 0):
+        raise ValueError(f"watch: {watch!r}; give a number of steps, 0 for consolidations alone, or None")
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -1,107 +1,13 @@
-"""When and how the weights of a stream's tasks are combined.
+"""CLeWI: permute the previous network onto the current one, interpolate, re-estimate BatchNorm."""
 
-A consolidation is a frozen dataclass, its repr is the record. It is asked after every step and at the end of every task
-whether it is `due`; called with a `Context` it returns the weights that training goes on from and the weights that
-are deployed. It knows no learner, no loss and no label.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from statistics import mean
-from typing import Any, NamedTuple, Protocol
-
-from torch import Tensor, nn
+from typing import Any
 
 from clkit import alignment, normalization
+from clkit.consolidation.base import Context, Merged, Progress
 from clkit.weights import Weights, lerp
-
-
-class Progress(NamedTuple):
-    """Where training stands: `step` of `steps` optimizer steps of task `task` are done; `end` once, after the last."""
-
-    task: int
-    step: int
-    steps: int
-    end: bool
-
-
-class Score(NamedTuple):
-    """How well weights do on the examples that a consolidation may be judged by."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(eq=False)
-class Context:
-    """All that a consolidation may look at.
-
-    `model` is a scratch copy on the training device, free to be overwritten. `base` are the weights before the first
-    task, `previous` those deployed after the last one, `current` those being trained, `history` those trained on each
-    earlier task if the consolidation's `uses_history` is true. `inputs` are prepared inputs that the learner lets
-    it see; `score` judges weights by labelled examples, held out of replay if the consolidation's `holdout` is above 0
-    and the learner has a memory, and is None where the learner has nothing to judge by. `second_moment` is Adam's,
-    by parameter name, if that is the optimizer.
-    """
-
-    model: nn.Module
-    base: Weights
-    previous: Weights
-    current: Weights
-    history: Sequence[Weights]
-    inputs: Tensor
-    progress: Progress
-    score: Callable[[Weights], Score] | None
-    held_out: bool
-    second_moment: Weights | None
-    symmetry: Callable[[], alignment.Symmetry]
-
-
-class Merged(NamedTuple):
-    """What a consolidation returns: weights to train on from, weights to deploy, and what to report about them."""
-
-    train: Weights
-    deploy: Weights
-    report: Mapping[str, Any] = {}
-
-
-class Consolidation(Protocol):
-    """The two questions that the loop asks, and what a consolidation needs to answer them."""
-
-    @property
-    def holdout(self) -> float | None:
-        """The share of a memory to keep from replay, for judging by; None or 0 for none."""
-        ...
-
-    @property
-    def uses_history(self) -> bool:
-        """Whether the weights trained on all earlier tasks are to be kept."""
-        ...
-
-    def due(self, progress: Progress) -> bool:
-        """Whether to combine weights now."""
-        ...
-
-    def __call__(self, context: Context) -> Merged:
-        """Combines weights."""
-        ...
-
-
-@dataclass(frozen=True)
-class NoConsolidation:
-    """Leaves the weights as they were trained: the identity of the family."""
-
-    holdout = 0.0
-    uses_history = False
-
-    def due(self, progress: Progress) -> bool:
-        """Never."""
-        return False
-
-    def __call__(self, context: Context) -> Merged:
-        """Trains on from, and deploys, the current weights."""
-        return Merged(context.current, context.current)
 
 
 @dataclass(frozen=True)
@@ -236,6 +142,3 @@ class CLeWI:
             return self.alpha[min(progress.task - 1, len(self.alpha) - 1)]
         assert not isinstance(self.alpha, str)
         return self.alpha
-
-
-CONSOLIDATIONS: dict[str, type[Consolidation]] = {"none": NoConsolidation, "CLeWI": CLeWI}

@@ -1,0 +1,8 @@
+"""Training: the settings of a task's training, the one loop that trains, and what it gives."""
+
+from clkit.evaluation import Evaluation, evaluate
+from clkit.training.loop import ModelFactory, describe, run
+from clkit.training.result import Result
+from clkit.training.settings import Training
+
+__all__ = ["Evaluation", "ModelFactory", "Result", "Training", "describe", "evaluate", "run"]

@@ -1,7 +1,7 @@
-"""How much each parameter matters to a model's outputs: the diagonal of its Fisher information, and MAS's sensitivity.
+"""How much each parameter matters to a model's outputs: Fisher information, MAS's sensitivity; Gram matrices of inputs.
 
 Everything here is pure: gradients are taken one example at a time in evaluation mode on a copy of the model, many
-examples at once. Results have one entry for each parameter that wants a gradient, named as `get_weights` names it.
+examples at once. Importances have one entry for each parameter that wants a gradient, named as `get_weights` names it.
 """
 
 import copy
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clkit.data.core import IGNORED
-from clkit.weights import uncompiled
+from clkit.weights import Weights, set_weights, uncompiled
 
 LABELS = ("sampled", "true", "exact")
 LARGEST_CHUNK = 512
@@ -90,6 +90,46 @@ def sensitivity(model: nn.Module, x: Tensor, *, chunk: int | None = None) -> dic
     """
     net, chunk = _ready(model, x, chunk)
     return _mean_slopes(net, lambda logits: logits.square().sum(), torch.abs, (x,), chunk)
+
+
+@torch.no_grad()
+def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: int = 64) -> dict[str, Tensor]:
+    """The Gram matrices X^T X of the inputs of linear layers and convolutions, by the name of the layer's weight.
+
+    For every `nn.Linear` that is called, X has a row for each input vector (in); for every ungrouped `nn.Conv2d` one
+    for each place of the kernel (in x height x width, as a kernel is flattened, padding included). Sums over all rows,
+    not means: what RegMean needs (arXiv 2212.09849). The model runs with `weights`, in evaluation mode, once over the
+    prepared inputs `x`, `chunk` examples at a time. Layers that share a weight, and layers that are called several
+    times, add up. Products and sums are in float32, or float64 for weights in float64: a square of `in` numbers a layer
+    is much memory. The model itself is left alone.
+    """
+    if not len(x):
+        raise ValueError("x: it has no rows; pass at least one example")
+    if chunk < 1:
+        raise ValueError(f"chunk: {chunk!r}; give the number of examples to do at once, at least 1")
+    net = copy.deepcopy(uncompiled(model)).eval()
+    set_weights(net, weights)
+    names = {id(p): name for name, p in net.named_parameters()}
+    found: dict[str, Tensor] = {}
+
+    def add(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
+        part = inputs[0]
+        if isinstance(layer, nn.Conv2d):
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            part = nn.functional.pad(part, layer._reversed_padding_repeated_twice, mode)  # pyright: ignore
+            part = nn.functional.unfold(part, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+            part = part.transpose(1, 2)
+        rows = part.flatten(0, -2).to(torch.promote_types(part.dtype, torch.float32))
+        name, gram = names[id(layer.weight)], rows.T @ rows
+        found[name] = found[name].add_(gram) if name in found else gram
+
+    for layer in net.modules():
+        plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+        if plain and id(layer.weight) in names:  # a parametrized weight is no parameter
+            layer.register_forward_pre_hook(add)
+    for part in x.split(chunk):
+        net(part)
+    return found
 
 
 def trace(diagonal: Mapping[str, Tensor]) -> float:

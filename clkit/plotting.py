@@ -30,7 +30,7 @@ COLOURS: Mapping[str, str] = {
     "ER": SKY,
     "CLeWI": BLUE,
     "ER + CLeWI": BLUE,
-    "SFA": GREEN,
+    "SFA": "#00734F",
     "AWM": PURPLE,
     "HCMM": RED,
     "WiSE-FT": ORANGE,
@@ -45,6 +45,8 @@ COLOURS: Mapping[str, str] = {
     "iCaRL": "#AA4499",
     "BiC": "#CC3311",
     "L2": "#FFE135",
+    "decoupled L2": "#C9A227",
+    "data buffer": "#5E3C99",
     "EWC": OLIVE,
     "online EWC": "#A8E05F",
     "SI": "#F4A582",
@@ -70,6 +72,10 @@ LABELS: Mapping[str, str] = {
     "fwt": "forward transfer (%)",
     "alpha": "α: weight of the old network",
     "strength": "strength of the pull",
+    "old": "accuracy on earlier tasks (%)",
+    "new": "accuracy on the newest task (%)",
+    "beta": "β: weight of the old network",
+    "p": "p: interval between merges, share of a task",
 }
 
 RC: Any = {
@@ -288,6 +294,64 @@ def gains(
     ax.set_xlabel(label)
     if others:
         ax.legend()
+
+
+def sawtooth(ax: "Axes", table: "DataFrame", *, names: Sequence[str] | None = None, ticks: bool = True) -> None:
+    """Accuracy on every task along one run, jumps drawn upright: what a merge does to it, and what undoes that.
+
+    The table is `Result.trajectory()`: learning, step, when, task, accuracy. `names` are those of the tasks. Merges are
+    marked below; a dotted line is where the next task begins.
+    """
+    _columns(table, "learning", "step", "when", "task", "accuracy")
+    tasks = sorted(table["task"].unique())
+    order = table["when"].map({"before": 0, "step": 1, "after": 2})
+    table = table.assign(order=order).sort_values(["step", "order"], kind="stable")
+    for task, colour in zip(tasks, _shades(len(tasks)), strict=True):
+        rows = table[table["task"] == task]
+        label = names[task] if names else f"task {task + 1}"
+        ax.plot(rows["step"], 100 * rows["accuracy"], color=colour, linewidth=1.4, label=label)
+    merged = table.loc[table["when"] == "after", "step"].unique()
+    if ticks and len(merged):
+        ax.plot(merged, [0] * len(merged), "^", color=BLACK, markersize=4, label="merge", clip_on=False)
+    for start in table.groupby("learning")["step"].max().iloc[:-1]:
+        ax.axvline(start, color=GREY, linestyle=":", linewidth=1)
+    ax.set_ylim(0, 102)
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel(LABELS["accuracy"])
+    _legend(ax)
+
+
+def frontier(
+    ax: "Axes",
+    table: "DataFrame",
+    along: Mapping[str, str],
+    *,
+    x: str = "new",
+    y: str = "old",
+    by: str = "kind",
+    marked: Mapping[str, Sequence[float]] = {},
+) -> None:
+    """One plane for all methods: `y` against `x`, a line for each kind of method along the knob that `along` names.
+
+    The table has a row for each seed and setting, with the columns seed, `by`, `x`, `y` and the knobs. Points are means
+    over seeds, bars their standard errors; a kind whose knob is "" is one point. Up is stable, right is plastic.
+    `marked` names kinds and the values of the knob to write beside their points.
+    """
+    knobs = [knob for knob in along.values() if knob]
+    _columns(table, by, x, y, "seed", *knobs)
+    for name, colour in colours(along).items():
+        rows, knob = table[table[by] == name], along[name]
+        groups = rows.groupby(knob if knob else by)[[x, y]]
+        mean, error = 100 * groups.mean(), 100 * groups.sem()
+        mark = "-o" if knob else "D"
+        ax.errorbar(mean[x], mean[y], xerr=error[x], yerr=error[y], fmt=mark, color=colour, label=name,
+                    linewidth=1.3, markersize=3.5, elinewidth=0.6)  # fmt: skip
+        for value in marked.get(name, ()):
+            at = (mean[x][value], mean[y][value])
+            ax.annotate(f"{value:g}", at, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
+    ax.set_xlabel(LABELS.get(x, x))
+    ax.set_ylabel(LABELS.get(y, y))
+    _legend(ax)
 
 
 def examples_grid(ax: "Axes", stream: Any, columns: int = 10) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor]
+PIECE = 2**16  # entries of a running sum on the CPU: a quarter of a megabyte, which stays in the cache
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -101,9 +102,7 @@ def lerp(a: Weights, b: Weights, t: float, *, out: Weights | None = None) -> dic
     with many points.
     """
     check_same(a, b)
-    if out is not None:
-        check_same(a, out, names=("a", "out"))
-    result = {name: torch.empty_like(tensor) for name, tensor in a.items()} if out is None else dict(out)
+    result = _output(a, out)
     for name, tensor in result.items():
         if t == 0 or t == 1:
             tensor.copy_(b[name] if t else a[name])
@@ -112,16 +111,50 @@ def lerp(a: Weights, b: Weights, t: float, *, out: Weights | None = None) -> dic
     return result
 
 
-def combine(ws: Sequence[Weights], coefficients: Iterable[float]) -> dict[str, Tensor]:
-    """Adds up weights times coefficients: sum_i c_i w_i."""
+def combine(ws: Sequence[Weights], coefficients: Iterable[float], *, out: Weights | None = None) -> dict[str, Tensor]:
+    """Adds up weights times coefficients: sum_i c_i w_i, halves in single precision.
+
+    On the CPU piece by piece, so that the running sum stays in the cache and every input is read from memory once.
+    `out` is as in `lerp`; it must not share memory with any but the first of the weights.
+    """
     cs = list(coefficients)
     if len(cs) != len(ws):
         raise ValueError(f"coefficients: {len(cs)} for {len(ws)} weights; give one for each")
     check_same(*ws)
-    out = [tensor * cs[0] for tensor in ws[0].values()]
-    for w, c in zip(ws[1:], cs[1:], strict=True):
-        torch._foreach_add_(out, [w[name] for name in ws[0]], alpha=c)  # pyright: ignore[reportPrivateImportUsage]
-    return dict(zip(ws[0], out, strict=True))
+    result = _output(ws[0], out)
+    here = [name for name, tensor in result.items() if tensor.device.type == "cpu"]
+    for name in here:
+        parts = [result[name], *(w[name] for w in ws)]
+        if all(part.is_contiguous() for part in parts):
+            pieces = zip(*(part.view(-1).split(PIECE) for part in parts), strict=True)
+        else:
+            pieces = [parts]
+        for total, *terms in pieces:
+            _add_up([total], [[term] for term in terms], cs)
+    if there := [name for name in result if name not in set(here)]:
+        _add_up([result[name] for name in there], [[w[name] for name in there] for w in ws], cs)
+    return result
+
+
+def _output(like: Weights, out: Weights | None) -> dict[str, Tensor]:
+    """Where to write a result of these names and shapes."""
+    if out is None:
+        return {name: torch.empty_like(tensor) for name, tensor in like.items()}
+    check_same(like, out, names=("a", "out"))
+    return {name: out[name] for name in like}
+
+
+def _add_up(totals: list[Tensor], terms: Sequence[list[Tensor]], coefficients: Sequence[float]) -> None:
+    """Writes the sum of terms times coefficients into `totals`, tensor by tensor; halves are added in float32."""
+    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in totals)
+    sums = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in terms[0]] if half else totals
+    if not half:
+        torch._foreach_copy_(sums, terms[0])  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_mul_(sums, coefficients[0])  # pyright: ignore[reportPrivateImportUsage]
+    for term, c in zip(terms[1:], coefficients[1:], strict=True):
+        torch._foreach_add_(sums, term, alpha=c)  # pyright: ignore[reportPrivateImportUsage]
+    if half:
+        torch._foreach_copy_(totals, sums)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def add(a: Weights, b: Weights, scale: float = 1.0) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from clkit import data, models
 from clkit.consolidation import CLeWI
-from clkit.learners import ER, EWC, L2, LEARNERS, SI, GDumb, Learner, LwF, Sum
+from clkit.learners import ER, EWC, L2, LEARNERS, SI, DecoupledL2, GDumb, Learner, LwF, Sum
 from clkit.learners.anchored import Anchored
 from clkit.training import Result, Training, run
 
@@ -19,6 +19,7 @@ CLEWI = {"ER": None, "CLeWI 0.2": CLeWI(alpha=0.2, points=0), "CLeWI 0.4": CLeWI
 OTHERS = {
     "GDumb": GDumb(memory=50, fit_epochs=31),
     "L2": L2(strength=1.0),
+    "decoupled L2": DecoupledL2(strength=1.0),
     "SI": SI(strength=2.0),
     "ER + EWC": Sum(ER(memory=50), EWC()),
 }

@@ -6,9 +6,9 @@ import toys
 from torch import nn
 
 from clkit import curvature, models
-from clkit.curvature import fisher, sensitivity, trace
+from clkit.curvature import fisher, grams, sensitivity, trace
 from clkit.evaluation import evaluation_mode
-from clkit.weights import equal, get_weights
+from clkit.weights import equal, get_weights, set_weights
 
 
 def loop(model, x, objective, size):
@@ -199,3 +199,63 @@ def test_bad_arguments_are_named(change, message):
     arguments = {"model": model, "x": x} | change
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         fisher(arguments.pop("model"), arguments.pop("x"), **arguments)
+
+
+class TestGrams:
+    def test_of_a_linear_layer_they_are_the_products_of_its_inputs(self):
+        model, x, _ = vectors()
+        found = grams(model, get_weights(model), x, chunk=4)
+        weights = [name for name, p in model.named_parameters() if p.ndim == 2]
+        assert list(found) == weights
+        hidden = torch.relu(
+            x.flatten(1) @ model.get_parameter(weights[0]).T + model.get_parameter(weights[0][:-6] + "bias")
+        )
+        assert torch.allclose(found[weights[0]], x.flatten(1).T @ x.flatten(1))
+        assert torch.allclose(found[weights[1]], hidden.T @ hidden)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"stride": 2, "padding": 1},
+            {"padding": "same", "dilation": 2},
+            {"padding": (0, 2), "padding_mode": "reflect"},
+        ],
+    )
+    def test_of_a_convolution_they_give_the_squares_of_its_outputs(self, options):
+        """With Y = X W^T over all places, Y^T Y = W X^T X W^T."""
+        layer = nn.Conv2d(3, 4, (3, 2), bias=False, **options).double()
+        x = torch.randn(5, 3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        found = grams(layer, get_weights(layer), x, chunk=2)["weight"]
+        kernel, y = layer.weight.detach().flatten(1), layer(x).detach().transpose(0, 1).flatten(1)
+        assert torch.allclose(kernel @ found @ kernel.T, y @ y.T)
+
+    def test_they_are_those_of_the_given_weights_in_evaluation_mode(self):
+        model, x, _ = pictures()
+        before, moved = get_weights(model), {n: t * 1.5 for n, t in get_weights(model).items()}
+        model.train()
+        model.norm1.eval()
+        found = grams(model, moved, x)
+        assert equal(before, get_weights(model)) and model.training and not model.norm1.training
+        other = toys.small_convnet(toys.images()).double()
+        set_weights(other, moved)
+        assert equal(grams(other.eval(), moved, x), found) and found["conv1.weight"].shape == (9, 9)
+        assert not torch.allclose(grams(model, before, x)["conv2.weight"], found["conv2.weight"])
+        assert torch.allclose(grams(model, before, x, chunk=2)["conv2.weight"], grams(model, before, x)["conv2.weight"])
+
+    def test_shared_weights_add_up_and_grouped_convolutions_have_none(self):
+        first, grouped = nn.Linear(3, 3, bias=False).double(), nn.Conv2d(2, 2, 1, groups=2).double()
+        model = nn.Sequential(first, nn.Linear(3, 3, bias=False).double())
+        model[1].weight = first.weight
+        x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        h = x @ first.weight.detach().T
+        assert torch.allclose(grams(model, get_weights(model), x)["0.weight"], x.T @ x + h.T @ h)
+        assert grams(grouped, get_weights(grouped), torch.ones(1, 2, 3, 3, dtype=torch.float64)) == {}
+
+    def test_bad_arguments_are_named(self):
+        model, x, _ = vectors()
+        with pytest.raises(ValueError, match="x: it has no rows"):
+            grams(model, get_weights(model), x[:0])
+        with pytest.raises(ValueError, match="chunk: 0"):
+            grams(model, get_weights(model), x, chunk=0)
+        with pytest.raises(ValueError, match="different names"):
+            grams(model, {}, x)

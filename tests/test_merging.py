@@ -1,129 +1,231 @@
-"""One contract for all rows of MERGES, then what is particular to some."""
+"""One contract for all rows of MERGES; what is particular to some is in the files beside."""
 
 import math
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merging_toys import SHAPES, apart, close, needed, options, permuted, run, several, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clkit import weights as W
-from clkit.merging import MERGES, average, merge, slerp, task_arithmetic
+from clkit.merging import MERGES, merge
+from clkit.merging.pieces import ENTRIES
 
-SHAPES = {"conv.weight": (4, 3, 3, 3), "norm.running_var": (4,), "linear.weight": (2, 4), "scalar": ()}
-ROWS = sorted(MERGES)
-
-rows = pytest.mark.parametrize("name", ROWS)
+rows = pytest.mark.parametrize("name", sorted(MERGES))
 seeds = st.integers(0, 2**20)
-
-
-def weights(seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for k, shape in SHAPES.items()}
-
-
-def several(row, seed, dtype=torch.float64):
-    return [weights(seed + i, dtype) for i in range(row.arity or 3)], weights(seed + 99, dtype)
-
-
-def options(name):
-    return MERGES[name].function.__kwdefaults__ or {}
-
-
-def close(a, b, tolerance=1e-9):
-    W.check_same(a, b)
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=name)
+law = settings(max_examples=8, deadline=None)
 
 
 @rows
-@settings(max_examples=10, deadline=None)
+@law
 @given(seed=seeds)
-def test_copies_merge_to_the_copy(name, seed):
-    (w, *others), base = several(MERGES[name], seed)
-    close(MERGES[name]([w] * (1 + len(others)), base=base), w)
+def test_copies_merge_to_the_copy_where_nothing_is_left_out(name, seed):
+    row, ((w, *others), base) = MERGES[name], several(MERGES[name], seed)
+    copies = [w] * (1 + len(others))
+    merged = run(name, copies, base, seed, **(row.exact or {}))
+    if row.exact is None:
+        assert apart(merged, w)
+    else:
+        close(merged, w)
+    if row.exact:
+        assert apart(run(name, copies, base, seed), w)
 
 
 @rows
-@settings(max_examples=10, deadline=None)
+@law
 @given(seed=seeds)
 def test_order_matters_only_where_it_is_said_to(name, seed):
-    ws, base = several(MERGES[name], seed)
-    merged, turned = MERGES[name](ws, base=base), MERGES[name](ws[1:] + ws[:1], base=base)
-    if MERGES[name].symmetric:
-        close(merged, turned)
+    row, (ws, base) = MERGES[name], several(MERGES[name], seed)
+    need = needed(row, seed, len(ws))
+    turned = {k: v[1:] + v[:1] if isinstance(v, list) else v for k, v in need.items()}
+    merged, other = row(ws, base=base, **need), row(ws[1:] + ws[:1], base=base, **turned)
+    if row.symmetric:
+        close(merged, other)
     elif "t" in options(name):
-        close(MERGES[name](ws, t=0.3), MERGES[name](ws[::-1], t=0.7))
+        close(row(ws, t=0.3), row(ws[::-1], t=0.7))
+    else:
+        assert apart(merged, other)
 
 
 @rows
-@settings(max_examples=10, deadline=None)
+@law
 @given(seed=seeds)
 def test_a_shift_of_everything_shifts_the_result(name, seed):
-    ws, base = several(MERGES[name], seed)
+    row, (ws, base) = MERGES[name], several(MERGES[name], seed)
     shift = weights(seed + 7)
-    moved = MERGES[name]([W.add(w, shift) for w in ws], base=W.add(base, shift))
-    merged = W.add(MERGES[name](ws, base=base), shift)
-    if MERGES[name].shifts:
+
+    def move(w):
+        return W.add(w, shift)
+
+    moved = row(list(map(move, ws)), base=move(base), **needed(row, seed, len(ws), move))
+    merged = move(run(name, ws, base, seed))
+    if row.shifts:
         close(moved, merged)
     else:
-        assert W.norm(W.sub(moved, merged)) > 1e-6
+        assert apart(moved, merged)
+
+
+@rows
+@law
+@given(seed=seeds, scale=st.sampled_from([0.25, 3.0, -2.0]))
+def test_task_vectors_as_many_times_as_long_lead_as_many_times_as_far(name, seed, scale):
+    row, (ws, base) = MERGES[name], several(MERGES[name], seed)
+
+    def move(w):
+        return W.lerp(base, w, scale)
+
+    stretched = row(list(map(move, ws)), base=base, **needed(row, seed, len(ws), move))
+    merged = move(run(name, ws, base, seed))
+    if row.homogeneous:
+        close(stretched, merged, 1e-8)
+    else:
+        assert apart(stretched, merged)
+
+
+@rows
+@law
+@given(seed=seeds)
+def test_permuted_channels_come_out_permuted(name, seed):
+    row, (ws, base) = MERGES[name], several(MERGES[name], seed)
+    need = needed(row, seed, len(ws), permuted, channels=True)
+    moved, merged = row(list(map(permuted, ws)), base=permuted(base), **need), permuted(run(name, ws, base, seed))
+    if row.permutes:
+        close(moved, merged)
+    else:
+        assert apart(moved, merged)
+
+
+@rows
+def test_lots_depend_on_the_seed_alone(name):
+    row, (ws, base) = MERGES[name], several(MERGES[name], 1)
+    assert row.random == ("seed" in options(name))
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    first, again = run(name, ws, base), run(name, ws, base)
+    assert W.equal(first, again) and torch.equal(state, torch.random.get_rng_state())
+    if row.random:
+        assert W.equal(run(name, ws, base, seed=0, **{}), first)
+        assert apart(row(ws, base=base, seed=1), first)
+        with pytest.raises(ValueError, match="seed: -1"):
+            row(ws, base=base, seed=-1)
 
 
 @rows
 def test_inputs_stay_and_the_result_is_new(name):
     ws, base = several(MERGES[name], 1)
     before = [{k: v.clone() for k, v in w.items()} for w in [*ws, base]]
-    merged = MERGES[name](ws, base=base)
-    for w, old in zip([*ws, base], before, strict=True):
-        assert all(torch.equal(w[k], old[k]) for k in w)
-        assert not {t.data_ptr() for t in merged.values()} & {t.data_ptr() for t in w.values()}
+    for given_options in ({}, MERGES[name].exact or {}):
+        merged = run(name, ws, base, **given_options)
+        for w, old in zip([*ws, base], before, strict=True):
+            assert W.equal(w, old)
+            assert not {t.data_ptr() for t in merged.values()} & {t.data_ptr() for t in w.values()}
 
 
 @rows
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_is_kept(name, dtype):
+def test_dtype_is_kept_and_halves_are_added_up_in_single_precision(name, dtype):
     ws, base = several(MERGES[name], 1, dtype)
-    merged = MERGES[name](ws, base=base)
+    merged = run(name, ws, base)
     assert {t.dtype for t in merged.values()} == {dtype}
-    W.check_finite(merged)
+    assert {k: t.shape for k, t in merged.items()} == {k: torch.Size(s) for k, s in SHAPES.items()}
+    exact, origin = ([{k: v.double() for k, v in w.items()} for w in part] for part in (ws, [base]))
+    close({k: v.double() for k, v in merged.items()}, run(name, exact, origin[0]), 32 * torch.finfo(dtype).eps)
 
 
 @rows
 @pytest.mark.gpu
 def test_device_is_kept(name):
     ws, base = several(MERGES[name], 1)
-    there = MERGES[name]([{k: v.cuda() for k, v in w.items()} for w in ws], base={k: v.cuda() for k, v in base.items()})
+
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return value.cuda()
+        if isinstance(value, dict):
+            return {k: move(v) for k, v in value.items()}
+        return [move(v) for v in value] if isinstance(value, list) else value
+
+    need = needed(MERGES[name], 1, len(ws))
+    moved = need if "score" in need else move(need)
+    if "score" in need:
+        moved = {"score": lambda w: need["score"]({k: v.cpu() for k, v in w.items()})}
+    there = MERGES[name](move(ws), base=move(base), **moved)
     assert all(t.is_cuda for t in there.values())
-    close({k: v.cpu() for k, v in there.items()}, MERGES[name](ws, base=base))
+    close({k: v.cpu() for k, v in there.items()}, run(name, ws, base))
+
+
+@rows
+def test_memory_layout_and_the_order_of_names_do_not_matter(name):
+    ws, base = several(MERGES[name], 1)
+
+    def strange(w):
+        turned = dict(reversed(w.items()))
+        return turned | {"conv.weight": w["conv.weight"].to(memory_format=torch.channels_last)}
+
+    usual = [{k: v.clone() for k, v in w.items()} for w in [*ws, base]]
+    merged = run(name, [ws[0], *map(strange, ws[1:])], strange(base))
+    close(merged, run(name, usual[:-1], usual[-1]))
 
 
 @rows
 def test_other_names_and_shapes_are_rejected(name):
     ws, base = several(MERGES[name], 1)
     with pytest.raises(ValueError, match="different names"):
-        MERGES[name]([*ws[:-1], {k: v for k, v in ws[-1].items() if k != "scalar"}], base=base)
+        run(name, [*ws[:-1], {k: v for k, v in ws[-1].items() if k != "scalar"}], base)
     with pytest.raises(ValueError, match=r"shape of 'linear\.weight'"):
-        MERGES[name]([*ws[:-1], {**ws[-1], "linear.weight": torch.zeros(3, 4)}], base=base)
+        run(name, [*ws[:-1], {**ws[-1], "linear.weight": torch.zeros(3, 4)}], base)
     with pytest.raises(ValueError, match=r"ws|coefficients"):
-        MERGES[name]([], base=base)
+        run(name, [], base)
 
 
 @rows
-def test_ends_are_reached_bitwise(name):
-    if "t" not in options(name):
-        pytest.skip("not a path")
-    (a, b), _ = several(MERGES[name], 3)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(name, bad):
+    ws, base = several(MERGES[name], 1)
+    broken = {**ws[-1], "linear.weight": ws[-1]["linear.weight"].clone().fill_(bad)}
+    with pytest.raises(ValueError, match=rf"ws\[{len(ws) - 1}\]: 'linear\.weight' holds a NaN"):
+        run(name, [*ws[:-1], broken], base)
+    if MERGES[name].base:
+        with pytest.raises(ValueError, match=r"base: 'linear\.weight' holds a NaN"):
+            run(name, ws, broken)
+
+
+@rows
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("density", [0, -0.1, 1.5, math.nan]),
+        ("outliers", [-0.1, 1.5, 0.9]),
+        ("epsilon", [-0.1, 1.1, math.nan]),
+        ("alpha", [-0.1, 1.1, math.nan]),
+        ("t", [-0.1, 1.1, math.nan]),
+        ("scale", [math.nan, math.inf]),
+        ("shrink", [-0.1, 1.1]),
+        ("task", [-1, 3]),
+    ],
+)
+def test_an_option_out_of_range_is_named_with_its_value(name, option, values):
+    ws, base = several(MERGES[name], 1)
+    for value in values if option in options(name) else []:
+        with pytest.raises(ValueError, match=f"{option}: {value}"):
+            run(name, ws, base, **{option: value})
+
+
+@pytest.mark.parametrize(("name", "position"), [("interpolate", "t"), ("slerp", "t"), ("wise_ft", "alpha")])
+def test_ends_are_reached_bitwise(name, position):
+    (first, *others), base = several(MERGES[name], 3)
+    a, b = (first, others[0]) if others else (base, first)
     for t, end in ((0, a), (1, b), (0.0, a), (1.0, b)):
-        merged = MERGES[name]([a, b], t=t)
-        assert all(torch.equal(merged[k], end[k]) for k in end)
-    with pytest.raises(ValueError, match=r"t: 1\.1"):
-        MERGES[name]([a, b], t=1.1)
+        assert W.equal(run(name, [first, *others], base, **{position: t}), end)
 
 
 @rows
-def test_arity_and_base_are_as_the_row_says(name):
+def test_arity_base_and_needs_are_as_the_row_says(name):
     row, (ws, base) = MERGES[name], several(MERGES[name], 1)
+    need = needed(row, 1, len(ws))
     if row.arity:
         with pytest.raises(ValueError, match=f"ws: {row.arity + 1}"):
             row([*ws, ws[0]], base=base)
@@ -131,56 +233,69 @@ def test_arity_and_base_are_as_the_row_says(name):
         with pytest.raises(ValueError, match="base"):
             row(ws)
     else:
-        close(row(ws), row(ws, base=base))
+        close(row(ws, **need), row(ws, base=base, **need))
+    if row.needs:
+        with pytest.raises(ValueError, match=row.needs):
+            row(ws, base=base)
+    with pytest.raises(TypeError, match="unheard"):
+        row(ws, base=base, **need, unheard=1)
 
 
-def test_average_weights_by_coefficients():
-    ws = [weights(i) for i in range(3)]
-    close(average(ws), W.combine(ws, [1 / 3] * 3))
-    close(average(ws, coefficients=[2, 0, 6]), W.lerp(ws[0], ws[2], 0.75))
-    for bad in ([1, 2], [0, 0, 0], [1, -1, 1], [1, math.nan, 1], [1, math.inf, 1]):
-        with pytest.raises(ValueError, match="coefficients"):
-            average(ws, coefficients=bad)
+@rows
+def test_one_network_and_no_tensors_are_no_trouble(name):
+    row = MERGES[name]
+    count = row.arity or 3
+    need = {"score": lambda w: 0.0} if row.needs == "score" else {row.needs: [{}] * count} if row.needs else {}
+    assert row([{}] * count, base={}, **need) == {}
+    empty = {"none": torch.zeros(0, 3), "zero": torch.zeros(2, 2)}
+    close(row([empty] * count, base=empty, **need), empty)
+    if not row.arity and row.exact is not None:
+        w, base = weights(1), weights(2)
+        close(run(name, [w], base, **row.exact), w)
 
 
-def test_slerp_turns_evenly_and_keeps_length():
-    a, b = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}
-    for t in (0.0, 0.25, 0.5, 1.0):
-        angle = t * math.pi / 2
-        expected = torch.tensor([2 * math.cos(angle), 2 * math.sin(angle)])
-        torch.testing.assert_close(slerp([a, b], t=t)["w"], expected)
+class Live(TorchDispatchMode):
+    """The most bytes of new storages alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in inputs and storage._cdata not in self.known:
+                    self.live += storage.nbytes()
+                    self.most = max(self.most, self.live)
+                    self.known[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.forget, storage._cdata)
+        return result
+
+    def forget(self, key):
+        self.live -= self.known.pop(key)
 
 
-def test_slerp_by_tensor_or_whole():
-    a, b = {"x": torch.tensor([1.0, 0.0]), "y": torch.ones(2)}, {"x": torch.tensor([0.0, 1.0]), "y": torch.ones(2)}
-    assert torch.equal(slerp([a, b])["y"], torch.ones(2))
-    whole = slerp([a, b], whole=True)
-    angle = math.acos(2 / 3)
-    torch.testing.assert_close(whole["y"], torch.ones(2) * 2 * math.sin(angle / 2) / math.sin(angle))
+ENTRYWISE = ["average", "task_arithmetic", "model_stock", "ties", "breadcrumbs", "dare", "dare_ties", "magmax", "emr"]
 
 
-def test_slerp_of_opposite_zero_and_parallel_tensors_is_linear():
-    a = {"opposite": torch.ones(3), "zero": torch.zeros(2), "parallel": torch.ones(2), "empty": torch.zeros(0)}
-    b = {"opposite": -torch.ones(3), "zero": torch.ones(2), "parallel": 3 * torch.ones(2), "empty": torch.zeros(0)}
-    merged, linear = slerp([a, b], t=0.25), W.lerp(a, b, 0.25)
-    close({k: v.double() for k, v in merged.items()}, {k: v.double() for k, v in linear.items()}, 1e-6)
-    assert slerp([{}, {}], whole=True) == {}
-
-
-def test_task_arithmetic_adds_scaled_task_vectors():
-    base, ws = weights(0), [weights(1), weights(2)]
-    vector = W.add(W.sub(ws[0], base), W.sub(ws[1], base))
-    close(task_arithmetic(ws, base=base, scale=0.3), W.add(base, vector, 0.3))
-    close(task_arithmetic(ws, base=base, scale=0), base)
-    close(task_arithmetic(ws, base=base), average(ws))
-    close(task_arithmetic(ws[:1], base=base), ws[0])
-    with pytest.raises(ValueError, match="scale: nan"):
-        task_arithmetic(ws, base=base, scale=math.nan)
+@pytest.mark.parametrize("name", ENTRYWISE)
+def test_less_than_two_networks_are_allocated(name):
+    shapes = {str(i): (64, 48, 3, 3) for i in range(6)} | {f"{i} bias": (64,) for i in range(6)}
+    ws, base = [weights(i, torch.float32, shapes) for i in range(4)], weights(9, torch.float32, shapes)
+    network = sum(t.nbytes for t in base.values())
+    assert network > 8 * ENTRIES * 4
+    with Live() as live:
+        merged = MERGES[name](ws, base=base)
+    assert network <= live.most < 2 * network + 16 * 5 * 4 * ENTRIES
+    del merged
 
 
 def test_merge_goes_by_name_and_suggests():
     ws = [weights(1), weights(2)]
-    close(merge("slerp", ws, t=0.3), slerp(ws, t=0.3))
+    close(merge("slerp", ws, t=0.3), MERGES["slerp"](ws, t=0.3))
     with pytest.raises(ValueError, match="'average'"):
         merge("averge", ws)
     with pytest.raises(TypeError, match="scal"):

@@ -7,6 +7,7 @@ from torch import nn
 
 from clkit import models
 from clkit.data import Examples, Stream, Task
+from clkit.training.loop import describe
 from clkit.weights import get_weights, live_tensors
 
 OWN = [
@@ -21,6 +22,12 @@ OWN = [
 def stream(shape=(1, 8, 8), classes=10, dtype=torch.uint8):
     part = Examples(torch.zeros(classes, *shape, dtype=dtype), torch.arange(classes))
     return Stream("toy", (Task(0, "all", tuple(range(classes)), part, part),), tuple(map(str, range(classes))))
+
+
+def tokens(length=12, classes=256):
+    x = torch.randint(0, classes, (20, length), generator=torch.Generator().manual_seed(0))
+    part = Examples(x, x)
+    return Stream("tokens", (Task(0, "all", tuple(range(classes)), part, part),), tuple(map(str, range(classes))))
 
 
 def count(model):
@@ -89,6 +96,46 @@ def test_resnet18_halves_three_times():
     assert shapes == [(2, 32, 32), (4, 16, 16), (8, 8, 8), (16, 4, 4)]
 
 
+def test_factories_are_on_record_under_the_name_that_users_import():
+    for name in ("mlp", "convnet", "resnet18", "vit", "gpt", "torchvision", "huggingface"):
+        assert describe(getattr(models, name)) == f"clkit.models.{name}"
+
+
+@pytest.mark.parametrize("length", [12, 11, 1])
+def test_a_gpt_takes_sequences_up_to_its_context(length):
+    toy = tokens(classes=50)
+    model = models.gpt(toy, 16, 1, 2)
+    assert model(toy[0].train.x[:, :length]).shape == (20, length, 50)
+    assert models.features(model, toy[0].train.x[:, :length]).shape == (20, length, 16)
+    with pytest.raises(ValueError, match="13 tokens are more than the context of 12"):
+        model(torch.zeros(1, 13, dtype=torch.int64))
+
+
+def test_a_gpt_has_a_seeds_bits_and_the_parameters_of_its_layout():
+    a, b, c = (get_weights(models.gpt(tokens(), seed=seed)) for seed in (3, 3, 4))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["linear.weight"], c["linear.weight"])
+    block = 4 * (64 * 64 + 64) + 64 * 256 + 256 + 256 * 64 + 64 + 4 * 64
+    assert sum(t.numel() for t in a.values()) == 256 * 64 + 12 * 64 + 2 * block + 2 * 64 + 64 * 256 + 256
+
+
+@pytest.mark.parametrize("j", [0, 1, 7, 11])
+def test_a_gpt_does_not_see_what_comes(j):
+    toy = tokens()
+    model, x = models.gpt(toy, 16, 2, 2), toy[0].train.x.clone()
+    before = model(x)
+    x[:, j] = (x[:, j] + 1) % 256
+    after = model(x)
+    assert torch.equal(before[:, :j], after[:, :j])
+    assert not torch.isclose(before[:, j:], after[:, j:]).all(-1).any()
+
+
+def test_causal_attention_is_a_mask_of_minus_infinity():
+    layer, x = models.Attention(8, 2, causal=True).double(), torch.randn(3, 5, 8, dtype=torch.float64)
+    query, key, value = (part(x).view(3, 5, 2, 4).transpose(1, 2) for part in (layer.query, layer.key, layer.value))
+    scores = query @ key.mT / 2 + torch.full((5, 5), float("-inf")).triu(1)
+    torch.testing.assert_close(layer(x), layer.out((scores.softmax(-1) @ value).transpose(1, 2).flatten(2)))
+
+
 def test_the_default_device_of_the_caller_does_not_move_a_model():
     toy = stream()
     with torch.device("meta"):
@@ -107,6 +154,10 @@ def test_the_default_device_of_the_caller_does_not_move_a_model():
         (lambda: models.resnet18(stream(), width=0.5), "width: 0.5"),
         (lambda: models.vit(stream(), patch=3), "patch: 3 does not divide"),
         (lambda: models.vit(stream(), heads=5), "heads: 5 does not divide"),
+        (lambda: models.gpt(stream()), "a GPT reads integer tokens .* or models.vit for images"),
+        (lambda: models.gpt(stream((12,), dtype=torch.float32)), "a GPT reads integer tokens"),
+        (lambda: models.gpt(tokens(), width=10), "heads: 4 does not divide width = 10"),
+        (lambda: models.gpt(tokens(), depth=0), "width, depth, heads: 0"),
         (lambda: models.features(nn.ReLU(), torch.zeros(2, 3)), "no nn.Linear"),
         (lambda: models.features(nn.Linear(3, 2), torch.zeros(0, 3)), "no rows"),
         (lambda: models.torchvision(stream((3, 64, 64)), "resnet81"), "resnet18"),

@@ -158,6 +158,42 @@ def test_plane_marks_its_corners(ax):
     assert [t.get_text() for t in ax.texts] == ["new", "old", "aligned"] and len(ax.lines) == 3
 
 
+def trajectory():
+    rows = []
+    for step, when, old, new in [
+        (2, "step", 0.9, 0.1),
+        (4, "before", 0.6, 0.8),
+        (4, "after", 0.8, 0.7),
+        (6, "step", 0.7, 0.9),
+    ]:
+        for task, accuracy in enumerate((old, new)):
+            rows.append({"learning": step > 2, "step": step, "when": when, "task": task, "accuracy": accuracy})
+    return pd.DataFrame(rows)
+
+
+def test_sawtooth_jumps_upright_at_a_merge(ax):
+    plotting.sawtooth(ax, trajectory().sample(frac=1, random_state=0), names=["even", "odd"])
+    old, new, merges, boundary = ax.lines
+    assert np.allclose(old.get_xydata(), [[2, 90], [4, 60], [4, 80], [6, 70]])
+    assert np.allclose(new.get_ydata(), [10, 80, 70, 90]) and list(merges.get_xdata()) == [4]
+    assert list(boundary.get_xdata()) == [2, 2]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["even", "odd", "merge"]
+
+
+def test_a_frontier_is_a_line_a_kind_along_its_knob(ax):
+    rows = [
+        {"kind": kind, "seed": seed, "beta": b, "new": 0.9 - b / 2 + seed / 100, "old": 0.5 + b / 2}
+        for kind, bs in (("SFA", (0.5, 0.1, 0.3)), ("fine-tuning", (float("nan"),)))
+        for b in bs
+        for seed in (0, 1)
+    ]
+    table = pd.DataFrame(rows).fillna({"new": 0.9, "old": 0.5})
+    plotting.frontier(ax, table, {"SFA": "beta", "fine-tuning": ""}, marked={"SFA": [0.3]})
+    line, point = (c.lines[0] for c in ax.containers)
+    assert np.allclose(line.get_xydata(), [[85.5, 55], [75.5, 65], [65.5, 75]]) and len(point.get_xdata()) == 1
+    assert line.get_color() == plotting.COLOURS["SFA"] and [t.get_text() for t in ax.texts] == ["0.3"]
+
+
 def test_colours_are_kept_and_never_shared():
     names = ["one", "CLeWI", "two", "ER", "one"]
     found = plotting.colours(names)
@@ -171,6 +207,7 @@ GROUPS.append(["plain", "aligned", "plain, re-estimated", "aligned, re-estimated
 GROUPS.append(["fine-tuning", "joint", "ER", "EWC", "LwF", "iCaRL", "DER++"])
 GROUPS.append(["ER", "ER-ACE", "A-GEM", "GEM", "MIR", "DER", "DER++"])
 GROUPS.append(["fine-tuning", "joint", "L2", "EWC", "online EWC", "SI", "MAS", "LwF"])
+GROUPS.append(["fine-tuning", "joint", "SFA", "L2", "EWC", "data buffer"])
 GROUPS.append(["class-incremental", "domain-incremental", "task-incremental"])
 # Machado, Oliveira and Fernandes 2009, severity 1
 DEFICIENCIES = {

@@ -11,7 +11,7 @@ from toys import quick
 from clkit import curvature, models
 from clkit.consolidation import Merged, NoConsolidation
 from clkit.evaluation import outputs
-from clkit.learners import EWC, L2, LEARNERS, MAS, SI, Learner, LwF, OnlineEWC, Sum
+from clkit.learners import AGEM, EWC, L2, LEARNERS, MAS, SI, DecoupledL2, Learner, LwF, OnlineEWC, Sum
 from clkit.learners.anchored import Anchored, own_data, values
 from clkit.learners.er import ER
 from clkit.training import Training
@@ -26,7 +26,7 @@ RULES = {
     "MAS": MAS(0.05),
     "LwF": LwF(),
 }
-ANCHORED = [name for name in RULES if name != "LwF"]
+ANCHORED = {name: rule for name, rule in RULES.items() if name != "LwF"} | {"decoupled L2": DecoupledL2(0.5)}
 
 
 def ones(model):
@@ -156,7 +156,7 @@ class TestAll:
 @pytest.mark.parametrize("name", ANCHORED)
 class TestAnchored:
     def test_the_gradient_pulls_to_the_anchor_by_importance(self, name):
-        learner, model = moved(RULES[name])
+        learner, model = moved(ANCHORED[name])
         found = gradients(model, learner.penalty(model))
         pull = learner.pull(model)
         for key, p in model.named_parameters():
@@ -166,13 +166,13 @@ class TestAnchored:
         assert all((t >= 0).all() for t in (learner.importance or {}).values())
 
     def test_the_penalty_is_zero_at_the_anchor_and_positive_elsewhere(self, name):
-        learner, model = moved(RULES[name])
+        learner, model = moved(ANCHORED[name])
         assert learner.penalty(model) > 0
         set_weights(model, learner.anchor)
         assert learner.penalty(model) == 0
 
     def test_a_parameter_that_came_later_is_free(self, name):
-        learner, model = moved(RULES[name])
+        learner, model = moved(ANCHORED[name])
         before = learner.penalty(model)
         model.register_parameter("later", torch.nn.Parameter(torch.ones(3)))
         assert torch.equal(learner.penalty(model), before)
@@ -182,7 +182,7 @@ class TestAnchored:
         assert "later" in learner.anchor
 
     def test_a_frozen_parameter_adds_nothing(self, name):
-        learner, model = moved(RULES[name])
+        learner, model = moved(ANCHORED[name])
         rest = copy.copy(learner)
         rest.anchor = {key: t for key, t in learner.anchor.items() if key != "linear.weight"}
         model.linear.weight.requires_grad_(False)
@@ -409,6 +409,73 @@ class TestLwF:
         assert learner.known.tolist() == [0, 1]
 
 
+class TestDecoupledL2:
+    """L2 that is added to the step and not to the loss."""
+
+    @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"schedule": "cosine"}, {"optimizer": "adamw"}])
+    def test_a_step_is_the_optimizers_and_the_pull_at_the_steps_own_rate(self, options):
+        """By a twin with an optimizer of its own, which sees the gradients of the task alone."""
+        steps = []
+
+        @dataclass
+        class Noting(DecoupledL2):
+            def adjust_gradients(self, model, batch):
+                super().adjust_gradients(model, batch)
+                assert self.term(model, batch) is None
+                slopes = gradients(model, self.setting.criterion(model(batch.x), batch.y))
+                assert all(torch.allclose(slopes[n], p.grad, atol=1e-6) for n, p in model.named_parameters())
+                steps.append((values(model), slopes, dict(self.anchor), batch.lr))
+
+        training = Training(epochs=2, batch=8, lr=0.05, **options)
+        result = quick(toys.stream(tasks=2), Noting(0.5), training=training)
+        steps = steps[len(steps) // 2 :]
+        twin = {n: t.clone().requires_grad_() for n, t in steps[0][0].items()}
+        optimizer = training.make_optimizer(twin.values())
+        for (before, slopes, anchor, lr), after in zip(
+            steps, [s[0] for s in steps[1:]] + [values(result.model)], strict=True
+        ):
+            optimizer.param_groups[0]["lr"] = lr
+            for n, p in twin.items():
+                p.data, p.grad = before[n].clone(), slopes[n]
+            optimizer.step()
+            for n, p in twin.items():
+                expected = p.detach() - lr * 0.5 * (before[n] - anchor[n])
+                assert torch.allclose(after[n], expected, atol=1e-6)
+        assert len({step[-1] for step in steps}) == (len(steps) if "schedule" in options else 1)
+
+    def test_with_gradient_descent_it_is_l2_and_with_momentum_it_is_not(self):
+        stream = toys.stream(tasks=2)
+        for momentum, alike in ((0.0, True), (0.9, False)):
+            training = Training(epochs=2, batch=8, lr=0.02, momentum=momentum)
+            a, b = (quick(stream, rule, training=training).trained[1] for rule in (L2(3.0), DecoupledL2(3.0)))
+            assert (far(a, b) < 1e-5 * norm(a)) == alike
+
+    def test_the_first_task_and_no_strength_are_fine_tuning(self):
+        for stream, model in ((toys.stream(), models.mlp), (toys.images(), toys.small_convnet)):
+            rule, idle, plain = (quick(stream, l, model=model) for l in (DecoupledL2(0.5), DecoupledL2(0.0), None))
+            assert equal(rule.trained[0], plain.trained[0]) and same(idle, plain)
+            assert not equal(rule.trained[1], plain.trained[1])
+
+    def test_training_does_not_see_what_is_only_deployed(self):
+        stream = toys.stream()
+        assert same(quick(stream, DecoupledL2(0.5)), quick(stream, DecoupledL2(0.5), DeployOnly()))
+
+    def test_it_pulls_beside_any_rule(self):
+        stream = toys.stream()
+        assert same(quick(stream, Sum(Learner(), DecoupledL2(0.5))), quick(stream, DecoupledL2(0.5)))
+        for first in (ER(memory=12), AGEM(memory=12), SI(0.5)):
+            alone, idle, both = (
+                quick(stream, l) for l in (first, Sum(first, DecoupledL2(0.0)), Sum(first, DecoupledL2(3.0)))
+            )
+            assert same(alone, idle) and equal(alone.trained[0], both.trained[0])
+            free, held = (far(run.trained[0], run.trained[1]) for run in (alone, both))
+            assert held < 0.9 * free
+
+    def test_the_record_of_l2_does_not_change_with_it(self):
+        """Results on disk are found by it."""
+        assert repr(L2()) == "L2(strength=0.1)" and repr(DecoupledL2()) == "DecoupledL2(strength=0.1)"
+
+
 class TestSum:
     def test_one_rule_alone_is_itself(self):
         stream = toys.stream()
@@ -528,13 +595,14 @@ class TestSum:
 
 
 def test_every_anchored_rule_is_tried():
-    assert {type(RULES[name]) for name in ANCHORED} == {l for l in LEARNERS.values() if issubclass(l, Anchored)}
+    assert {type(rule) for rule in ANCHORED.values()} == {l for l in LEARNERS.values() if issubclass(l, Anchored)}
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: L2(-1.0), "strength: -1.0"),
+        (lambda: DecoupledL2(-1.0), "strength: -1.0"),
         (lambda: EWC(float("nan")), "strength: nan"),
         (lambda: EWC(labels="real"), "labels: 'real' is unknown"),
         (lambda: EWC(samples=0), "samples: 0"),

@@ -40,6 +40,13 @@ def started(learner, stream, task=0, batch=8):
     return learner
 
 
+def at_rate(stream, lr=0.1):
+    """The third task's first batch, as of a step at a learning rate."""
+    batch = stream[2].batch(torch.arange(8))
+    batch.lr = lr
+    return batch
+
+
 def test_a_memory_that_is_not_replayed_changes_nothing(fine_tuned, toy):
     result = quick(toy, MemoryOnly(memory=12))
     assert all(equal(a, b) for a, b in zip(result.trained, fine_tuned.trained, strict=True))
@@ -143,22 +150,15 @@ class TestGEM:
 
 
 class TestMIR:
-    def candidates(self, toy, learner):
-        net = quick(toy, ER(memory=20)).model
-        rows = torch.arange(8)
-        batch = toy[2].batch(rows)
-        x = torch.cat([toy[0].train.x, toy[1].train.x])
-        y = torch.cat([toy[0].train.y, toy[1].train.y])
-        return net, batch, x, y
-
     @pytest.mark.parametrize("make", [toys.stream, toys.images])
-    def test_rises_are_what_a_real_step_does(self, make):
-        """The reference twin: a copy takes the step, each example is judged by itself."""
+    @pytest.mark.parametrize("lr", [0.1, 0.02])
+    def test_rises_are_what_a_real_step_does(self, make, lr):
+        """The reference twin: a copy takes the step at the step's own rate, each example is judged by itself."""
         stream = make()
         model = toys.models.mlp if stream.shape == (6,) else toys.small_convnet
         net = quick(stream, ER(memory=20), model=model).model
         learner = started(MIR(memory=20), stream, 2)
-        batch = stream[2].batch(torch.arange(8))
+        batch = at_rate(stream, lr)
         x, y = stream[0].prepare(stream[0].train.x), stream[0].train.y
         before = {n: b.clone() for n, b in net.state_dict().items()}
         rises = learner.rises(net.train(), batch, x, y)
@@ -167,7 +167,7 @@ class TestMIR:
         torch.nn.functional.cross_entropy(moved(batch.x), batch.y).backward()
         with torch.no_grad():
             for p in moved.parameters():
-                p -= 0.1 * p.grad
+                p -= lr * p.grad
         moved.load_state_dict({n: b for n, b in net.state_dict().items() if "running" in n}, strict=False)
         for i in range(len(y)):
             losses = [torch.nn.functional.cross_entropy(m.eval()(x[i : i + 1]), y[i : i + 1]) for m in (net, moved)]
@@ -179,7 +179,7 @@ class TestMIR:
         net = toys.models.mlp(toy)
         for t in (0, 1):
             learner.store.offer(learner.setting.generator, x=toy[t].train.x, y=toy[t].train.y)
-        batch = toy[2].batch(torch.arange(8))
+        batch = at_rate(toy)
         joined = learner.interfered(net, batch)
         stored = learner.store.all()
         rises = learner.rises(net, batch, batch.prepare(stored["x"]), stored["y"])
@@ -190,7 +190,7 @@ class TestMIR:
     def test_scores_do_not_tie(self, toy):
         """The released code's do: there MIR is ER."""
         learner = started(MIR(memory=40), toy, 2)
-        rises = learner.rises(toys.models.mlp(toy), toy[2].batch(torch.arange(8)), toy[0].train.x, toy[0].train.y)
+        rises = learner.rises(toys.models.mlp(toy), at_rate(toy), toy[0].train.x, toy[0].train.y)
         assert len(rises.unique()) > 15
 
 

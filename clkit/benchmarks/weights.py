@@ -1,32 +1,80 @@
-"""Merging at memory bandwidth: `weights.lerp` against the dictionary comprehension of most merging code."""
+"""Sums of weights at memory bandwidth: against copying the same weights, and against most merging code's comprehension.
 
+Five networks of ResNet-18's shapes, one CPU thread. Traffic is ideal: every input read once, the result written once.
+A result that is allocated is written to fresh memory, which the system has to hand out first; so is that of `clone`.
+"""
+
+import json
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from clkit.benchmarks import interleaved
+from clkit.merging import average, task_arithmetic
 from clkit.weights import lerp
 
-REPEATS = 15
+REPEATS = 9
+
+
+def resnet18(seed: int) -> dict[str, Tensor]:
+    """Random weights of ResNet-18's shapes for 10 classes: 11.2 million, BatchNorm's statistics included."""
+    widths, shapes = [(3, 64, 7), (64, 64, 3)], {}
+    for before, width in ((64, 64), (64, 128), (128, 256), (256, 512)):
+        widths += [(before, width, 3), (width, width, 3), (width, width, 3), (width, width, 3)]
+        widths += [(before, width, 1)] if before != width else []
+    for i, (before, width, side) in enumerate(w for j, w in enumerate(widths) if j != 1):
+        shapes[f"{i}.conv"] = (width, before, side, side)
+        shapes |= {f"{i}.{name}": (width,) for name in ("weight", "bias", "mean", "var")}
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(s, generator=g) for name, s in (shapes | {"fc": (10, 512), "fc.bias": (10,)}).items()}
+
+
+def measure() -> dict[str, list[float]]:
+    """Gigabytes a second of each way, `REPEATS` times, interleaved, in this process as it stands."""
+    *ws, base = (resnet18(seed) for seed in range(6))
+    out = resnet18(9)
+    ways: dict[str, tuple[int, Callable[[], object]]] = {
+        "copy": (2, lambda: [out[name].copy_(t) for name, t in base.items()]),
+        "clone": (2, lambda: {name: t.clone() for name, t in base.items()}),
+        "lerp into place": (3, lambda: lerp(ws[0], ws[1], 0.3, out=out)),
+        "lerp": (3, lambda: lerp(ws[0], ws[1], 0.3)),
+        "lerp, written out": (3, lambda: {name: (1 - 0.3) * t + 0.3 * ws[1][name] for name, t in ws[0].items()}),
+        "average of 5 into place": (6, lambda: average(ws, out=out)),
+        "average of 5": (6, lambda: average(ws)),
+        "average of 5, written out": (6, lambda: {name: sum(w[name] for w in ws) / 5 for name in ws[0]}),
+        "task arithmetic of 5 into place": (7, lambda: task_arithmetic(ws, base=base, scale=0.3, out=out)),
+        "task arithmetic of 5": (7, lambda: task_arithmetic(ws, base=base, scale=0.3)),
+        "task arithmetic of 5, written out": (
+            7,
+            lambda: {name: t + 0.3 * sum(w[name] - t for w in ws) for name, t in base.items()},
+        ),
+    }
+    for _, way in ways.values():
+        way()
+    size = sum(t.nbytes for t in base.values()) / 1e9
+    seconds = interleaved({name: way for name, (_, way) in ways.items()}, REPEATS)
+    return {name: [networks * size / s for s in seconds[name]] for name, (networks, _) in ways.items()}
 
 
 def bench() -> list[dict[str, object]]:
-    """Two networks the size of ResNet-18 interpolated at one position; gigabytes a second, medians, interleaved."""
-    g = torch.Generator().manual_seed(0)
-    shapes = [(512, 512, 3, 3)] * 4 + [(256, 256, 3, 3)] * 3 + [(64,)] * 40
-    a, b = ({str(i): torch.randn(shape, generator=g) for i, shape in enumerate(shapes)} for _ in range(2))
-    out = {name: torch.empty_like(tensor) for name, tensor in a.items()}
-    ways: dict[str, Callable[[], object]] = {
-        "lerp into place": lambda: lerp(a, b, 0.3, out=out),
-        "lerp": lambda: lerp(a, b, 0.3),
-        "(1 - t) a + t b": lambda: {name: (1 - 0.3) * a[name] + 0.3 * b[name] for name in a},
-    }
-    seconds = interleaved(ways, REPEATS)
-    moved = 3 * sum(tensor.nbytes for tensor in a.values()) / 1e9
-    rates = {name: moved / statistics.median(values) for name, values in seconds.items()}
-    naive = rates.pop("(1 - t) a + t b")
-    return [
-        {"name": f"{name} / (1 - t) a + t b", "unit": "GB a second", "ours": r, "theirs": naive, "ratio": r / naive}
-        for name, r in rates.items()
-    ]
+    """Each sum against copying into place and, where it allocates its result, against cloning and plain code."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "clkit.benchmarks.weights"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    rates = {name: statistics.median(values) for name, values in json.loads(done.stdout).items()}
+    table = []
+    for name in ("lerp", "average of 5", "task arithmetic of 5"):
+        pairs = [(f"{name} into place", "copy"), (name, "copy"), (name, "clone"), (name, f"{name}, written out")]
+        for ours, theirs in pairs:
+            pair = {"ours": rates[ours], "theirs": rates[theirs], "ratio": rates[ours] / rates[theirs]}
+            table.append({"name": f"{ours} / {theirs}", "unit": "GB a second", **pair})
+    return table
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))

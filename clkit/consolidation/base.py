@@ -58,8 +58,9 @@ class Context:
 class Merged(NamedTuple):
     """What a consolidation returns: weights to train on from, weights to deploy, and what to report about them.
 
-    `deploy` counts at the end of a task alone, and the last report of a task is its report. `memo`, a tree of tensors and plain values, is handed back
-    at the next call: the only state that a consolidation has. `fresh` makes the optimizer forget its state.
+    `deploy` counts at the end of a task alone, and the last report of a task is its report. `memo`, a tree of tensors
+    and plain values, is handed back at the next call: the only state that a consolidation has. `fresh` makes the
+    optimizer forget its state.
     """
 
     train: Weights

@@ -3,24 +3,39 @@
 from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize
 from clkit.data.characters import FONTS, SCRIPTS, glyphs
 from clkit.data.core import Batch, Dataset, Examples, Scenario, Stream, Task
+from clkit.data.corpora import TEXTS, Problem
 from clkit.data.folders import folder, folders
 from clkit.data.sets import TORCHVISION, digits, load
-from clkit.data.streams import cumulative, domains, permutations, permuted, rotated, split
+from clkit.data.streams import (
+    conflicting,
+    cumulative,
+    domains,
+    permutations,
+    permuted,
+    rotated,
+    shared_head,
+    split,
+)
+from clkit.data.texts import Text, text_file, texts
 
 __all__ = [
     "BYTES",
     "FONTS",
     "NO_AUGMENT",
     "SCRIPTS",
+    "TEXTS",
     "TORCHVISION",
     "Augment",
     "Batch",
     "Dataset",
     "Examples",
     "Normalize",
+    "Problem",
     "Scenario",
     "Stream",
     "Task",
+    "Text",
+    "conflicting",
     "cumulative",
     "digits",
     "domains",
@@ -31,5 +46,8 @@ __all__ = [
     "permutations",
     "permuted",
     "rotated",
+    "shared_head",
     "split",
+    "text_file",
+    "texts",
 ]

@@ -74,14 +74,18 @@ def domains(datasets: Mapping[str, Dataset] | Sequence[Dataset], *, normalize: N
     return Stream("+".join(named), tuple(tasks), first.classes, "domain")
 
 
-def permuted(dataset: Dataset, tasks: int = 10, *, seed: int = 0) -> Stream:
+def permuted(dataset: Dataset, tasks: int = 10, *, share: float = 1.0, seed: int = 0) -> Stream:
     """Shuffle the pixels of all images by another permutation in each task; the first task keeps them in place.
 
-    The channels of a pixel stay together; of inputs without pixels (N, D), the values are shuffled. Augmentation is
-    off: neighbours are none any more. Task k's permutation is `permutations(pixels, tasks, seed=seed)[k]`.
+    With a `share` below 1 that share of the pixels, drawn anew in each task, changes places and the others stay: the
+    smaller it is, the more alike the tasks. The channels of a pixel stay together; of inputs without pixels (N, D), the
+    values are shuffled. Augmentation is off: neighbours are none any more. Task k's permutation is
+    `permutations(pixels, tasks, share=share, seed=seed)[k]`.
     """
     if tasks < 1:
         raise ValueError(f"tasks={tasks}: pass at least 1")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share}: pass the share of the pixels to shuffle, from 0 to 1")
     axis = min(2, dataset.train.x.ndim - 1)
     pixels = dataset.train.x[0].numel() if axis == 1 else dataset.train.x[0, 0].numel()
 
@@ -90,17 +94,22 @@ def permuted(dataset: Dataset, tasks: int = 10, *, seed: int = 0) -> Stream:
         return Examples(x.index_select(axis, order.to(x.device)).view_as(examples.x), examples.y)
 
     steps = []
-    for index, order in enumerate(permutations(pixels, tasks, seed=seed)):
+    for index, order in enumerate(permutations(pixels, tasks, share=share, seed=seed)):
         train, test = (shuffle(part, order) if index else part for part in (dataset.train, dataset.test))
         classes = tuple(range(len(dataset.classes)))
         steps.append(Task(index, f"permutation {index}", classes, train, test, dataset.normalize, NO_AUGMENT))
-    return Stream(f"{dataset.name}-permuted-{tasks}", tuple(steps), dataset.classes, "domain")
+    part = f"-{share:g}" if share < 1 else ""
+    return Stream(f"{dataset.name}-permuted-{tasks}{part}", tuple(steps), dataset.classes, "domain")
 
 
-def permutations(size: int, tasks: int, *, seed: int = 0) -> list[Tensor]:
+def permutations(size: int, tasks: int, *, share: float = 1.0, seed: int = 0) -> list[Tensor]:
     """Draw the pixel orders of `permuted`: the identity, then random ones; pixel i of a task was pixel order[i]."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.arange(size), *(torch.randperm(size, generator=generator) for _ in range(tasks - 1))]
+    generator, orders = torch.Generator().manual_seed(seed), [torch.arange(size)]
+    for _ in range(tasks - 1):
+        drawn, order = torch.randperm(size, generator=generator)[: round(share * size)], torch.arange(size)
+        order[drawn.sort().values] = drawn
+        orders.append(order)
+    return orders
 
 
 def rotated(dataset: Dataset, angles: Sequence[float] = (0, 20, 40, 60, 80)) -> Stream:
@@ -125,6 +134,65 @@ def rotated(dataset: Dataset, angles: Sequence[float] = (0, 20, 40, 60, 80)) -> 
         for index, angle in enumerate(angles)
     )
     return Stream(f"{dataset.name}-rotated-{len(angles)}", tuple(tasks), dataset.classes, "domain")
+
+
+def shared_head(stream: Stream) -> Stream:
+    """Give all tasks of a class-incremental stream the same labels: a task's i-th class becomes class i.
+
+    What was told apart by separate outputs now conflicts in one head (domain-incremental). Every task needs as many
+    classes; the new classes are named after those that they stand for.
+    """
+    counts = {len(task.classes) for task in stream}
+    if len(counts) > 1:
+        raise ValueError(f"stream {stream.name!r}: tasks have {sorted(counts)} classes: use tasks of equal size")
+    names = ["/".join(stream.classes[c] for c in same) for same in zip(*(t.classes for t in stream), strict=True)]
+
+    def renamed(examples: Examples, classes: tuple[int, ...]) -> Examples:
+        place = torch.zeros(len(stream.classes), dtype=torch.int64, device=examples.y.device)
+        place[list(classes)] = torch.arange(len(classes), device=place.device)
+        y = examples.y
+        return Examples(examples.x, torch.where(y < 0, y, place[y.clamp(min=0)]))  # -100 stays
+
+    tasks = (
+        replace(task, classes=tuple(range(len(names))), train=renamed(task.train, task.classes),
+                test=renamed(task.test, task.classes))
+        for task in stream
+    )  # fmt: skip
+    return Stream(f"{stream.name}-shared", tuple(tasks), tuple(names), "domain")
+
+
+def conflicting(dataset: Dataset, conflict: float = 1.0, *, marked: bool = False, seed: int = 0) -> Stream:
+    """Ask two questions with two answers each about the same images, the second against the first for some classes.
+
+    The first task's label is 1 for classes of even id. The second's is 1 for the first half of the ids, which has
+    little to do with that, but for a share `conflict` of the classes, drawn by `seed`, where it is the opposite of the
+    first's. So labels stay functions of the image, and at 1 the tasks contradict each other in every one. One head
+    serves both (domain-incremental). `marked` images have one more row of pixels, dark in the first task and bright in
+    the second: then a network exists that answers both.
+    """
+    if not 0 <= conflict <= 1:
+        raise ValueError(f"conflict={conflict}: pass the share of classes that contradict, from 0 to 1")
+    if marked and dataset.train.x.ndim != 4:
+        raise ValueError(f"dataset {dataset.name!r} has no images to mark: pass marked=False")
+    count = len(dataset.classes)
+    ids = torch.arange(count)
+    first = 1 - ids % 2
+    against = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: round(conflict * count)]
+    second = (ids < count / 2).long().index_put((against,), 1 - first[against])
+
+    def asked(examples: Examples, answers: Tensor, mark: int) -> Examples:
+        x, answers = examples.x, answers.to(examples.y.device)
+        if marked:
+            bright = 255 if x.dtype == torch.uint8 else 1
+            x = torch.cat([x, torch.full_like(x[:, :, :1], bright * mark)], 2)
+        return Examples(x, answers[examples.y])
+
+    tasks = (
+        Task(index, name, (0, 1), asked(dataset.train, answers, index), asked(dataset.test, answers, index),
+             dataset.normalize, dataset.augment)
+        for index, (name, answers) in enumerate({"even": first, "small": second}.items())
+    )  # fmt: skip
+    return Stream(f"{dataset.name}-conflict-{conflict:g}", tuple(tasks), ("no", "yes"), "domain")
 
 
 def cumulative(stream: Stream) -> Stream:

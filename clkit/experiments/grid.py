@@ -3,7 +3,7 @@
 import functools
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -97,6 +97,33 @@ def sweep(
         settings = {row["hash"]: ", ".join(f"{axis} {row[axis]}" for axis in AXES) for row in reversed(rows)}
         raise SweepError([(settings[key], error) for key, error in failed.items()], table)
     return table
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Methods compared on streams and models, over seeds: everything that `sweep` needs."""
+
+    streams: Mapping[str, Callable[[int], Stream]]
+    models: Mapping[str, Model]
+    methods: Mapping[str, Method]
+    training: Training
+    seeds: Sequence[int]
+    measure: Measure | None = None
+
+    def run(self, **options: Any) -> "pd.DataFrame":
+        """One row a run; `options` are those of `sweep`."""
+        made = {"training": self.training, "seeds": self.seeds, "measure": self.measure, "progress": False}
+        return sweep(self.streams, self.models, self.methods, **made | options)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What is compared, in words: names of streams and models, settings of methods, training and seeds."""
+        methods = {
+            name: [repr(part) for part in (m.learner, m.consolidation, m.training) if part is not None]
+            for name, m in self.methods.items()
+        }
+        chosen = {"streams": list(self.streams), "models": list(self.models), "methods": methods}
+        return chosen | {"training": repr(self.training), "seeds": list(self.seeds)}
 
 
 def accuracies(table: "pd.DataFrame", store: Path | str | None = None) -> "pd.DataFrame":

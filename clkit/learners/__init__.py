@@ -4,6 +4,7 @@ from clkit.learners.agem import AGEM
 from clkit.learners.base import Criterion, Learner, Setting
 from clkit.learners.bic import BiC
 from clkit.learners.combined import Sum
+from clkit.learners.data_buffer import DataBuffer
 from clkit.learners.der import DER, DERpp
 from clkit.learners.er import ER
 from clkit.learners.er_ace import ERACE
@@ -12,7 +13,7 @@ from clkit.learners.gdumb import GDumb
 from clkit.learners.gem import GEM
 from clkit.learners.icarl import ICaRL
 from clkit.learners.joint import Joint
-from clkit.learners.l2 import L2
+from clkit.learners.l2 import L2, DecoupledL2
 from clkit.learners.lwf import LwF
 from clkit.learners.mas import MAS
 from clkit.learners.memory_only import MemoryOnly
@@ -22,6 +23,7 @@ from clkit.learners.si import SI
 LEARNERS: dict[str, type[Learner]] = {
     "fine-tuning": Learner,
     "joint": Joint,
+    "data buffer": DataBuffer,
     "memory only": MemoryOnly,
     "ER": ER,
     "ER-ACE": ERACE,
@@ -34,6 +36,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "iCaRL": ICaRL,
     "BiC": BiC,
     "L2": L2,
+    "decoupled L2": DecoupledL2,
     "EWC": EWC,
     "online EWC": OnlineEWC,
     "SI": SI,
@@ -56,6 +59,8 @@ __all__ = [
     "BiC",
     "Criterion",
     "DERpp",
+    "DataBuffer",
+    "DecoupledL2",
     "GDumb",
     "ICaRL",
     "Joint",

@@ -12,7 +12,7 @@ from clkit.learners.base import Learner, Setting, named, under
 
 @runtime_checkable
 class Adding(Protocol):
-    """A rule whose only doing is a term that it adds to the loss, such as a penalty."""
+    """A rule whose only doing is a term that it adds to the loss, such as a penalty, or to the step."""
 
     def term(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """What the rule adds to the loss of a step; None for nothing."""
@@ -23,11 +23,11 @@ class Adding(Protocol):
 class Sum(Learner):
     """Trains as `first` does with the loss terms of `others` added: `Sum(ER(memory=50), EWC())`.
 
-    The others are rules that only add a term to the loss (L2, EWC, OnlineEWC, SI, MAS, LwF); theirs is of the current
-    rows. Every event of training reaches all parts, in order; what to predict, and what a consolidation may look at,
-    is the first's to say. Each part draws from a generator of its own, so that the first draws the same numbers as
-    alone: with others of strength 0, and in the first task, it trains bit for bit as alone. SI takes the other terms
-    for a part of the loss.
+    The others are rules that only add a term to the loss (L2, EWC, OnlineEWC, SI, MAS, LwF) or to the step
+    (DecoupledL2); theirs is of the current rows. Every event of training reaches all parts, in order; what to predict,
+    and what a consolidation may look at, is the first's to say. Each part draws from a generator of its own, so that
+    the first draws the same numbers as alone: with others of strength 0, and in the first task, it trains bit for bit
+    as alone. SI takes the other terms for a part of the loss, and a decay for a part of the step.
     """
 
     first: Learner

@@ -18,10 +18,10 @@ class MIR(ER):
 
     Aljundi et al. 2019 (arXiv 1908.04742), equation 1: among `candidates` drawn from the memory (None: twice as many as
     are replayed, as in CLeWI's runs), the `batch` with the largest loss(theta - lr gradient) - loss(theta) are
-    replayed, theta - lr gradient being a virtual step of plain gradient descent on the current rows alone, at the run's
-    learning rate. The losses are taken in evaluation mode, so that a candidate's does not depend on the others; the
-    pass for the virtual step leaves BatchNorm's statistics as
-    they were. (In CLeWI's released code gradients are cleared before they are read: all scores tie, and MIR is ER.)
+    replayed, theta - lr gradient being a virtual step of plain gradient descent on the current rows alone, at the
+    step's learning rate. The losses are taken in evaluation mode, so that a candidate's does not depend on the others;
+    the pass for the virtual step leaves BatchNorm's statistics as they were. (In CLeWI's released code gradients are
+    cleared before they are read: all scores tie, and MIR is ER.)
     """
 
     candidates: int | None = None
@@ -63,6 +63,6 @@ class MIR(ER):
         loss = self.setting.criterion(side_pass(model, batch.x), batch.y)
         gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         with torch.no_grad():
-            stepped = {n: p - self.setting.lr * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+            stepped = {n: p - batch.lr * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
             before, after = (self.setting.criterion(outputs(model, w, x), y, "none") for w in (parameters, stepped))
         return (after - before).view(len(y), -1).mean(1)

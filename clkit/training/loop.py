@@ -38,6 +38,7 @@ from clkit import alignment
 from clkit.checkpoint import Checkpoint, model_state, random_state, restore_model, restore_random
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress, Score
 from clkit.data import Examples, Stream, Task
+from clkit.data.core import IGNORED
 from clkit.evaluation import EVALUATION_BATCH, Evaluation, evaluate, evaluation_mode
 from clkit.learners import Criterion, Learner, Setting
 from clkit.training.result import Result
@@ -356,13 +357,16 @@ class _Loop:
 
     @torch.no_grad()
     def score(self, examples: Examples, weights: Weights) -> Score:
-        """Loss and accuracy over all classes of weights on prepared examples, in evaluation mode."""
+        """Mean loss and accuracy, over all classes, of weights on prepared examples, in evaluation mode."""
         set_weights(self.scratch, weights)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         with evaluation_mode(self.scratch):
-            logits = torch.cat([self.scratch(x) for x in examples.x.split(EVALUATION_BATCH)]).float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, -2), examples.y.flatten())
-        accuracy = (logits.argmax(-1) == examples.y).double().mean()
-        return Score(*torch.stack([loss.double(), accuracy]).tolist())
+            for x, y in zip(examples.x.split(EVALUATION_BATCH), examples.y.split(EVALUATION_BATCH), strict=True):
+                logits = self.scratch(x).float()
+                loss = nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
+                sums += torch.stack([loss, (logits.argmax(-1) == y).sum(), (y != IGNORED).sum()]).double()
+        loss, hits, counted = sums.tolist()
+        return Score(loss / counted, hits / counted)
 
     @functools.cached_property
     def symmetry(self) -> alignment.Symmetry:

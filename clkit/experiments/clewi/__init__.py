@@ -10,7 +10,6 @@ clewi.gains(table)                             # what CLeWI adds to each learner
 """
 
 from clkit.experiments.clewi.grids import (
-    Grid,
     alphas,
     equal_bytes,
     learners,
@@ -21,11 +20,12 @@ from clkit.experiments.clewi.grids import (
     parts,
     plasticity,
     reduced,
-    stream,
     width,
 )
 from clkit.experiments.clewi.published import ALPHA, DATASETS, PAIRS, RATE, gains, published, side_by_side
 from clkit.experiments.clewi.studies import curves, planted
+from clkit.experiments.grid import Grid
+from clkit.experiments.named import stream
 
 __all__ = [
     "ALPHA",

@@ -1,21 +1,19 @@
 """CLeWI's experiments as grids of runs."""
 
 import copy
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from clkit import curvature, data, models, weights
 from clkit.consolidation import CLeWI
-from clkit.data import Augment, Dataset, Stream
+from clkit.data import Dataset
 from clkit.experiments.clewi.published import ALPHA, DATASETS, PAIRS, RATE
-from clkit.experiments.grid import sweep
-from clkit.experiments.plan import Measure, Method, Model
+from clkit.experiments.grid import Grid
+from clkit.experiments.named import stream
+from clkit.experiments.plan import Method, Model
 from clkit.learners import (
     AGEM,
     DER,
@@ -40,39 +38,8 @@ from clkit.learners import (
 )
 from clkit.training import Result, Training
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-TASKS = {"digits": 5, "mnist": 5, "cifar10": 5, "cifar100": 10, "tiny-imagenet": 20}
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # of ten classes each, in bytes
 GENTLE = 0.03  # the learning rate, at a laptop's scale, of rules with a penalty or a projection; of others it is 0.1
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """Methods compared on streams and models, over seeds: everything that `sweep` needs."""
-
-    streams: Mapping[str, Callable[[int], Stream]]
-    models: Mapping[str, Model]
-    methods: Mapping[str, Method]
-    training: Training
-    seeds: Sequence[int]
-    measure: Measure | None = None
-
-    def run(self, **options: Any) -> "pd.DataFrame":
-        """One row a run; `options` are those of `sweep`."""
-        made = {"training": self.training, "seeds": self.seeds, "measure": self.measure, "progress": False}
-        return sweep(self.streams, self.models, self.methods, **made | options)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What is compared, in words: names of streams and models, settings of methods, training and seeds."""
-        methods = {
-            name: [repr(part) for part in (m.learner, m.consolidation, m.training) if part is not None]
-            for name, m in self.methods.items()
-        }
-        chosen = {"streams": list(self.streams), "models": list(self.models), "methods": methods}
-        return chosen | {"training": repr(self.training), "seeds": list(self.seeds)}
 
 
 def learners(memory: int, *, beyond: bool = False, fit_epochs: int = 256, ewc: float = 10.0) -> dict[str, Learner]:
@@ -267,34 +234,6 @@ def plasticity(result: Result) -> dict[str, float]:
         "masked": float(result.masked[-1].mean()),
         "alpha": sum(found) / len(found) if found else float("nan"),
     }
-
-
-def stream(name: str, tasks: int | None = None, *, limit: int | None = None) -> dict[str, Callable[[int], Stream]]:
-    """A stream by its name in words: from the seed, which orders the classes (digits and letters keep theirs).
-
-    Names: digits, letters (20 rendered capitals), and image sets, which are read from `<name>.zip` in $CLKIT_DATA where
-    that is, else through torchvision; `limit` is a number of images a class.
-    """
-    count = tasks or TASKS.get(name, 5)
-    words = f"{name}, {count} tasks" + (f", {limit} images a class" if limit else "")
-    return {words: partial(_stream, name, count, limit)}
-
-
-def _stream(name: str, tasks: int, limit: int | None, seed: int) -> Stream:
-    return data.split(_dataset(name, limit), tasks, order=None if name in ("digits", "letters") else seed)
-
-
-@cache
-def _dataset(name: str, limit: int | None) -> Dataset:
-    if name == "digits":
-        return data.digits()
-    if name == "letters":
-        return data.glyphs(characters="ABCDEFGHIJKLMNOPQRST", per_class=60, size=14)
-    pack = Path(os.environ.get("CLKIT_DATA", "")) / f"{name}.zip"
-    augment = Augment() if name == "mnist" else Augment(crop=4, flip=True)
-    if not pack.is_file() and limit is None:
-        return data.load(name)
-    return data.folder(pack, limit=limit, augment=augment)
 
 
 def _usual(profile: str) -> tuple[int, float]:

@@ -1,0 +1,70 @@
+"""TIES in pieces against TIES by sorting: time, and the most memory, in networks, inputs and base included.
+
+Five networks of ResNet-18's shapes, one CPU thread, each way in processes of its own.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from clkit.benchmarks.weights import resnet18
+from clkit.merging import ties
+from clkit.weights import Weights
+
+TASKS, PROCESSES = 5, 3
+
+
+def by_sorting(ws: list[dict[str, Tensor]], base: Weights, density: float = 0.2) -> dict[str, Tensor]:
+    """TIES as it is mostly written: all task vectors stacked, magnitudes sorted."""
+    origin = torch.cat([t.flatten() for t in base.values()])
+    vectors = torch.stack([torch.cat([t.flatten() for t in w.values()]) for w in ws]) - origin
+    keep = int(density * vectors.shape[1])
+    vectors = vectors * (vectors.abs() >= vectors.abs().sort(1, descending=True).values[:, keep - 1 : keep])
+    agree = vectors.sign() == vectors.sum(0).sign()
+    merged = origin + (vectors * agree).sum(0) / (agree & (vectors != 0)).sum(0).clamp(min=1)
+    parts = merged.split([t.numel() for t in base.values()])
+    return {name: part.view_as(t) for part, (name, t) in zip(parts, base.items(), strict=True)}
+
+
+def measure(way: str) -> dict[str, float]:
+    """The seconds that one way takes, and the memory it needs at most, in networks."""
+    *ws, base = (resnet18(seed) for seed in range(TASKS + 1))
+    network = sum(t.nbytes for t in base.values())
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    ties(ws, base=base) if way == "pieces" else by_sorting(ws, base)
+    seconds = time.perf_counter() - started
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / network
+    return {"seconds": seconds, "networks": TASKS + 1 + grown}
+
+
+def bench() -> list[dict[str, object]]:
+    """Merges a second, and networks in memory at most; medians over processes, taking turns."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found: dict[str, list[dict[str, float]]] = {"pieces": [], "sorting": []}
+    for _ in range(PROCESSES):
+        for way, results in found.items():
+            command = [sys.executable, "-m", "clkit.benchmarks.merging", way]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            results.append(json.loads(done.stdout))
+    ours, theirs = (
+        {key: statistics.median(r[key] for r in results) for key in ("seconds", "networks")}
+        for results in found.values()
+    )
+    rate = {"ours": 1 / ours["seconds"], "theirs": 1 / theirs["seconds"]}
+    space = {"ours": ours["networks"], "theirs": theirs["networks"]}
+    name, memory = "TIES of 5, pieces / sorting", f"TIES of {TASKS}, memory with inputs and base"
+    return [
+        {"name": name, "unit": "merges a second", **rate, "ratio": theirs["seconds"] / ours["seconds"]},
+        {"name": memory, "unit": "networks", **space, "ratio": theirs["networks"] / ours["networks"]},
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))

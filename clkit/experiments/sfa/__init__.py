@@ -1,0 +1,67 @@
+"""The experiments of SFA (Kleiman et al. 2025, arXiv 2501.05559), at a laptop's scale and at the paper's.
+
+The paper's body gives no table of numbers that could be quoted; its statements are checked here as claims. A grid says
+what is compared; `grid.run()` is its table, `knobs(table, grid)` adds what each method was set to:
+
+```python
+grid = sfa.frontier("digits", "shared")
+table = sfa.knobs(page.results(grid.run, grid.config, "shared", commit=True), grid)
+```
+"""
+
+from clkit.experiments.sfa.grids import (
+    BETAS,
+    HEADS,
+    PS,
+    adaptive,
+    checkpoints,
+    conflict,
+    course,
+    ends,
+    even_odd,
+    frontier,
+    knobs,
+    lines,
+    long,
+    parts,
+    pretrained,
+    retained,
+    similarity,
+    small_mlp,
+    streams,
+)
+from clkit.experiments.sfa.studies import against_l2, contradiction, costs, merges, sawtooth
+from clkit.experiments.sfa.theory import effective_strength, kept_l2, kept_sfa, matched_l2, measured_sfa, top_curvature
+
+__all__ = [
+    "BETAS",
+    "HEADS",
+    "PS",
+    "adaptive",
+    "against_l2",
+    "checkpoints",
+    "conflict",
+    "contradiction",
+    "costs",
+    "course",
+    "effective_strength",
+    "ends",
+    "even_odd",
+    "frontier",
+    "kept_l2",
+    "kept_sfa",
+    "knobs",
+    "lines",
+    "long",
+    "matched_l2",
+    "measured_sfa",
+    "merges",
+    "parts",
+    "pretrained",
+    "retained",
+    "sawtooth",
+    "similarity",
+    "small_mlp",
+    "streams",
+    "top_curvature",
+]

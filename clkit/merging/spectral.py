@@ -1,0 +1,152 @@
+"""Merges of task matrices by their singular vectors: isotropic (Iso-C), decorrelated (TSV), orthogonal in turn (OPCM).
+
+A tensor of two and more axes is the matrix (first axis, the rest); others are averaged as the methods say. A matrix is
+decomposed through the Gram matrix of its shorter side, in double precision: for (64, 4608) an eigenproblem of 64 by 64
+in the place of a singular value decomposition. Squaring loses directions below 1e-8 of the largest; those of float32
+weights are rounding below 1e-5 or so. Weights in float64 are decomposed directly.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clkit.merging.pieces import TaskVectors
+from clkit.merging.vectors import finite, share
+from clkit.weights import Weights
+
+
+def decompose(matrix: Tensor, *, gram: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition U (m, r), s (r,), V (n, r), largest first, without what rounding has left.
+
+    Directions whose singular value is below eps sqrt(max(m, n)) of the largest, for the matrix's own precision, are cut
+    off: r is the numerical rank. `gram` decides between the Gram matrix and a direct decomposition; None takes the Gram
+    matrix for float32. The factors are in float64.
+    """
+    limit = torch.finfo(matrix.dtype).eps * max(*matrix.shape, 1) ** 0.5
+    gram = matrix.dtype == torch.float32 if gram is None else gram
+    double = matrix.double()
+    if not matrix.numel():
+        return double.new_zeros(len(matrix), 0), double.new_zeros(0), double.new_zeros(matrix.shape[1], 0)
+    if not gram:
+        u, s, vt = torch.linalg.svd(double, full_matrices=False)
+        rank = int((s > limit * s[0]).sum())
+        return u[:, :rank], s[:rank], vt[:rank].T
+    wide = matrix.shape[0] <= matrix.shape[1]
+    square = double @ double.T if wide else double.T @ double
+    values, short = torch.linalg.eigh(square)
+    s = values.clamp(min=0).sqrt().flip(0)
+    rank = int((s > max(limit, 3e-8) * s[0]).sum())
+    s, short = s[:rank], short.flip(1)[:, :rank]
+    long = (double.T @ short if wide else double @ short) / s
+    return (short, s, long) if wide else (long, s, short)
+
+
+def polar(matrix: Tensor, *, gram: bool | None = None) -> Tensor:
+    """The nearest matrix with orthonormal directions: U V^T of the decomposition, without directions cut off there."""
+    u, _, v = decompose(matrix, gram=gram)
+    return u @ v.T
+
+
+def iso_c(ws: Sequence[Weights], *, base: Weights, scale: float = 1.0) -> dict[str, Tensor]:
+    """`base` plus `scale` times the sum of the task matrices with all singular values made equal, to their mean.
+
+    U V^T mean(s), where U diag(s) V^T is the sum of a layer's task matrices; the mean is over min(m, n) values, zeros
+    too, and directions that the sum lacks stay out, where a decomposition would pick arbitrary ones. Other tensors take
+    `scale` times the mean of their task vectors, as in the released code. The paper tunes the scale.
+
+    Ref: Marczak et al., No task left behind: isotropic model merging, arXiv 2502.04959, algorithm 1.
+    """
+    scale = finite("scale", scale)
+
+    def matrix(parts: Tensor) -> Tensor:
+        total = parts.sum(0)
+        u, s, v = decompose(total)
+        return (u @ v.T) * (s.sum() / min(total.shape))
+
+    return _by_matrix(ws, base, matrix, scale)
+
+
+def tsv(ws: Sequence[Weights], *, base: Weights, density: float | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+    """`base` plus `scale` times the sum of low-rank task matrices whose singular vectors are made orthogonal.
+
+    Of each task matrix the leading `density` of its min(m, n) singular directions are kept (None: 1 / n tasks, as in
+    the paper, so that all fit side by side; at least one). The left vectors of all tasks, side by side, are replaced by
+    the nearest orthonormal ones, the right ones likewise, and the result is U diag(s) V^T. Directions that several
+    tasks share are no basis: they go to the tasks in equal parts, where a decomposition would pick arbitrary ones.
+    Other tensors take `scale` times the mean of their task vectors. The paper finds scale = 1 good without tuning.
+
+    Ref: Gargiulo et al., Task singular vectors, arXiv 2412.00081, algorithm 1 (TSV-Merge).
+    """
+    scale = finite("scale", scale)
+    density = share("density", 1 / max(len(ws), 1) if density is None else density)
+
+    def matrix(parts: Tensor) -> Tensor:
+        found = [decompose(part) for part in parts]
+        rank = max(1, int(density * min(parts.shape[1:])))
+        u, v = (polar(torch.cat([f[side][:, :rank] for f in found], 1)) for side in (0, 2))
+        return (u * torch.cat([f[1][:rank] for f in found])) @ v.T
+
+    return _by_matrix(ws, base, matrix, scale)
+
+
+def opcm(ws: Sequence[Weights], *, base: Weights, alpha: float = 0.5) -> dict[str, Tensor]:
+    """Takes the weights in one after another, each time only what is orthogonal to what is merged already.
+
+    For task t with task matrix T and the matrix M merged so far, with singular vectors u_i, v_i of M: from T is removed
+    all that begins or ends in the leading directions, which hold the share `alpha` of the sum of singular values, and
+    its component on every other u_i v_i^T. Sum and remainder are divided by one number for all weights, such that the
+    length of the merged task vector is the mean length of those so far. Other tensors add up without a projection.
+    Order matters; constant memory: only the merged weights and two numbers have to be kept.
+
+    alpha = 0.5 is the paper's. Its code takes out only what both begins and ends in leading directions, and decomposes
+    into full bases, whose part beyond the rank of M is arbitrary; here it has no diagonal to take out.
+
+    Ref: Tang et al., Merging models on the fly without retraining (OPCM), arXiv 2501.09522, eq. 5 to 8.
+    """
+    alpha = share("alpha", alpha, open_low=False)
+    vectors = TaskVectors(ws, base)
+    dtype, merged = vectors.dtype, {name: torch.zeros_like(t, dtype=vectors.dtype) for name, t in base.items()}
+    for _ in vectors:
+        pass
+    factor = mean = 0.0
+    for t, w in enumerate(ws):
+        squares, own = [], []
+        for name, total in merged.items():
+            vector = w[name].to(dtype) - base[name].to(dtype)
+            own.append(vector.double().square().sum().cpu())
+            if t and vector.ndim > 1:
+                vector = _orthogonal(vector.flatten(1), total.flatten(1), alpha).view_as(vector)
+            total.mul_(factor).add_(vector)
+            squares.append(total.double().square().sum().cpu())
+        mean += (float(torch.stack(own).sum()) ** 0.5 - mean) / (t + 1) if own else 0.0
+        length = float(torch.stack(squares).sum()) ** 0.5 if squares else 0.0
+        factor = length / mean if mean else 1.0
+        for total in merged.values():
+            total.div_(factor or 1.0)
+    return {name: (base[name].to(dtype) + merged[name]).to(base[name].dtype) for name in vectors.names}
+
+
+def _orthogonal(matrix: Tensor, merged: Tensor, alpha: float) -> Tensor:
+    """What is left of a task matrix beside the merged one: the projection of `opcm`."""
+    u, s, v = decompose(merged)
+    leading = int((s.cumsum(0) <= alpha * s.sum()).sum())
+    own = matrix.double()
+    first, last = u[:, :leading], v[:, :leading]
+    own = own - first @ (first.T @ own)
+    own = own - (own @ last) @ last.T
+    u, v = u[:, leading:], v[:, leading:]
+    diagonal = ((u.T @ own) * v.T).sum(1)
+    return (own - (u * diagonal) @ v.T).to(matrix.dtype)
+
+
+def _by_matrix(ws: Sequence[Weights], base: Weights, rule, scale: float) -> dict[str, Tensor]:
+    """base + scale rule(task matrices (n, out, in)) for matrices, base + scale mean(task vectors) for other tensors."""
+    vectors = TaskVectors(ws, base)
+    merged = vectors.merge(lambda piece, part: part.mean(0), scale)
+    for name, tensor in merged.items():
+        if tensor.ndim > 1 and tensor.numel():
+            origin = base[name].flatten(1).to(vectors.dtype)
+            parts = torch.stack([w[name].flatten(1).to(vectors.dtype) - origin for w in ws])
+            tensor.copy_(origin.double().add(rule(parts), alpha=scale).view_as(tensor))
+    return merged

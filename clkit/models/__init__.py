@@ -1,0 +1,34 @@
+"""Networks to learn a stream with: factories f(stream, *, seed=0, ...) that take input shape and classes from it.
+
+The same seed gives the same bits on every call, and the global random state is left alone. Networks are float32 on
+the CPU, hold every tensor under one name, and end in one `nn.Linear` (torchvision's SqueezeNet in a convolution),
+whose inputs are the features of a representation plot. For a factory with fixed options use `functools.partial`:
+`partial(models.resnet18, width=16)`.
+"""
+
+from clkit.models.common import features
+from clkit.models.huggingface import CausalLM, huggingface
+from clkit.models.images import BasicBlock, convnet, mlp, resnet18
+from clkit.models.transformers import Attention, Block, Embedding, MeanTokens, TokenEmbedding, gpt, vit
+from clkit.models.zoo import torchvision
+
+__all__ = [
+    "Attention",
+    "BasicBlock",
+    "Block",
+    "CausalLM",
+    "Embedding",
+    "MeanTokens",
+    "TokenEmbedding",
+    "convnet",
+    "features",
+    "gpt",
+    "huggingface",
+    "mlp",
+    "resnet18",
+    "torchvision",
+    "vit",
+]
+
+for _factory in (convnet, gpt, huggingface, mlp, resnet18, torchvision, vit):
+    _factory.__module__ = __name__  # the record of a run names a factory by where users find it

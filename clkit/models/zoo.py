@@ -1,0 +1,109 @@
+"""torchvision's classification models by name."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clkit.data import Stream
+from clkit.models.common import image_shape, seeded
+
+
+def torchvision(stream: Stream, name: str, weights: Path | str | None = None, *, seed: int = 0) -> nn.Module:
+    """Any classification model of torchvision.models by name, its head resized to the stream's classes.
+
+    `weights` is None (fresh), the name of a set that torchvision offers ("DEFAULT", "IMAGENET1K_V1"; downloaded on
+    first use) or a safetensors file with the state dict of the model. A head for another number of classes is left
+    fresh; every other tensor must match. Grey images: the first convolution's kernels are summed over their three
+    input channels, which is the function of the grey image repeated in three. Auxiliary heads (GoogLeNet, Inception)
+    are left out, and no input transform but the stream's own normalisation is applied. ViT and MaxViT are built for
+    the stream's image size.
+    """
+    import torchvision.models as zoo
+
+    names = zoo.list_models(module=zoo)
+    if name not in names:
+        close = get_close_matches(str(name).lower(), names, n=4, cutoff=0.5)
+        raise ValueError(f"name: torchvision has no classification model {name!r}; did you mean {close or names}?")
+    channels, height, width = image_shape(stream)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"stream: images have {channels} channels, torchvision's models take 1 or 3; use models.convnet"
+        )
+    options: dict[str, object] = {"num_classes": len(stream.classes)}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        options["image_size"] = height
+    elif name.startswith("maxvit"):
+        options["input_size"] = (height, width)
+    try:
+        with seeded(seed):
+            model = zoo.get_model(name, **options)
+        _check_takes(model, (3, height, width))
+    except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"stream: {name} cannot take {stream.shape} inputs ({error}); resize the images") from error
+    if weights is not None:
+        _load_all_but_head(model, _pretrained(name, weights), len(stream.classes), name)
+    if channels == 1:
+        _take_grey(model)
+    return model
+
+
+def _pretrained(name: str, weights: Path | str) -> dict[str, Tensor]:
+    import torchvision.models as zoo
+    from safetensors.torch import load_file
+
+    if Path(weights).is_file():
+        return load_file(weights)
+    offered = zoo.get_model_weights(name).__members__
+    if str(weights) not in offered:
+        close = get_close_matches(str(weights).upper(), offered, n=2)
+        raise ValueError(
+            f"weights: {str(weights)!r} is neither a file nor a set for {name}; "
+            f"torchvision offers {close or ['DEFAULT', *offered]}"
+        )
+    return dict(offered[str(weights)].get_state_dict(progress=False, check_hash=True))
+
+
+def _load_all_but_head(model: nn.Module, state: dict[str, Tensor], classes: int, name: str) -> None:
+    """Loads `state`; tensors that differ from the model's in the number of classes alone stay fresh."""
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+    head = {
+        key
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape and own[key].shape == (classes, *value.shape[1:])
+    }
+    wrong = [k for k in sorted(own.keys() | state.keys()) if k not in head and not _fits(k, own, state)]
+    if wrong or len({len(state[key]) for key in head}) > 1:
+        raise ValueError(
+            f"weights: {len(wrong) or len(head)} tensors do not fit {name} for this stream, first "
+            f"{(wrong or sorted(head))[:3]}; give weights of the same architecture and image size"
+        )
+    model.load_state_dict(state | {key: own[key] for key in head})
+
+
+def _fits(key: str, own: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
+    return key in own and key in state and own[key].shape == state[key].shape
+
+
+@torch.no_grad()
+def _take_grey(model: nn.Module) -> None:
+    """Sums the first convolution over its input channels, in place."""
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
+    first.in_channels = 1
+
+
+def _check_takes(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Runs the model on shapes alone; raises what the model raises."""
+    tensors = {k: v.to("meta") for k, v in [*model.named_parameters(), *model.named_buffers()]}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, tensors, torch.zeros(1, *shape, device="meta"))
+    finally:
+        model.train(training)

@@ -1,0 +1,205 @@
+"""Texts as windows of tokens: what a window holds, how documents are parted, and where texts come from."""
+
+import json
+from zipfile import ZipFile
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clkit import data
+from clkit.data import corpora
+from clkit.data.core import IGNORED
+from clkit.data.texts import _bytes, _windows
+
+NAMES = ("math", "law", "code")
+
+
+def pieces(part: data.Examples) -> list[bytes]:
+    """What each window holds up to its last target, its first token included."""
+    last = (part.y != IGNORED).sum(1)
+    rows = zip(part.x, part.y, last, strict=True)
+    return [bytes(x[: n + 1].tolist() + y[n - 1 : n].tolist() * (n == len(x))) for x, y, n in rows]
+
+
+DOCUMENTS = st.lists(st.text("abcdé", min_size=1, max_size=30), min_size=1, max_size=12)
+
+
+def cut(lines: list[bytes], context: int) -> list[bytes]:
+    """The slow twin: windows with the byte that their last target is."""
+    windows, window = [], b""
+    for line in lines:
+        if window and len(window) + len(line) > context + 1:
+            windows.append(window)
+            window = b""
+        window += line
+        while len(window) > context + 1:
+            windows.append(window[: context + 1])
+            window = window[context:]
+    return [*windows, window]
+
+
+@settings(max_examples=60, deadline=None)
+@given(DOCUMENTS, st.integers(1, 12), st.integers(1, 6))
+def test_windows_are_those_of_the_slow_twin_and_cut_no_document_that_fits(documents, context, limit):
+    part, width = _windows(documents, _bytes, context, None)
+    lines = [f"{document}\n".encode() for document in documents]
+    held = pieces(part)
+    assert held == cut(lines, context) and width == 1
+    assert all(len(line) > context + 1 or any(line in piece for piece in held) for line in lines)
+    assert pieces(_windows(documents, _bytes, context, limit)[0]) == held[:limit]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_targets_are_the_next_bytes(name):
+    text = data.texts(name, limit=300)
+    for part in (text.train, text.test):
+        counts = part.y != IGNORED
+        assert part.x.dtype == part.y.dtype == torch.int64
+        assert torch.equal(part.y[:, :-1][counts[:, 1:]], part.x[:, 1:][counts[:, 1:]])
+        assert (counts[:, :-1] | ~counts[:, 1:]).all() and counts[:, 0].all()  # targets first, then none
+    assert len(text.train) == 300 and len(text.test) <= 256 and len(text.classes) == 256
+    assert text.bytes_per_token == 1 and text.tokenizer is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_and_test_windows_share_no_text(name):
+    text = data.texts(name, context=100)
+    train, test = (pieces(part) for part in (text.train, text.test))
+    assert not {piece for piece in test if len(piece) > 60} & set(train)
+
+
+def test_held_out_sums_are_not_trained_on_in_either_order():
+    text = data.texts("math", context=40)
+    trained = b"".join(pieces(text.train)).decode()
+    assert len(text.problems) > 500
+    for problem in text.problems:
+        a, b = problem.prompt[:-1].split("+")
+        assert f"\n{a}+{b}:" not in f"\n{trained}" and f"\n{b}+{a}:" not in f"\n{trained}"
+        assert int(a) + int(b) == int(problem.answer)
+    assert data.Problem("", "47+38:7+8=15,4+3+1=8#85\n", "#").answer == "85"
+    assert "\n47+38:7+8=15,4+3+1=8#85\n" in trained
+
+
+def test_an_answer_ends_with_its_line():
+    problem = data.Problem("2+2=", "so #4\n", "#")
+    assert problem.answer == "4"
+    assert [problem.answer_in(t) for t in ("#4\n#5\n", "# 4 \n", "#4", "4\n", "#\n")] == ["4", "4", None, None, ""]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_embedded_texts_are_the_same_each_time(name):
+    first, again = (data.domains({name: data.texts(name, limit=200)}).fingerprint for _ in range(2))
+    assert first == again
+
+
+def test_math_is_the_same_on_every_machine():
+    text = data.texts("math", context=32, limit=3, test_limit=1)
+    assert text.decode(text.train.x[0].tolist()).rstrip("\0") == "90+99:0+9=9,9+9=18#189\n"
+
+
+def test_a_stream_of_texts_passes_tokens_through():
+    stream = data.domains({name: data.texts(name, limit=20, test_limit=10) for name in NAMES})
+    assert stream.scenario == "domain" and [task.name for task in stream] == list(NAMES) and stream.shape == (64,)
+    task = stream[1]
+    batch = task.batch(torch.arange(4), torch.Generator().manual_seed(0))
+    assert task.prepare(task.train.x) is task.train.x
+    assert torch.equal(batch.x, task.train.x[:4]) and torch.equal(batch.y, task.train.y[:4])
+
+
+def test_documents_are_parted_by_content_and_copies_count_once():
+    documents = [f"text {i}" for i in range(40)]
+    one, other = corpora.hold_out(documents, ""), corpora.hold_out([*documents[::-1], *documents], "")
+    assert one == other and len(one.test) == 4 and {*one.train, *one.test} == {*documents}
+
+
+def test_encoding_and_back():
+    text = data.texts("code", limit=5, test_limit=2)
+    parts = "train Examples(5 of (64,), int64, cpu), test Examples(2 of (64,), int64, cpu)"
+    assert repr(text) == f"Text('code', {parts}, bytes, 0 problems)"
+    assert text.encode("aé\n") == [97, 0xC3, 0xA9, 10] and text.decode(text.encode("aé\n")) == "aé\n"
+    assert text.classes[97] == "a" and text.classes[10] == "0x0a"
+
+
+class TestOwnFiles:
+    def test_text_between_blank_lines(self, tmp_path):
+        (tmp_path / "own.txt").write_text("\n".join(f"number {i}\n" for i in range(30)))
+        text = data.text_file(tmp_path / "own.txt", context=16)
+        assert text.name == "own" and len(text.train) == 27 and len(text.test) == 3
+        assert all(p.startswith(b"number") and p.endswith(b"\n") for p in pieces(text.train))
+
+    def test_rows_of_named_fields_with_a_test_file(self, tmp_path):
+        rows = [json.dumps({"q": f"say {i}", "a": f"é{i}"}) for i in range(4)]
+        (tmp_path / "a.jsonl").write_text("\n".join(rows[:3]))
+        (tmp_path / "b.jsonl").write_text(rows[3] + "\n")
+        text = data.text_file(tmp_path / "a.jsonl", tmp_path / "b.jsonl", fields=("q", "a"), context=12)
+        assert pieces(text.train)[0].decode() == "say 0\né0\n" and len(text.train) == 3
+        assert pieces(text.test)[0].decode() == "say 3\né3\n"
+
+    def test_real_layouts_from_a_folder_and_a_zip(self, tmp_path):
+        rows = {
+            "gsm8k_train": [{"question": "1+1?", "answer": "It is <<1+1=2>>2.\n#### 2"}],
+            "gsm8k_test": [{"question": "2+2?", "answer": "#### 4"}],
+            "mbpp": [{"text": "Add.", "code": "a\r\nb"}],
+            "humaneval": [{"prompt": "def f():\n", "canonical_solution": "    pass\n"}],
+            "uscode_train": [{"heading": "Sec. 1", "text": "All."}],
+            "uscode_test": [{"heading": "Sec. 2", "text": "None."}],
+        }
+        folder = tmp_path / "texts" / "deep"
+        folder.mkdir(parents=True)
+        with ZipFile(tmp_path / "texts.zip", "w") as archive:
+            for name, content in rows.items():
+                (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
+                archive.write(folder / f"{name}.jsonl", f"deep/{name}.jsonl")
+        expected = {
+            "math": ("1+1?\nIt is 2.\n#### 2\n", "2+2?\n#### 4\n"),
+            "law": ("Sec. 1\nAll.\n", "Sec. 2\nNone.\n"),
+            "code": ('"""Add."""\na\nb\n', "def f():\n    pass\n"),
+        }
+        for path in (tmp_path / "texts", tmp_path / "texts.zip"):
+            for name, (train, test) in expected.items():
+                text = data.texts(name, path=path)
+                assert (pieces(text.train)[0].decode(), pieces(text.test)[0].decode()) == (train, test)
+        problem = data.texts("math", path=tmp_path / "texts").problems[0]
+        assert (problem.prompt, problem.answer) == ("2+2?\n", "4")
+
+
+@pytest.mark.packs("text")
+def test_the_real_pack(packs):
+    stream = data.domains({name: data.texts(name, path=packs / "text.zip", limit=1000) for name in NAMES})
+    assert [len(task.train) for task in stream] == [1000] * 3 and [len(task.test) for task in stream] == [256] * 3
+    problems = data.texts("math", path=packs / "text.zip", limit=1).problems
+    assert len(problems) == 1319 and problems[0].answer == "18" and "<<" not in problems[0].solution
+    assert all(problem.answer for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: data.texts("low"), "name='low' is unknown: did you mean 'law'"),
+        (lambda path: data.texts("math", context=0), "context=0"),
+        (lambda path: data.texts("math", limit=0), "limit=0"),
+        (lambda path: data.texts("math", path=path), r"has no gsm8k_train.jsonl .* text_file\(\)"),
+        (lambda path: data.texts("math", path=path / "none"), "neither a folder nor a zip"),
+        (lambda path: data.texts("math", tokenizer=path / "none"), "is no folder: .* nothing is downloaded"),
+        (lambda path: data.text_file(path / "none"), "is no file"),
+        (lambda path: data.text_file(path / "one.txt"), "has 1 documents"),
+        (lambda path: data.text_file(path / "row.jsonl", fields=("b",)), "has no 'b'; its rows have a"),
+        (lambda path: data.text_file(path / "row.jsonl", path / "void.txt", fields=("a",)), "none has two tokens"),
+    ],
+)
+def test_bad_input_names_itself_and_the_remedy(make, message, tmp_path):
+    (tmp_path / "one.txt").write_text("one\n")
+    (tmp_path / "void.txt").write_text("\n\n")
+    (tmp_path / "row.jsonl").write_text('{"a": "text"}\n')
+    if "no folder" in message:
+        pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
+
+
+def test_too_little_text_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(corpora, "ENOUGH", 10**9)
+    with pytest.raises(ValueError, match="a task needs 1000000000; give a folder"):
+        corpora._licences.__wrapped__()

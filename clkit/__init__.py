@@ -1,6 +1,6 @@
 """Continual learning in weight space: interpolate, average, align, merge and modulate the weights of networks."""
 
-from clkit import alignment, curvature, data, learners, merging, metrics, models, normalization, weights
+from clkit import alignment, curvature, data, evaluation, learners, merging, metrics, models, normalization, weights
 from clkit.consolidation import SFA, CLeWI, Merged, Merging, NoConsolidation, Progress, WiSEFT
 from clkit.learners import ER, Learner
 from clkit.training import Evaluation, Result, Training, evaluate, run
@@ -22,6 +22,7 @@ __all__ = [
     "curvature",
     "data",
     "evaluate",
+    "evaluation",
     "learners",
     "merging",
     "metrics",

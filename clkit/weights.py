@@ -122,17 +122,13 @@ def combine(ws: Sequence[Weights], coefficients: Iterable[float], *, out: Weight
         raise ValueError(f"coefficients: {len(cs)} for {len(ws)} weights; give one for each")
     check_same(*ws)
     result = _output(ws[0], out)
-    here = [name for name, tensor in result.items() if tensor.device.type == "cpu"]
-    for name in here:
-        parts = [result[name], *(w[name] for w in ws)]
-        if all(part.is_contiguous() for part in parts):
-            pieces = zip(*(part.view(-1).split(PIECE) for part in parts), strict=True)
+    for name, total in result.items():
+        parts = [w[name] for w in ws]
+        if total.device.type == "cpu" and all(part.is_contiguous() for part in (total, *parts)):
+            for piece in zip(*(part.view(-1).split(PIECE) for part in (total, *parts)), strict=True):
+                _add_up(piece[0], piece[1:], cs)
         else:
-            pieces = [parts]
-        for total, *terms in pieces:
-            _add_up([total], [[term] for term in terms], cs)
-    if there := [name for name in result if name not in set(here)]:
-        _add_up([result[name] for name in there], [[w[name] for name in there] for w in ws], cs)
+            _add_up(total, parts, cs)
     return result
 
 
@@ -144,17 +140,15 @@ def _output(like: Weights, out: Weights | None) -> dict[str, Tensor]:
     return {name: out[name] for name in like}
 
 
-def _add_up(totals: list[Tensor], terms: Sequence[list[Tensor]], coefficients: Sequence[float]) -> None:
-    """Writes the sum of terms times coefficients into `totals`, tensor by tensor; halves are added in float32."""
-    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in totals)
-    sums = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in terms[0]] if half else totals
-    if not half:
-        torch._foreach_copy_(sums, terms[0])  # pyright: ignore[reportPrivateImportUsage]
-    torch._foreach_mul_(sums, coefficients[0])  # pyright: ignore[reportPrivateImportUsage]
+def _add_up(total: Tensor, terms: Sequence[Tensor], coefficients: Sequence[float]) -> None:
+    """Writes the sum of terms times coefficients into `total`; halves are added in single precision."""
+    half = total.dtype in (torch.float16, torch.bfloat16)
+    into = torch.empty_like(total, dtype=torch.float32) if half else total
+    torch.mul(terms[0].to(into.dtype), coefficients[0], out=into)
     for term, c in zip(terms[1:], coefficients[1:], strict=True):
-        torch._foreach_add_(sums, term, alpha=c)  # pyright: ignore[reportPrivateImportUsage]
+        into.add_(term, alpha=c)
     if half:
-        torch._foreach_copy_(totals, sums)  # pyright: ignore[reportPrivateImportUsage]
+        total.copy_(into)
 
 
 def add(a: Weights, b: Weights, scale: float = 1.0) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,12 @@ def numbered(classes: int = 6, rows: int = 40, shape: tuple[int, ...] = (1, 4, 4
         return Examples(x.float(), y[torch.randperm(rows, generator=generator)])
 
     return Dataset(name, part(0), part(rows), tuple(f"c{i}" for i in range(classes)), augment=Augment(crop=1))
+
+
+def tokens() -> Dataset:
+    """The toy sequences as a dataset."""
+    stream = toys.tokens()
+    return Dataset("tokens", stream[0].train, stream[0].test, stream.classes)
 
 
 def rows(examples: Examples) -> list[tuple[float, int]]:
@@ -86,6 +93,131 @@ def test_permutations_do_not_depend_on_how_many_follow():
     assert all(torch.equal(a, b) for a, b in zip(few, many[:3], strict=True))
 
 
+@FEW
+@given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 99))
+def test_a_share_of_the_pixels_changes_places(size: int, share: float, seed: int):
+    orders = data.permutations(size, 3, share=share, seed=seed)
+    whole = data.permutations(size, 3, seed=seed)
+    for order, full in zip(orders[1:], whole[1:], strict=True):
+        moved = order != torch.arange(size)
+        assert sorted(order.tolist()) == list(range(size)) and moved.sum() <= round(share * size)
+        assert set(order[moved].tolist()) <= set(full[: round(share * size)].tolist()), "a larger share adds pixels"
+    assert torch.equal(orders[0], torch.arange(size))
+
+
+def test_the_whole_share_is_what_a_generator_draws():
+    generator = torch.Generator().manual_seed(5)
+    drawn = [torch.randperm(30, generator=generator) for _ in range(4)]
+    orders = data.permutations(30, 5, share=1.0, seed=5)[1:]
+    assert all(torch.equal(a, b) for a, b in zip(orders, drawn, strict=True))
+
+
+def test_every_pixel_is_as_likely_to_move_and_goes_anywhere():
+    orders = torch.stack([data.permutations(8, 2, share=0.5, seed=seed)[1] for seed in range(2000)])
+    moved = (orders != torch.arange(8)).float().mean(0)
+    assert (moved - 3 / 8).abs().max() < 0.05, "of four drawn pixels one stays by chance"
+    places = torch.stack([(orders == i).float().mean(0) for i in range(8)])
+    assert (places[~torch.eye(8, dtype=torch.bool)] - 3 / 8 / 7).abs().max() < 0.03
+
+
+def test_no_share_changes_nothing_and_the_name_tells():
+    dataset = numbered()
+    still, half, whole = (data.permuted(dataset, 3, share=share) for share in (0.0, 0.5, 1.0))
+    assert all(torch.equal(task.train.x, dataset.train.x) for task in still)
+    assert (half.name, whole.name) == ("toy-permuted-3-0.5", "toy-permuted-3")
+    assert whole.fingerprint == data.permuted(dataset, 3).fingerprint != half.fingerprint
+
+
+@FEW
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
+def test_a_shared_head_numbers_classes_by_their_place_in_the_task(tasks: int, each: int, seed: int):
+    stream = data.split(numbered(tasks * each), tasks, order=seed)
+    shared = data.shared_head(stream)
+    assert shared.scenario == "domain" and len(shared.classes) == each
+    for task, own in zip(shared, stream, strict=True):
+        assert task.classes == tuple(range(each)) and task.name == own.name
+        for part in ("train", "test"):
+            new, old = getattr(task, part), getattr(own, part)
+            assert new.x is old.x and [own.classes[y] for y in new.y] == old.y.tolist()
+    for i, name in enumerate(shared.classes):
+        assert name == "/".join(stream.classes[task.classes[i]] for task in stream)
+
+
+def test_even_then_odd_in_one_head_is_half_the_digit(digits: Dataset):
+    stream = data.split(digits, 2, order=[0, 2, 4, 6, 8, 1, 3, 5, 7, 9], scenario="task")
+    shared = data.shared_head(stream)
+    assert all(torch.equal(a.train.y, b.train.y // 2) for a, b in zip(shared, stream, strict=True))
+    assert shared.classes == ("0/1", "2/3", "4/5", "6/7", "8/9")
+
+
+def test_a_shared_head_leaves_targets_without_a_loss():
+    shared = data.shared_head(toys.tokens())
+    for task, own in zip(shared, toys.tokens(), strict=True):
+        assert torch.equal(task.train.y == -100, own.train.y == -100)
+        assert torch.equal(task.train.y[:, :-1], own.train.y[:, :-1] % 4)
+
+
+class TestConflicting:
+    """Two questions about the same images."""
+
+    @staticmethod
+    def answers(stream: Stream, dataset: Dataset) -> list[list[int]]:
+        """The answer for each class in each task, which must be one."""
+        for task in stream:
+            pairs = set(zip(dataset.train.y.tolist(), task.train.y.tolist(), strict=True))
+            pairs |= set(zip(dataset.test.y.tolist(), task.test.y.tolist(), strict=True))
+            assert len(pairs) == len(dataset.classes)
+            yield [y for _, y in sorted(pairs)]
+
+    @FEW
+    @given(st.integers(2, 9), st.floats(0, 1), st.integers(0, 99))
+    def test_labels_are_functions_of_the_class_and_conflict_in_a_share(self, classes: int, conflict: float, seed: int):
+        dataset = numbered(classes)
+        stream = data.conflicting(dataset, conflict, seed=seed)
+        first, second = self.answers(stream, dataset)
+        free = self.answers(data.conflicting(dataset, 0.0, seed=seed), dataset)
+        assert first == [1 - c % 2 for c in range(classes)] == next(free)
+        small = next(free)
+        assert small == [int(c < classes / 2) for c in range(classes)]
+        against = [a != b for a, b in zip(first, second, strict=True)]
+        assert sum(against) >= round(conflict * classes)
+        assert all(b == s or opposed for b, s, opposed in zip(second, small, against, strict=True))
+        more = list(self.answers(data.conflicting(dataset, (1 + conflict) / 2, seed=seed), dataset))[1]
+        assert all(b != a for a, b, opposed in zip(first, more, against, strict=True) if opposed or conflict == 1)
+
+    def test_at_1_every_label_is_the_opposite(self, digits: Dataset):
+        stream = data.conflicting(digits, conflict=1.0)
+        for part in ("train", "test"):
+            a, b = (getattr(task, part) for task in stream)
+            assert torch.equal(a.y, 1 - b.y) and torch.equal(a.x, b.x) and a.x is getattr(digits, part).x
+
+    def test_at_0_the_questions_have_little_to_do_with_each_other(self, digits: Dataset):
+        a, b = (task.train.y.float() for task in data.conflicting(digits, conflict=0.0))
+        assert torch.equal(b, (digits.train.y < 5).float())
+        assert 0.1 < torch.corrcoef(torch.stack([a, b]))[0, 1] < 0.3, "three of the five small digits are even"
+
+    def test_the_seed_chooses_the_classes(self):
+        dataset = numbered(8)
+        made = {seed: list(self.answers(data.conflicting(dataset, 0.5, seed=seed), dataset)) for seed in range(20)}
+        assert (
+            len({tuple(second) for _, second in made.values()}) > 3 and len({tuple(a) for a, _ in made.values()}) == 1
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    def test_a_mark_tells_the_tasks_apart(self, dtype: torch.dtype):
+        dataset = numbered()
+        parts = (Examples((part.x % 7).to(dtype), part.y) for part in (dataset.train, dataset.test))
+        dataset = Dataset("toy", *parts, dataset.classes, augment=Augment(crop=1))
+        stream = data.conflicting(dataset, 0.5, marked=True)
+        assert stream.shape == (1, 5, 4)
+        for task, mark in zip(stream, (0, 255 if dtype == torch.uint8 else 1), strict=True):
+            for part in ("train", "test"):
+                x = getattr(task, part).x
+                assert torch.equal(x[:, :, :-1], getattr(dataset, part).x) and (x[:, :, -1:] == mark).all()
+            assert task.augment == data.NO_AUGMENT
+        assert data.conflicting(dataset, 0.5)[1].augment == dataset.augment
+
+
 def test_rotations_turn_counterclockwise():
     x = torch.randint(0, 256, (5, 2, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     part = Examples(x, torch.arange(5))
@@ -137,7 +269,14 @@ def test_domains_are_named_and_normalised_as_the_first():
 def test_streams_leave_their_dataset_alone():
     dataset = numbered()
     before = dataset.train.x.clone()
-    for stream in (data.split(dataset, 3), data.permuted(dataset, 3), data.rotated(dataset), data.domains([dataset])):
+    for stream in (
+        data.split(dataset, 3),
+        data.permuted(dataset, 3),
+        data.rotated(dataset),
+        data.domains([dataset]),
+        data.shared_head(data.split(dataset, 3)),
+        data.conflicting(dataset, marked=True),
+    ):
         assert isinstance(stream, Stream)
         data.cumulative(stream)
     assert torch.equal(dataset.train.x, before)
@@ -155,6 +294,11 @@ def test_streams_leave_their_dataset_alone():
         (lambda d: data.split(d, 2, order=[0, 6]), "class 6 is not among the 6"),
         (lambda d: data.split(d, 2, order=[0, "c0"]), r"names classes \[0\] twice"),
         (lambda d: data.permuted(d, 0), "tasks=0"),
+        (lambda d: data.permuted(d, share=1.5), "share=1.5"),
+        (lambda d: data.shared_head(data.split(d, [4, 2])), r"\[2, 4\] classes: use tasks of equal size"),
+        (lambda d: data.conflicting(d, -0.5), "conflict=-0.5"),
+        (lambda d: data.conflicting(numbered(shape=(9,)), marked=True), "no images to mark"),
+        (lambda d: data.conflicting(tokens()), "has token targets"),
         (lambda d: data.rotated(d, []), "one for each task"),
         (lambda d: data.rotated(numbered(shape=(9,))), r"rotate images"),
         (lambda d: data.domains([]), "at least one"),

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from clkit import weights as W
 from clkit.merging import MERGES, merge
-from clkit.merging.pieces import ENTRIES
 
 rows = pytest.mark.parametrize("name", sorted(MERGES))
 seeds = st.integers(0, 2**20)
@@ -283,13 +282,12 @@ ENTRYWISE = ["average", "task_arithmetic", "model_stock", "ties", "breadcrumbs",
 
 @pytest.mark.parametrize("name", ENTRYWISE)
 def test_less_than_two_networks_are_allocated(name):
-    shapes = {str(i): (64, 48, 3, 3) for i in range(6)} | {f"{i} bias": (64,) for i in range(6)}
+    shapes = {str(i): (256, 192, 3, 3) for i in range(6)} | {f"{i} bias": (64,) for i in range(6)}
     ws, base = [weights(i, torch.float32, shapes) for i in range(4)], weights(9, torch.float32, shapes)
     network = sum(t.nbytes for t in base.values())
-    assert network > 8 * ENTRIES * 4
     with Live() as live:
         merged = MERGES[name](ws, base=base)
-    assert network <= live.most < 2 * network + 16 * 5 * 4 * ENTRIES
+    assert network <= live.most < 2 * network
     del merged
 
 

@@ -208,10 +208,10 @@ class Descent(Learner):
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, 100])
-@pytest.mark.parametrize("beta", [0.5, 0.8])
-def test_the_loop_settles_on_a_quadratic_where_the_closed_form_says(k, beta):
-    """40 merges are enough: every one halves the distance or more."""
-    stream, merges = precise(), 40
+@pytest.mark.parametrize(("beta", "merges"), [(0.5, 36), (0.8, 16)])
+def test_the_loop_settles_on_a_quadratic_where_the_closed_form_says(k, beta, merges):
+    """Every merge leaves 1 - beta of the distance or less."""
+    stream = precise()
     stream = replace(stream, tasks=tuple(replace(t, train=t.train[:8]) for t in stream))
     training = Training(epochs=merges * k, batch=8, lr=0.01)
     result = quick(stream, Descent(), SFA(p=1 / merges, beta=beta), model=Valley(6), training=training)

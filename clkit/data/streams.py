@@ -167,13 +167,16 @@ def conflicting(dataset: Dataset, conflict: float = 1.0, *, marked: bool = False
     The first task's label is 1 for classes of even id. The second's is 1 for the first half of the ids, which has
     little to do with that, but for a share `conflict` of the classes, drawn by `seed`, where it is the opposite of the
     first's. So labels stay functions of the image, and at 1 the tasks contradict each other in every one. One head
-    serves both (domain-incremental). `marked` images have one more row of pixels, dark in the first task and bright in
-    the second: then a network exists that answers both.
+    serves both (domain-incremental). The images, the same in both tasks, and their order are the dataset's own; only
+    the choice of the classes is random. `marked` images have one more row of pixels at the bottom, dark in the first
+    task and bright in the second, and are not augmented: then a network exists that answers both.
     """
     if not 0 <= conflict <= 1:
         raise ValueError(f"conflict={conflict}: pass the share of classes that contradict, from 0 to 1")
     if marked and dataset.train.x.ndim != 4:
         raise ValueError(f"dataset {dataset.name!r} has no images to mark: pass marked=False")
+    if dataset.train.y.ndim > 1:
+        raise ValueError(f"dataset {dataset.name!r} has token targets: ask about examples with one label each")
     count = len(dataset.classes)
     ids = torch.arange(count)
     first = 1 - ids % 2
@@ -189,7 +192,7 @@ def conflicting(dataset: Dataset, conflict: float = 1.0, *, marked: bool = False
 
     tasks = (
         Task(index, name, (0, 1), asked(dataset.train, answers, index), asked(dataset.test, answers, index),
-             dataset.normalize, dataset.augment)
+             dataset.normalize, NO_AUGMENT if marked else dataset.augment)
         for index, (name, answers) in enumerate({"even": first, "small": second}.items())
     )  # fmt: skip
     return Stream(f"{dataset.name}-conflict-{conflict:g}", tuple(tasks), ("no", "yes"), "domain")

@@ -72,6 +72,25 @@ def tops(
     return {name: tuple(_top(vectors, (name,), keep, of) for keep in counts(size)) for name, size in sizes.items()}
 
 
+class _Store:
+    """Growing rows of values in one tensor; many small ones would leave the memory of freed pieces in holes."""
+
+    def __init__(self, rows: int, capacity: int, dtype: torch.dtype) -> None:
+        self.values, self.filled = torch.empty(rows, capacity, dtype=dtype), [0] * rows
+
+    def put(self, row: int, values: Tensor) -> None:
+        """Appends values to a row."""
+        start = self.filled[row]
+        self.filled[row] = stop = start + len(values)
+        while stop > self.values.shape[1]:
+            self.values = torch.cat([self.values, torch.empty_like(self.values)], 1)
+        self.values[row, start:stop] = values
+
+    def of(self, row: int) -> Tensor:
+        """What a row holds."""
+        return self.values[row, : self.filled[row]]
+
+
 def _top(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: Quantity) -> Top:
     """Finds each task's smallest value kept, without sorting and without a second copy of the values.
 
@@ -86,8 +105,11 @@ def _top(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: Quantity) 
     low, high = torch.full((2, n, 1), -math.inf, dtype=vectors.dtype)
     high = -low
     if stride > 1:
-        parts = [of(piece, vectors.read(piece, stride)).cpu() for piece in vectors.pieces(names)]
-        sample = torch.cat(parts, 1).sort(1, descending=True).values
+        seen = _Store(n, min(size, 2 * SAMPLE), vectors.dtype)
+        for piece in vectors.pieces(names):
+            for i, row in enumerate(of(piece, vectors.read(piece, stride))):
+                seen.put(i, row)
+        sample = torch.stack([seen.of(i) for i in range(n)]).sort(1, descending=True).values
         rank, m = keep / size * sample.shape[1], sample.shape[1]
         slack = 4 * math.sqrt(m * keep / size * (1 - keep / size)) + 4
         if rank - slack >= 0:
@@ -95,15 +117,15 @@ def _top(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: Quantity) 
         if rank + slack < m:
             low = sample[:, int(rank + slack), None]
     while True:
-        above, inside = torch.zeros(n, dtype=torch.long), [[] for _ in range(n)]
+        above, inside = torch.zeros(n, dtype=torch.long), _Store(n, min(size, 2 * SAMPLE), vectors.dtype)
         for piece, part in vectors.of(names):
             values = of(piece, part)
             over = values > high.to(values.device)
             within = (values >= low.to(values.device)) & ~over
             above += over.sum(1).cpu()
             for i, chosen in enumerate(within):
-                inside[i].append(values[i][chosen].cpu())
-        candidates = [torch.cat(parts) for parts in inside]
+                inside.put(i, values[i][chosen])
+        candidates = [inside.of(i) for i in range(n)]
         within_counts = torch.tensor([len(c) for c in candidates])
         missed_high, missed_low = above >= keep, above + within_counts < keep
         if not (missed_high | missed_low).any():

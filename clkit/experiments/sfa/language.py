@@ -1,117 +1,222 @@
 """Math, then Law, then Code, with a small byte-level transformer; and whether aligned interpolation carries over."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import permutations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clkit import data, models
+import torch
+from torch import nn
+
+from clkit import alignment, data, landscape, models, weights
 from clkit.consolidation import SFA, CLeWI, Merging, WiSEFT
-from clkit.data import Stream, Text
+from clkit.data import Examples, Stream, Text
 from clkit.evaluation import bits_per_byte, exact_match
 from clkit.experiments.grid import Grid
 from clkit.experiments.plan import Method
+from clkit.experiments.sfa.grids import knobs
 from clkit.learners import ER, EWC, L2, DataBuffer, Joint, Learner
-from clkit.training import Result, Training
+from clkit.training import Result, Training, run
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DOMAINS = ("math", "law", "code")
 WINDOWS, CONTEXT = 3200, 32  # of each domain: 100 steps an epoch
+MORE = 1600  # windows behind those of a domain, for a network that has read before
 ADAM = Training(4, 32, 0.002, optimizer="adamw")
+PACK = "text.zip"  # in $CLKIT_DATA: real texts
 
 
-def texts(order: Sequence[str] = DOMAINS, *, path: str | None = None) -> Stream:
-    """The three domains in an order, as streams of bytes: embedded texts, or those of a folder or zip."""
-    return data.domains({name: text(name, path=path) for name in order})
+def texts(order: Sequence[str] = DOMAINS, *, real: bool = False) -> Stream:
+    """The three domains in an order, as streams of bytes: embedded texts, or the real ones of $CLKIT_DATA/text.zip."""
+    return data.domains({name: text(name, real=real) for name in order})
 
 
 @cache
-def text(name: str, *, path: str | None = None) -> Text:
+def text(name: str, *, real: bool = False, windows: int = WINDOWS) -> Text:
     """One domain at the size of these experiments, made once in a process."""
-    return data.texts(name, path=path, context=CONTEXT, limit=WINDOWS, test_limit=256)  # pyright: ignore[reportArgumentType]
+    path = Path(os.environ.get("CLKIT_DATA", "")) / PACK if real else None
+    return data.texts(name, path=path, context=CONTEXT, limit=windows)
 
 
-def language(path: str | None = None) -> Grid:
+def language() -> Grid:
     """Math, Law, Code: SFA over p and beta, and what it is compared with; bits per byte and exact-match arithmetic."""
     methods = {"fine-tuning": Method(Learner()), "joint": Method(Joint())}
-    for p in (0.1, 0.25, 1.0):
-        for beta in (0.1, 0.2, 0.3, 0.5):
-            methods[f"SFA p={p:g} β={beta:g}"] = Method(Learner(), SFA(p, beta))
+    methods |= _averaging({0.1: (0.1, 0.2, 0.5), 0.25: (0.1, 0.2, 0.3, 0.5), 1.0: (0.1, 0.2, 0.3, 0.5)})
     methods |= {f"L2 λ={s:g}": Method(L2(s)) for s in (0.01, 0.03, 0.1)}
     methods |= {f"EWC λ={s:g}": Method(EWC(s, samples=256)) for s in (10.0, 100.0, 1000.0)}
-    methods |= {f"buffer {s:.0%}": Method(DataBuffer(s)) for s in (0.01, 0.05, 0.1)}
-    alone: dict[str, Any] = {"training": "independent"}
-    methods |= {
-        "WiSE-FT from the base": Method(Learner(), WiSEFT(0.5, old="base")),
-        "task arithmetic": Method(Learner(), Merging("task_arithmetic", {"scale": 0.5}, **alone)),
-        "TIES": Method(Learner(), Merging("ties", {"scale": 1.0}, **alone)),
-        "mean of sequential": Method(Learner(), Merging("average")),
-    }
-    name = "math, law, code" + (", real texts" if path else "")
-    return Grid({name: partial(_texts, DOMAINS, path)}, {"gpt 64 x 2": models.gpt}, methods, ADAM, range(3), reading)
+    methods |= {f"buffer {s:.0%}": Method(DataBuffer(s)) for s in (0.01, 0.05, 0.1)} | _posthoc()
+    return Grid({"math, law, code": partial(_texts, DOMAINS)}, GPT, methods, ADAM, range(2), reading)
+
+
+def from_base() -> Grid:
+    """The same stream from a network that has read a little of everything: merges of fine-tuned networks assume one."""
+    methods = {"fine-tuning": Method(Learner())}
+    methods |= _averaging({0.25: (0.2, 0.5), 1.0: (0.2, 0.5)}) | {"L2 λ=0.03": Method(L2(0.03))} | _posthoc()
+    return replace(language(), models={"gpt 64 x 2, has read": well_read}, methods=methods)
 
 
 def orders() -> Grid:
     """All six orders of the three domains."""
-    methods = {
-        "fine-tuning": Method(Learner()),
-        "SFA p=1 β=0.3": Method(Learner(), SFA(1.0, 0.3)),
-        "SFA p=0.25 β=0.2": Method(Learner(), SFA(0.25, 0.2)),
-        "SFA p=0.25 β=0.5": Method(Learner(), SFA(0.25, 0.5)),
-    }
-    streams = {", ".join(order): partial(_texts, order, None) for order in permutations(DOMAINS)}
-    return Grid(streams, {"gpt 64 x 2": models.gpt}, methods, ADAM, range(2), reading)
+    methods = {"fine-tuning": Method(Learner())} | _averaging({0.25: (0.2, 0.5), 1.0: (0.2, 0.5)})
+    streams = {", ".join(order): partial(_texts, order) for order in permutations(DOMAINS)}
+    return replace(language(), streams=streams, methods=methods)
+
+
+def real_texts() -> Grid:
+    """GSM8K, the US Code, MBPP and HumanEval in the place of the embedded texts; fewer methods."""
+    methods = {"fine-tuning": Method(Learner()), "joint": Method(Joint())}
+    methods |= _averaging({0.25: (0.2, 0.5), 1.0: (0.2, 0.5)})
+    methods |= {"L2 λ=0.03": Method(L2(0.03)), "buffer 5%": Method(DataBuffer(0.05))}
+    streams = {"math, law, code, real texts": partial(_texts, DOMAINS, real=True)}
+    return replace(language(), streams=streams, methods=methods, seeds=range(1), measure=partial(reading, sums=False))
 
 
 def aligned() -> Grid:
-    """CLeWI on transformers: replay with and without merging, and with and without the permutation.
-
-    The byte-level GPT on the three domains, and a small vision transformer on the digits, both by the symmetry derived
-    from their graphs.
-    """
+    """CLeWI on a small vision transformer, by the symmetry derived from its graph: replay with and without merging."""
     rule = ER(50)
     methods = {"ER": Method(rule)} | {
         f"CLeWI α={alpha:g}, {name}": Method(rule, CLeWI(alpha, align=align, refresh=False, points=0))
         for alpha in (0.1, 0.3, 0.5)
-        for name, align in (("aligned", "activations"), ("by weights", "weights"), ("not aligned", None))
+        for name, align in (("by activations", "activations"), ("by weights", "weights"), ("not aligned", None))
     }
-    digits = {"digits, 5 tasks": partial(_digits)}
     vit = partial(models.vit, patch=2, dim=48, depth=2)
-    return Grid(digits, {"vit 48 x 2": vit}, methods, Training(15, 32, 0.002, optimizer="adamw"), range(3), None)
+    training = Training(15, 32, 0.002, optimizer="adamw")
+    return Grid({"digits, 5 tasks": _digits}, {"vit 48 x 2": vit}, methods, training, range(3))
 
 
 def aligned_text() -> Grid:
-    """`aligned` for the byte-level GPT: a memory of 50 windows."""
-    grid = aligned()
-    methods = {n: m for n, m in grid.methods.items() if "0.1" not in n}
-    made: Mapping[str, Callable[[int], Stream]] = {"math, law, code": partial(_texts, DOMAINS, None)}
-    return Grid(made, {"gpt 64 x 2": models.gpt}, methods, ADAM, range(2), reading)
+    """`aligned` for the byte-level GPT: Math, Law, Code with a memory of 50 windows."""
+    chosen = ("ER", "CLeWI α=0.3, by activations", "CLeWI α=0.3, by weights", "CLeWI α=0.3, not aligned",
+              "CLeWI α=0.5, by activations", "CLeWI α=0.5, not aligned")  # fmt: skip
+    methods = aligned().methods
+    return replace(language(), methods={name: methods[name] for name in chosen})
 
 
-def reading(result: Result) -> dict[str, Any]:
-    """Held-out bits per byte (rows: after a task; columns: on a task), and the share of sums that are exactly right.
+def barriers(seeds: Sequence[int] = range(2)) -> "pd.DataFrame":
+    """Along the line between two GPTs, as they are and with the second permuted to look like the first.
 
-    `bits` and `exact` are lists in the order of learning; `mean_bits` is the mean of the last row.
+    Two pairs: "two beginnings", trained on Math from different initialisations; "one after the other", the second went
+    on from the first to Law. Columns: pair, matching ("none", "weights", "activations"), seed, t (0 the first network),
+    bits (per byte, held-out, a mean over what the pair has learned), identity (the share of units that stay).
     """
-    bits = bits_per_byte(result.losses)
-    sums = [exact_match(result.model, text("math"), weights=w, limit=200) for w in result.weights]
-    return {"bits": bits.tolist(), "exact": sums, "mean_bits": float(bits[-1].mean()), "last_bits": float(bits[-1, -1])}
-
-
-def final_bits(table: "pd.DataFrame", order: Sequence[str] = DOMAINS) -> "pd.DataFrame":
-    """Bits per byte on each domain after the last task, exact matches then, and their mean: a row a method."""
     import pandas as pd
 
-    last = pd.DataFrame([row[-1] for row in table.bits], columns=list(order), index=table.index)
-    full = last.assign(mean=table.mean_bits, exact=[e[-1] for e in table.exact], method=table.method)
-    return full.groupby("method", sort=False).mean()
+    two, rows = texts(DOMAINS[:2]), []
+    one = replace(two, tasks=two.tasks[:1])
+    for seed in seeds:
+        first = run(two, models.gpt, training=ADAM, seed=seed, progress=False)
+        other = run(one, models.gpt, training=ADAM, seed=seed + 100, progress=False)
+        net, inputs = first.model.cpu(), one[0].prepare(one[0].train.x[:256])
+        symmetry = alignment.symmetry(net, inputs[:2])
+        pairs = {"two beginnings": (other.weights[0], one), "one after the other": (first.weights[1], two)}
+        for pair, (moving, stream) in pairs.items():
+            for matching in ("none", "weights", "activations"):
+                end, identity = moving, 1.0
+                if matching != "none":
+                    seen = inputs if matching == "activations" else None
+                    found = alignment.align(symmetry, net, first.weights[0], moving, seen, by=matching)
+                    end = alignment.permute(symmetry, found.permutations, moving)
+                    identity = sum(found.identity.values()) / len(found.identity)
+                line = landscape.curve(net, (first.weights[0], end), stream, 11)
+                lead = {"pair": pair, "matching": matching, "seed": seed, "identity": identity}
+                bits = bits_per_byte(line.loss).mean(1)
+                rows += [lead | {"t": float(t), "bits": float(b)} for t, b in zip(line.ts, bits, strict=True)]
+    return pd.DataFrame(rows)
 
 
-def _texts(order: Sequence[str], path: str | None, seed: int) -> Stream:
-    return texts(order, path=path)
+def reading(result: Result, sums: bool = True) -> dict[str, Any]:
+    """Held-out bits per byte (rows: after a task; columns: on a task), and the share of sums that are exactly right.
+
+    `bits` and `exact` are lists in the order of learning, `exact` without `sums` is empty; of the last row of `bits`,
+    `mean_bits` is the mean, `old_bits` that of all but the last task, `new_bits` the last one.
+    """
+    bits = bits_per_byte(result.losses)
+    exact = [exact_match(result.model, text("math"), weights=w, limit=200) for w in result.weights if sums]
+    last = {"mean_bits": bits[-1].mean(), "old_bits": bits[-1, :-1].mean(), "new_bits": bits[-1, -1]}
+    return {"bits": bits.tolist(), "exact": exact} | {name: float(value) for name, value in last.items()}
+
+
+def final_bits(table: "pd.DataFrame", grid: Grid) -> "pd.DataFrame":
+    """A table of runs with its knobs, the line of a figure that a row lies on, and what it knew at its end.
+
+    The columns math, law and code are bits per byte after the last task, whatever the order; `sums` is the share of
+    sums that are right then, `once` just after Math was learned; blank where sums were not asked for.
+    """
+    import pandas as pd
+
+    rows, full = [], knobs(table, grid)
+    for row in full.to_dict(orient="records"):
+        order, rule = row["stream"].split(", ")[: len(DOMAINS)], grid.methods[row["method"]].consolidation
+        lines = {"SFA": f"SFA p = {row['p']:g}" if row["p"] < 1 else "WiSE-FT (p = 1)", "data buffer": "buffer"}
+        line = row["method"] if isinstance(rule, Merging | WiSEFT) else lines.get(row["kind"], row["kind"])
+        sums = row["exact"] or [float("nan")] * len(order)
+        known = {"line": line, "sums": sums[-1], "once": sums[order.index("math")]}
+        rows.append(dict(zip(order, row["bits"][-1], strict=True)) | known)
+    return full.join(pd.DataFrame(rows, index=full.index))
+
+
+def writes(result: Result, prompts: Sequence[str], length: int = 24) -> "pd.DataFrame":
+    """What a byte-level network of a run goes on to write, by the likeliest byte each time: a row a task, by prompt.
+
+    Texts end where the line does, or after `length` bytes; the network sees the last of them, as many as its windows
+    have.
+    """
+    import pandas as pd
+
+    net, rows = result.model.cpu().eval(), []
+    for deployed in result.weights:
+        found = {}
+        for prompt in prompts:
+            x = torch.tensor([list(prompt.encode())])
+            with torch.no_grad():
+                while x.shape[1] < len(prompt.encode()) + length and not bytes(x[0].tolist()).endswith(b"\n"):
+                    logits = torch.func.functional_call(net, dict(deployed), (x[:, -CONTEXT:],))
+                    x = torch.cat([x, logits[:, -1:].argmax(-1)], 1)
+            found[prompt] = bytes(x[0].tolist()).decode(errors="replace")[len(prompt) :].rstrip("\n")
+        rows.append(found)
+    return pd.DataFrame(rows)
+
+
+def well_read(stream: Stream, *, seed: int = 0) -> nn.Module:
+    """`models.gpt` that has read windows of every domain that no stream here has: two epochs of the three, mixed."""
+    net = models.gpt(stream, seed=seed)
+    weights.set_weights(net, _well_read(seed))
+    return net
+
+
+@cache
+def _well_read(seed: int) -> weights.Weights:
+    found = [text(name, windows=WINDOWS + MORE) for name in DOMAINS]
+    x, y = (torch.cat([getattr(one.train, part)[WINDOWS:] for one in found]) for part in ("x", "y"))
+    mixed = replace(found[0], name="mixed", train=Examples(x, y))
+    training = replace(ADAM, epochs=2)
+    return run(data.domains([mixed]), models.gpt, training=training, seed=seed, device="cpu", progress=False).weights[0]
+
+
+def _averaging(betas: Mapping[float, Sequence[float]]) -> dict[str, Method]:
+    return {f"SFA p={p:g} β={beta:g}": Method(Learner(), SFA(p, beta)) for p, some in betas.items() for beta in some}
+
+
+def _posthoc() -> dict[str, Method]:
+    alone: dict[str, Any] = {"training": "independent"}
+    return {
+        "WiSE-FT from the base": Method(Learner(), WiSEFT(0.5, old="base")),
+        "task arithmetic": Method(Learner(), Merging("task_arithmetic", {"scale": 0.5}, **alone)),
+        "TIES": Method(Learner(), Merging("ties", {"scale": 1.0}, **alone)),
+    }
+
+
+def _texts(order: Sequence[str], seed: int, *, real: bool = False) -> Stream:
+    return texts(order, real=real)
 
 
 def _digits(seed: int) -> Stream:
     return data.split(data.digits(), 5)
+
+
+GPT: Mapping[str, Callable[..., nn.Module]] = {"gpt 64 x 2": models.gpt}

@@ -461,3 +461,20 @@ def _task_label(stream: Any, task: Any) -> str:
     names = [stream.classes[c] for c in task.classes]
     text = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return f"{task.index + 1}: {text}" if stream.scenario != "domain" else f"{task.index + 1}: {task.name}"
+
+
+def bits_frontier(
+    ax: "Axes",
+    table: "DataFrame",
+    along: Mapping[str, str],
+    *,
+    x: str = "new_bits",
+    y: str = "old_bits",
+    by: str = "line",
+    marked: Mapping[str, Sequence[float]] = {},
+) -> None:
+    """`frontier` in bits per byte, where less is better: both axes run backwards, so up is stable and right plastic."""
+    frontier(ax, table.assign(**{x: table[x] / 100, y: table[y] / 100}), along, x=x, y=y, by=by, marked=marked)
+    ax.set(xlabel="bits per byte on the newest domain", ylabel="bits per byte on earlier domains")
+    ax.xaxis.set_inverted(True)
+    ax.yaxis.set_inverted(True)

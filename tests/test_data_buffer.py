@@ -24,7 +24,7 @@ def toy():
 def filled(learner, stream, tasks=2, seed=0):
     """A learner as the loop would start it, with the data of some tasks behind it."""
     criterion = Criterion(stream, "all", 0.0, torch.device("cpu"))
-    learner.start(Setting(torch.Generator().manual_seed(seed), criterion, len(stream.classes), 8, 0.1, 0.0))
+    learner.start(Setting(torch.Generator().manual_seed(seed), criterion, len(stream.classes), 8, 0.0))
     for task in stream.tasks[:tasks]:
         learner.after_training(torch.nn.Identity(), task)
     return learner

@@ -41,7 +41,7 @@ def corrected(toy):
 
 def started(learner: Learner, stream: Stream, seed: int = 0) -> Learner:
     criterion = Criterion(stream, "all", 0.0, torch.device("cpu"))
-    learner.start(Setting(torch.Generator().manual_seed(seed), criterion, len(stream.classes), 8, 0.1, 0.0))
+    learner.start(Setting(torch.Generator().manual_seed(seed), criterion, len(stream.classes), 8, 0.0))
     return learner
 
 

@@ -169,6 +169,11 @@ class TestSelection:
             top = vectors.tops(read, lambda n, keep=keep: (keep,), True)
             assert (top["a"][0](values[None]).numpy() == largest(values.numpy(), keep)).all()
 
+    def test_what_is_no_number_ends_the_search_for_the_largest(self):
+        read = pieces.TaskVectors([{"a": torch.ones(9)}], {"a": torch.zeros(9)})
+        with pytest.raises(ValueError, match="is not a number"):
+            vectors.tops(read, lambda n: (3,), True, lambda piece, part: part * math.nan)
+
 
 class TestSparse:
     @pytest.mark.parametrize("whole", [True, False])
@@ -290,6 +295,22 @@ class TestElected:
         merged = M.pcb(TASKS, base=BASE, density=density, whole=whole)
         same(merged, BASE, twin(TAUS) if whole else by_tensor(twin, TASKS, BASE))
 
+    def test_pcb_of_a_hundred_tasks_does_not_overflow(self):
+        """exp(N norm) is infinite in single precision from N = 89 on."""
+        ws, base = [weights(i, torch.float32) for i in range(100)], weights(999, torch.float32)
+        exact = M.pcb(
+            [{k: v.double() for k, v in w.items()} for w in ws], base={k: v.double() for k, v in base.items()}
+        )
+        close({k: v.double() for k, v in M.pcb(ws, base=base).items()}, exact, 1e-4)
+        one = {k: torch.full_like(v, 0.5) for k, v in BASE.items()}
+        close(M.pcb([one] * 1000, base=W.scale(BASE, 0), density=1), one)
+
+    @pytest.mark.parametrize("density", [0.2, 1.0])
+    def test_task_vectors_too_long_to_multiply_are_named(self, density):
+        ws = [{"w": torch.linspace(-1, 1, 50) * f} for f in (1e20, 2e20)]
+        with pytest.raises(ValueError, match=r"ws: products .* in \('w',\)"):
+            M.pcb(ws, base={"w": torch.zeros(50)}, density=density)
+
 
 class TestStatistical:
     def test_fisher_is_the_weighted_mean_and_the_plain_one_without_importance(self):
@@ -396,6 +417,15 @@ class TestSpectral:
             moved = (merged[name] - BASE[name]).flatten(1).numpy()
             np.testing.assert_allclose(moved, (pu @ qu) * s @ (pv @ qv).T, rtol=1e-7, atol=1e-8)
         close(M.tsv(TASKS[:1], base=BASE), TASKS[0])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_tsv_of_tasks_on_one_line_goes_on_along_it(self, dtype):
+        """Directions that are the same but for rounding are shared, and no basis is made of their difference."""
+        base, tau = weights(1, dtype, {"m": (20, 30)}), weights(2, dtype, {"m": (20, 30)})
+        u, s, vt = np.linalg.svd(tau["m"].double().numpy(), full_matrices=False)
+        merged = M.tsv([W.add(base, tau, factor) for factor in (1.0, 3.0, 0.7)], base=base)
+        expected = 4.7 / 3 * (u[:, :6] * s[:6]) @ vt[:6]
+        np.testing.assert_allclose((merged["m"] - base["m"]).double().numpy(), expected, rtol=1e-4, atol=1e-5)
 
     def test_tsv_of_tasks_that_share_nothing_is_their_sum(self):
         a, b = torch.zeros(2, 4, 6).double()

@@ -35,7 +35,7 @@ def fine_tuned(toy):
 def started(learner, stream, task=0, batch=8):
     """A learner and a criterion as the loop would start them, at the given task."""
     criterion = Criterion(stream, "all", 0.0, torch.device("cpu"))
-    learner.start(Setting(torch.Generator().manual_seed(0), criterion, len(stream.classes), batch, 0.1, 0.0))
+    learner.start(Setting(torch.Generator().manual_seed(0), criterion, len(stream.classes), batch, 0.0))
     criterion.begin_task(stream[task])
     return learner
 

@@ -211,6 +211,10 @@ class TestSFA:
             expected = new[name] if kept else lerp(new, old, 0.5)[name]
             assert torch.equal(merged[name], expected)
 
+    def test_a_name_that_no_tensor_has_is_refused(self, toy):
+        with pytest.raises(ValueError, match=r"own: no tensor's name begins with one of \('haed',\)"):
+            sfa(toy, own=("haed",))
+
     def test_untouched_rows_of_the_head_stay_as_trained(self, toy):
         """With the classes seen so far in the loss, a class's row begins to move with its task."""
         seen = replace(EPOCHS, labels="seen")
@@ -328,6 +332,10 @@ class TestTriggers:
         assert not rule(Wanting(current=2.0, gradient=-1.0), since(), None)[0]
         assert rule(Wanting(current=2.0, gradient=1.0), since(), None)[0]
         assert not rule(Wanting(current=2.0, gradient=0.0), since(), None)[0]
+
+    def test_cosine_wants_nothing_where_no_step_was_taken(self, toy):
+        result = sfa(toy, Training(epochs=0), p=Cosine(), final=False)
+        assert [r.get("steps") for r in result.reports] == [None, [], []]
 
     @pytest.mark.parametrize("rule", [Drift(10, 0.02), Plateau(10, 0.3), Velocity(50), Cosine(10, 0.3)])
     def test_in_a_run_it_merges_where_it_looks_and_at_the_end(self, toy, rule):

@@ -90,6 +90,9 @@ def test_lines_are_compared_at_equal_plasticity():
     found = sfa.retained(table, 0.75)
     assert found.line.tolist() == ["SFA p = 0.25"] and found.old.tolist() == [pytest.approx(0.8)]
     assert not len(sfa.retained(table, 0.6))
+    both = pd.concat([table, table.assign(seed=1, new=table.new + 0.08)])
+    assert not len(sfa.retained(both, 0.75)), "one of two seeds reaches it"
+    assert len(sfa.retained(both, 0.85)) == 2
 
 
 def test_ends_and_course_of_a_run():
@@ -127,7 +130,7 @@ def test_contradiction_turns_gradients_against_each_other():
 def test_costs_are_counted():
     table = sfa.costs(parameters=1000, example=65, rows=100, tasks=3, steps=20, batch=10, p=0.25)
     assert table.kept["SFA p=0.25"] == 4000 and table.kept["EWC"] == 8000 and table.kept["task arithmetic"] == 16000
-    assert table.kept["buffer 10%"] == 3 * 10 * 65 and table.flops["buffer 10%"] == 0
+    assert table.kept["buffer 10%"] == 2 * 10 * 65 and table.flops["buffer 10%"] == 0
     assert table.flops["SFA p=0.25"] == 3 * 1000 * 4 * 2 and table.moved["WiSE-FT"] == 12000 * 2
     assert table.flops_share["L2"] == pytest.approx(3 * 1000 * 20 * 2 / (3 * 20 * 10 * 6 * 1000))
 

@@ -137,6 +137,13 @@ class TestOwnFiles:
         assert pieces(text.train)[0].decode() == "say 0\né0\n" and len(text.train) == 3
         assert pieces(text.test)[0].decode() == "say 3\né3\n"
 
+    def test_a_row_ends_at_its_newline_alone(self, tmp_path):
+        """Line and paragraph separators are ordinary characters within a string of JSON."""
+        rows = [json.dumps({"text": f"{end} {i}"}, ensure_ascii=False) for i, end in enumerate("\u2028\u2029\x85")]
+        (tmp_path / "a.jsonl").write_bytes("\r\n".join(rows).encode())
+        text = data.text_file(tmp_path / "a.jsonl", tmp_path / "a.jsonl", context=8)
+        assert [piece.decode() for piece in pieces(text.train)] == ["\u2028 0\n", "\u2029 1\n", "\x85 2\n"]
+
     def test_real_layouts_from_a_folder_and_a_zip(self, tmp_path):
         rows = {
             "gsm8k_train": [{"question": "1+1?", "answer": "It is <<1+1=2>>2.\n#### 2"}],

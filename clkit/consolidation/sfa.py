@@ -167,6 +167,10 @@ class SFA:
             }
         if not self.own:
             return merged
+        if not any(name.startswith(self.own) for name in merged):
+            raise ValueError(
+                f"own: no tensor's name begins with one of {self.own}; the model has {list(merged)[:3]} ..."
+            )
         return {n: context.current[n].clone() if n.startswith(self.own) else t for n, t in merged.items()}
 
     @staticmethod

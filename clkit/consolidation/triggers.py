@@ -161,5 +161,7 @@ class Cosine(_Looking):
         moved = {n: context.current[n] - since.anchor[n] for n in gradients if n in context.current}
         parts = [torch.stack([-(gradients[n] * m).sum(), gradients[n].square().sum(), m.square().sum()]) for n, m in
                  moved.items()]  # fmt: skip
+        if not parts:
+            return False, None
         inner, a, b = torch.stack(parts).double().sum(0).tolist()
         return bool(a and b) and inner / (a * b) ** 0.5 < self.limit, None

@@ -58,7 +58,7 @@ def _digest(text: str) -> bytes:
 
 def rows_of(text: str) -> list[dict[str, Any]]:
     """The rows of JSON lines."""
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [json.loads(line) for line in text.split("\n") if line.strip()]  # strings may hold other ends of lines
 
 
 def _found(path: Path, *names: str) -> list[list[dict[str, Any]]]:

@@ -72,13 +72,12 @@ class Criterion:
 
 @dataclass(eq=False)
 class Setting:
-    """What a learner gets before the first task: its own generator, the loss, sizes and the learning rate."""
+    """What a learner gets before the first task: its own generator, the loss and sizes."""
 
     generator: torch.Generator
     criterion: Criterion
     classes: int
     batch: int
-    lr: float
     holdout: float
     """The share of a memory that is kept from replay, for choosing settings by; what a consolidation asks for."""
 

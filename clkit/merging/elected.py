@@ -15,7 +15,7 @@ def magmax(ws: Sequence[Weights], *, base: Weights, scale: float = 1.0) -> dict[
 
     The paper merges weights trained one task after the other and tunes the scale (0.5 is common); 1 gives a copy for
     copies. Where the largest entries of both signs tie, nothing moves, so that neither order nor sign matters; released
-    code takes the first.
+    code takes the last.
 
     Ref: Marczak et al., MagMax, arXiv 2407.06322.
     """
@@ -29,7 +29,8 @@ def emr(ws: Sequence[Weights], *, base: Weights, task: int | None = None) -> dic
     Elect: at each entry the sign of the sum of task vectors, and of the entries with it the largest magnitude: the
     unified vector u. Mask: task i takes u where it agrees in sign with its own vector tau_i. Rescale: by
     sum |tau_i| / sum |u masked|, over all weights. The paper deploys the masked weights, each task with a mask of one
-    bit an entry and one number; None gives base + u, the one network that needs no task.
+    bit an entry and one number; None gives base + u, the one network that needs no task. Where the sum is zero nothing
+    moves; released code elects a minus there, and its ratio is of sums of the tensors' means.
 
     Ref: Huang et al., EMR-Merging, arXiv 2405.17461.
     """
@@ -67,8 +68,9 @@ def pcb(
     large where it moves far and others move along. The `density` entries with the largest b_i are kept, and the result
     is sum_i b_i tau_i / sum_i b_i over the tasks that keep the entry. Minimum, maximum, softmax and density are over
     all weights as one vector, as in the paper, or tensor by tensor with `whole=False`. The paper keeps 20 % or less and
-    tunes scale around 1. What norm is, it leaves open; this is the one of the released code, which puts
-    tanh(tau_i sum_j tau_j) in the place of the second factor, has scores below zero, and clips large ones.
+    tunes scale around 1. What norm is, it leaves open; this is the one of the released code, which differs in the rest:
+    it clips the largest and the smallest magnitudes, scores exp(N norm(|tau_i|)^2) tanh(tau_i sum_j tau_j), and weights
+    by how far a score is above the lowest one kept.
 
     Ref: Du et al., Parameter competition balancing, arXiv 2410.02396, eq. 1 to 4.
     """
@@ -86,14 +88,17 @@ def pcb(
     def rule(piece: Piece, part: Tensor) -> Tensor:
         score = scores[piece.name](part)
         if top:
-            score = score * top[piece.name][0](score)
-        return (score * part).sum(0) / score.sum(0).clamp(min=torch.finfo(score.dtype).tiny)
+            score = score.masked_fill(~top[piece.name][0](score), -torch.inf)
+        return (score.softmax(0).nan_to_num_(0.0) * part).sum(0)  # NaN where no task keeps the entry
 
     return vectors.merge(rule, scale)
 
 
 class _Scores:
-    """b_i of `pcb` for some tensors, up to one factor for all tasks: the mean exponentials stand in for their sums."""
+    """The logarithms of b_i of `pcb` for some tensors, up to one summand for all tasks.
+
+    exp(N norm) itself leaves single precision from 89 tasks on.
+    """
 
     def __init__(self, vectors: TaskVectors, names: Sequence[str]) -> None:
         n = len(vectors)
@@ -104,13 +109,16 @@ class _Scores:
                 products = part[i] * part
                 self.low[i] = torch.minimum(self.low[i], products.amin(1).cpu())
                 self.high[i] = torch.maximum(self.high[i], products.amax(1).cpu())
+        if self.entries and not (self.high - self.low).isfinite().all():
+            raise ValueError(f"ws: products of task vectors overflow in {names[:3]}; give shorter ones")
         total, own = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+        top = (self.high > self.low).diagonal().double()  # the largest norm(tau_i tau_i): 1, or 0 where all are equal
         for _, part in vectors.of(names):
             for i in range(n):
                 normed = self._normed(part, i)
                 total[i] += normed.exp().sum(1, dtype=torch.float64).cpu()
-                own[i] += (n * normed[i]).exp().sum(dtype=torch.float64).cpu()
-        self.total, self.own = total / max(self.entries, 1), own / max(self.entries, 1)
+                own[i] += (n * (normed[i] - float(top[i]))).exp().sum(dtype=torch.float64).cpu()
+        self.total, self.own = total / max(self.entries, 1), own.log() + n * top
 
     def _normed(self, part: Tensor, i: int) -> Tensor:
         """norm(tau_i tau_j) for all j; 0 where all entries are equal."""
@@ -119,11 +127,11 @@ class _Scores:
         return ((part[i] * part) - low) / width
 
     def __call__(self, part: Tensor) -> Tensor:
-        """The scores there (n, entries)."""
+        """The logarithms there (n, entries)."""
         n = len(part)
         found = torch.empty_like(part)
         for i in range(n):
             normed = self._normed(part, i)
             inter = (normed.exp() / self.total[i].to(part)[:, None]).sum(0)
-            found[i] = (n * normed[i]).exp() / self.own[i].to(part) * inter
+            found[i] = n * normed[i] - self.own[i].to(part) + inter.log()
         return found

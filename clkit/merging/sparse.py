@@ -26,7 +26,8 @@ def ties(
 
     Where the sum is exactly zero no sign is elected and nothing moves, as the paper's formula has it; the released code
     takes the sign that most entries elected, and the negative one where that is zero, too, so that tau and -tau merge
-    to -|tau|. It keeps int(density n) entries and all ties. mergekit trims tensor by tensor and elects a plus for zero.
+    to -|tau|. It keeps int(density n) + 1 entries and all ties. mergekit trims tensor by tensor and elects a plus for
+    zero.
 
     Ref: Yadav et al., TIES-Merging, arXiv 2306.01708, algorithm 1.
     """

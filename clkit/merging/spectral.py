@@ -1,9 +1,10 @@
 """Merges of task matrices by their singular vectors: isotropic (Iso-C), decorrelated (TSV), orthogonal in turn (OPCM).
 
-A tensor of two and more axes is the matrix (first axis, the rest); others are averaged as the methods say. A matrix is
-decomposed through the Gram matrix of its shorter side, in double precision: for (64, 4608) an eigenproblem of 64 by 64
-in the place of a singular value decomposition. Squaring loses directions below 1e-8 of the largest; those of float32
-weights are rounding below 1e-5 or so. Weights in float64 are decomposed directly.
+A tensor of two and more axes is the matrix (first axis, the rest); others are averaged as the methods say. Released
+code takes tensors of two axes alone for matrices, so that it averages kernels of convolutions. A matrix is decomposed
+through the Gram matrix of its shorter side, in double precision: for (64, 4608) an eigenproblem of 64 by 64 in the
+place of a singular value decomposition. Squaring loses directions below 1e-8 of the largest; those of float32 weights
+are rounding below 1e-5 or so. Weights in float64 are decomposed directly.
 """
 
 from collections.abc import Sequence
@@ -15,15 +16,17 @@ from clkit.merging.pieces import TaskVectors
 from clkit.merging.vectors import finite, share
 from clkit.weights import Weights
 
+SHARED = 16  # singular vectors of the same direction differ by so many times the precision of the weights, or less
 
-def decompose(matrix: Tensor, *, gram: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
+
+def decompose(matrix: Tensor, *, gram: bool | None = None, eps: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition U (m, r), s (r,), V (n, r), largest first, without what rounding has left.
 
-    Directions whose singular value is below eps sqrt(max(m, n)) of the largest, for the matrix's own precision, are cut
-    off: r is the numerical rank. `gram` decides between the Gram matrix and a direct decomposition; None takes the Gram
-    matrix for float32. The factors are in float64.
+    Directions whose singular value is below eps sqrt(max(m, n)) of the largest are cut off: r is the numerical rank.
+    `eps` None is the matrix's own precision. `gram` decides between the Gram matrix and a direct decomposition; None
+    takes the Gram matrix for float32. The factors are in float64.
     """
-    limit = torch.finfo(matrix.dtype).eps * max(*matrix.shape, 1) ** 0.5
+    limit = (torch.finfo(matrix.dtype).eps if eps is None else eps) * max(*matrix.shape, 1) ** 0.5
     gram = matrix.dtype == torch.float32 if gram is None else gram
     double = matrix.double()
     if not matrix.numel():
@@ -42,9 +45,9 @@ def decompose(matrix: Tensor, *, gram: bool | None = None) -> tuple[Tensor, Tens
     return (short, s, long) if wide else (long, s, short)
 
 
-def polar(matrix: Tensor, *, gram: bool | None = None) -> Tensor:
+def polar(matrix: Tensor, *, gram: bool | None = None, eps: float | None = None) -> Tensor:
     """The nearest matrix with orthonormal directions: U V^T of the decomposition, without directions cut off there."""
-    u, _, v = decompose(matrix, gram=gram)
+    u, _, v = decompose(matrix, gram=gram, eps=eps)
     return u @ v.T
 
 
@@ -84,7 +87,8 @@ def tsv(ws: Sequence[Weights], *, base: Weights, density: float | None = None, s
     def matrix(parts: Tensor) -> Tensor:
         found = [decompose(part) for part in parts]
         rank = max(1, int(density * min(parts.shape[1:])))
-        u, v = (polar(torch.cat([f[side][:, :rank] for f in found], 1)) for side in (0, 2))
+        eps = SHARED * torch.finfo(parts.dtype).eps
+        u, v = (polar(torch.cat([f[side][:, :rank] for f in found], 1), eps=eps) for side in (0, 2))
         return (u * torch.cat([f[1][:rank] for f in found])) @ v.T
 
     return _by_matrix(ws, base, matrix, scale)

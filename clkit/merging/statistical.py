@@ -18,7 +18,8 @@ def fisher(
     `importances`: for each of the weights a mapping of names to non-negative tensors of their shapes, as
     `curvature.fisher` gives them, in any common unit; names without one (BatchNorm statistics) are averaged, and so are
     entries where no network has any importance. `coefficients` multiply the importances of each. The paper takes the
-    diagonal Fisher information and tunes the coefficients; its code puts 1e-6 in the place of smaller importances.
+    diagonal Fisher information and tunes the coefficients; its code divides them by the length of each network's
+    importances and puts 1e-6 in the place of smaller ones, by default in the first network alone.
 
     With the previous and the current weights this is CoFiMA (Marouf et al., arXiv 2312.08977), a step of a sequence.
 

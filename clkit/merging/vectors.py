@@ -130,6 +130,9 @@ def _top(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: Quantity) 
         missed_high, missed_low = above >= keep, above + within_counts < keep
         if not (missed_high | missed_low).any():
             break
+        if (low[missed_low] == -math.inf).any():  # no bracket is wider: some values are NaN
+            raise ValueError(f"ws: what entries of {names[:3]} are ranked by is not a number; give task vectors that "
+                             "do not overflow")  # fmt: skip
         high[missed_high], low[missed_low] = math.inf, -math.inf
     value, quota, tied = (
         torch.empty(n, dtype=vectors.dtype),

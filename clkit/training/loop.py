@@ -168,9 +168,7 @@ class _Loop:
         seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
         self.order, self.augmenter, own = (torch.Generator(device).manual_seed(s) for s in seeds)
         self.criterion = Criterion(stream, training.labels, training.label_smoothing, device)
-        learner.start(
-            Setting(own, self.criterion, len(stream.classes), training.batch, training.lr, consolidation.holdout or 0.0)
-        )
+        learner.start(Setting(own, self.criterion, len(stream.classes), training.batch, consolidation.holdout or 0.0))
         channels_last = training.channels_last if training.channels_last is not None else device.type == "cuda"
         self.layout = torch.channels_last if channels_last and len(stream.shape) == 3 else torch.preserve_format
         model.to(memory_format=self.layout)
@@ -223,7 +221,8 @@ class _Loop:
             if self.watch is not None:
                 self.look("before", progress)
             merged = self.consolidate(task, progress, current)
-            check_finite(merged.train, f"consolidated weights after task {task.index}")
+            for part in {id(w): w for w in (merged.train, merged.deploy)}.values():
+                check_finite(part, f"consolidated weights after task {task.index}")
         train, deploy = merged.train, merged.deploy
         set_weights(self.model, train)
         self.learner.on_consolidated(self.model, task)

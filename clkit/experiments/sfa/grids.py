@@ -103,7 +103,7 @@ def similarity() -> Grid:
     for share in (0.25, 0.5, 1.0):
         streams[f"{share:.0%} of pixels permuted"] = partial(_permuted, 2, share)
     methods = {"fine-tuning": Method(Learner())} | averaging([i / 10 for i in range(1, 11)], (0.5,))
-    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(8, 32, 0.1), range(5), ends)
+    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(8, 32, 0.1), range(3), ends)
 
 
 def long() -> Grid:
@@ -114,12 +114,11 @@ def long() -> Grid:
         "SFA p=0.25 β=0.5": Method(Learner(), SFA(0.25, 0.5)),
         "SFA p=0.25 β=0.2": Method(Learner(), SFA(0.25, 0.2)),
         "SFA p=1 β=0.5": Method(Learner(), SFA(1.0, 0.5)),
-        "SFA p=1 β=0.2": Method(Learner(), SFA(1.0, 0.2)),
         "SFA p=1 β=1-1/k": Method(Learner(), SFA(1.0, "equal")),
-        "online EWC": Method(OnlineEWC(10.0)),
+        "online EWC": Method(OnlineEWC(1.0, gamma=0.9)),
         "buffer 5%, concatenate": Method(DataBuffer(0.05)),
     }
-    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(4, 32, 0.1), range(3), course)
+    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(3, 32, 0.1), range(2), course)
 
 
 def checkpoints() -> Grid:
@@ -151,7 +150,7 @@ def conflict() -> Grid:
     }
     methods = {"fine-tuning": Method(Learner()), "L2 λ=0.1": Method(L2(0.1)), "EWC λ=30": Method(EWC(30.0))}
     methods |= averaging((0.25, 1.0), (0.2, 0.5)) | {"buffer 10%, half": Method(DataBuffer(0.1, "half"))}
-    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(16, 32, 0.1), range(5), ends)
+    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(16, 32, 0.1), range(3), ends)
 
 
 def parts() -> Grid:
@@ -163,7 +162,8 @@ def parts() -> Grid:
         rule = SFA(p, 0.5)
         methods[f"p={p:g}"] = Method(Learner(), rule)
         methods[f"p={p:g}, cosine schedule"] = Method(Learner(), rule, replace(base.training, schedule="cosine"))
-        methods[f"p={p:g}, no final merge"] = Method(Learner(), replace(rule, final=False))
+        if p in (0.1, 0.96):  # elsewhere the interval divides the task and the last merge comes anyway
+            methods[f"p={p:g}, no final merge"] = Method(Learner(), replace(rule, final=False))
         methods[f"p={p:g}, head as trained"] = Method(Learner(), replace(rule, own=("linear.",)))
         methods[f"p={p:g}, untouched as trained"] = Method(Learner(), replace(rule, untouched="keep"))
         for name, settings in (("Adam", adam), ("momentum", heavy)):
@@ -176,7 +176,8 @@ def parts() -> Grid:
 def streams(name: str = "letters", profile: str = "fast") -> Grid:
     """Twenty tasks of five classes, the task given: rendered letters, or CIFAR-100, with a small transformer.
 
-    The transformer has learned something else before (other scripts; CIFAR-10), as the paper's have. "paper" is
+    The transformer has learned something else before (other scripts; CIFAR-10), as the paper's have. Knobs are single
+    values and were not tuned here; penalties are in Adam's gradient, as is usual. "paper" is
     CIFAR-100 at its full size with a larger one that has not.
     """
     adam = Training(6, 32, 0.001, optimizer="adamw", labels="task", augment=False)
@@ -200,7 +201,8 @@ def streams(name: str = "letters", profile: str = "fast") -> Grid:
         return Grid(whole, {"vit 192 x 6": vit}, methods, replace(adam, epochs=20, augment=True), range(5), course)
     limit = None if name == "letters" else 60
     if name != "letters":
-        methods = {n: m for n, m in methods.items() if n not in ("L2", "SFA p=1 β=0.2")}
+        left = ("L2", "SFA p=1 β=0.2", "joint", "task arithmetic", "buffer 5%, concatenate")
+        methods = {n: m for n, m in methods.items() if n not in left}
         adam = replace(adam, epochs=4)
     words = f"{name}, 20 tasks" + (f", {limit} images a class" if limit else "")
     seeds = range(3) if name == "letters" else range(2)
@@ -261,8 +263,8 @@ def lines(table: "pd.DataFrame") -> "pd.DataFrame":
 def retained(table: "pd.DataFrame", new: float = 0.95, *, by: str = "line") -> "pd.DataFrame":
     """Accuracy on the old tasks where that on the new one is `new`: interpolated along each line's knob, seed by seed.
 
-    A row a line and seed that reach `new`, with the column `old`. Lines are compared at equal plasticity, so that no
-    single setting of a knob decides.
+    A row a line and seed, with the column `old`, of lines that reach `new` in every seed. Lines are compared at equal
+    plasticity, so that no single setting of a knob decides.
     """
     import pandas as pd
 
@@ -271,13 +273,15 @@ def retained(table: "pd.DataFrame", new: float = 0.95, *, by: str = "line") -> "
         one = one.sort_values("new")
         if len(one) > 1 and one.new.min() <= new <= one.new.max():
             rows.append({by: line, "seed": seed, "old": float(np.interp(new, one.new, one.old))})
-    return pd.DataFrame(rows, columns=[by, "seed", "old"])
+    found = pd.DataFrame(rows, columns=[by, "seed", "old"])
+    return found[found.groupby(by)["seed"].transform("count") == table["seed"].nunique()].reset_index(drop=True)
 
 
 def ends(result: Result) -> dict[str, float]:
     """Two tasks after the second: accuracy on the old and the new one, the steps it took to learn that, the merges.
 
-    `steps` is the first step of the last task at which the mean loss of ten steps is below 0.3, else all of them.
+    `steps` is the first step of the last task at which the mean loss of ten steps is below 0.3, else all of them; to be
+    compared between rules whose loss is the task's own.
     """
     loss = result.training_loss[-1]
     smooth = np.convolve(loss, np.ones(10) / 10, "valid")

@@ -43,7 +43,7 @@ def text(name: str, *, real: bool = False, windows: int = WINDOWS) -> Text:
     return data.texts(name, path=path, context=CONTEXT, limit=windows)
 
 
-def language() -> Grid:
+def three_domains() -> Grid:
     """Math, Law, Code: SFA over p and beta, and what it is compared with; bits per byte and exact-match arithmetic."""
     methods = {"fine-tuning": Method(Learner()), "joint": Method(Joint())}
     methods |= _averaging({0.1: (0.1, 0.2, 0.5), 0.25: (0.1, 0.2, 0.3, 0.5), 1.0: (0.1, 0.2, 0.3, 0.5)})
@@ -55,25 +55,29 @@ def language() -> Grid:
 
 def from_base() -> Grid:
     """The same stream from a network that has read a little of everything: merges of fine-tuned networks assume one."""
-    methods = {"fine-tuning": Method(Learner())}
-    methods |= _averaging({0.25: (0.2, 0.5), 1.0: (0.2, 0.5)}) | {"L2 λ=0.03": Method(L2(0.03))} | _posthoc()
-    return replace(language(), models={"gpt 64 x 2, has read": well_read}, methods=methods)
+    every = three_domains()
+    kept = ("fine-tuning", "joint", "L2 λ=0.03", "EWC λ=100", "EWC λ=1000", "buffer 1%", "buffer 5%")
+    methods = {name: every.methods[name] for name in kept} | _posthoc()
+    methods |= _averaging({0.25: (0.2, 0.5, 0.7), 1.0: (0.2, 0.5, 0.7)})
+    return replace(every, models={"gpt 64 x 2, has read": well_read}, methods=methods)
 
 
 def orders() -> Grid:
     """All six orders of the three domains."""
-    methods = {"fine-tuning": Method(Learner())} | _averaging({0.25: (0.2, 0.5), 1.0: (0.2, 0.5)})
+    kept = ("fine-tuning", "SFA p=0.25 β=0.5", "SFA p=1 β=0.5", "EWC λ=100")
+    methods = {name: three_domains().methods[name] for name in kept}
     streams = {", ".join(order): partial(_texts, order) for order in permutations(DOMAINS)}
-    return replace(language(), streams=streams, methods=methods)
+    return replace(three_domains(), streams=streams, methods=methods)
 
 
 def real_texts() -> Grid:
     """GSM8K, the US Code, MBPP and HumanEval in the place of the embedded texts; fewer methods."""
-    methods = {"fine-tuning": Method(Learner()), "joint": Method(Joint())}
-    methods |= _averaging({0.25: (0.2, 0.5), 1.0: (0.2, 0.5)})
-    methods |= {"L2 λ=0.03": Method(L2(0.03)), "buffer 5%": Method(DataBuffer(0.05))}
+    kept = ("fine-tuning", "joint", "SFA p=0.25 β=0.2", "SFA p=0.25 β=0.5", "SFA p=1 β=0.5", "EWC λ=100", "buffer 5%")
+    methods = {name: three_domains().methods[name] for name in kept}
     streams = {"math, law, code, real texts": partial(_texts, DOMAINS, real=True)}
-    return replace(language(), streams=streams, methods=methods, seeds=range(1), measure=partial(reading, sums=False))
+    return replace(
+        three_domains(), streams=streams, methods=methods, seeds=range(1), measure=partial(reading, sums=False)
+    )
 
 
 def aligned() -> Grid:
@@ -91,10 +95,9 @@ def aligned() -> Grid:
 
 def aligned_text() -> Grid:
     """`aligned` for the byte-level GPT: Math, Law, Code with a memory of 50 windows."""
-    chosen = ("ER", "CLeWI α=0.3, by activations", "CLeWI α=0.3, by weights", "CLeWI α=0.3, not aligned",
-              "CLeWI α=0.5, by activations", "CLeWI α=0.5, not aligned")  # fmt: skip
+    chosen = ("ER", "CLeWI α=0.3, by activations", "CLeWI α=0.3, not aligned")
     methods = aligned().methods
-    return replace(language(), methods={name: methods[name] for name in chosen})
+    return replace(three_domains(), methods={name: methods[name] for name in chosen})
 
 
 def barriers(seeds: Sequence[int] = range(2)) -> "pd.DataFrame":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clkit import landscape, weights
-from clkit.consolidation import SFA, Context, Merged
+from clkit.consolidation import SFA, Context, Merged, merge_steps
 from clkit.data import Stream
 from clkit.experiments.grid import Grid
 from clkit.experiments.plan import Method
@@ -123,9 +123,9 @@ def costs(
     """What each method keeps and does beyond plain fine-tuning, over a stream.
 
     `parameters` of the network in float32, an `example` in bytes with its label, `rows` a task has, optimizer `steps` a
-    task with `batch` rows. Columns: kept, bytes between tasks at the end of the stream; flops, floating-point
-    operations added in all (a training row costs 6 a parameter); moved, bytes read and written in all beyond those of
-    fine-tuning's own steps; flops_share, of fine-tuning's operations.
+    task with `batch` rows. Columns: kept, bytes held beside the network while the last task is learned; flops,
+    floating-point operations added in all (a training row costs 6 a parameter); moved, bytes read and written in all
+    beyond those of fine-tuning's own steps; flops_share, of fine-tuning's operations.
 
     A merge reads two networks and writes one. L2 reads the anchor at every step, EWC the importance, too, whose
     computation costs a training row for every one of the task's. A buffer's rows take the place of the task's own in a
@@ -135,7 +135,7 @@ def costs(
 
     size, later = 4 * parameters, tasks - 1
     own = tasks * steps * batch * 6 * parameters
-    merged = round(1 / p) * later
+    merged = len(merge_steps(steps, p)) * later
     table = {
         "fine-tuning": (0, 0, 0),
         f"SFA p={p:g}": (size, 3 * parameters * merged, 3 * size * merged),
@@ -149,7 +149,7 @@ def costs(
         "task arithmetic": ((tasks + 1) * size, 2 * parameters * tasks, (tasks + 2) * size),
     }
     for share in (0.01, 0.05, 0.1):
-        kept = round(share * rows) * example * tasks
+        kept = round(share * rows) * example * later
         drawn = sum(t * share / (1 + t * share) for t in range(1, tasks)) * steps * batch * example
         table[f"buffer {share:.0%}"] = (kept, 0, kept + drawn)
     frame = pd.DataFrame.from_dict(table, orient="index", columns=["kept", "flops", "moved"])

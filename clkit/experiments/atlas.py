@@ -1,0 +1,420 @@
+"""The merging atlas: eight networks fine-tuned from one start, and every merge of `merging.MERGES` on them.
+
+The tasks are eight scripts of `data.glyphs`, ten characters each, the task given. The start is a perceptron that has
+seen all eighty characters in one font; its head is frozen from then on, as CLIP's is in the papers (Ilharco et al.,
+arXiv 2212.04089), so that merging is about the body alone. A fifth of the training data is held out: options of a
+merge are chosen on it, and reported on the test data.
+
+```python
+made = atlas.zoo(seed=0)
+made.accuracy(made.merge("ties", "independent", scale=1.5)).mean()
+```
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations, product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from clkit import curvature, data, models, weights
+from clkit.consolidation import SFA, Merging
+from clkit.data import Examples, Stream
+from clkit.evaluation import evaluate
+from clkit.learners import Joint, Learner
+from clkit.merging import MERGES
+from clkit.training import Training, run
+from clkit.weights import Weights
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TASKS = tuple(data.SCRIPTS)
+TRAININGS = ("independent", "sequential")
+STARTS = ("pretrained", "random", "apart")
+SEEDS = range(5)
+MASKED = "emr, masked"  # EMR as its paper deploys it: a network for each task, made of one vector and a mask
+NAMES = (*MERGES, MASKED)
+PER_CLASS, HELD_OUT = 80, 16  # training examples of a character, and how many of them options are chosen on
+ADAM = Training(6, 32, 0.001, optimizer="adamw", labels="task", augment=False)
+EARLIER = Training(15, 32, 0.001, optimizer="adamw", augment=False)
+MEASURED = 256  # examples of a task that Fisher information and Gram matrices are measured on
+KNOBS = ("scale", "density", "t", "alpha", "shrink", "whole")
+
+SUMS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # scales of a sum of task vectors
+MEANS = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # scales of what replaces their mean
+LINE = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def _each(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
+
+# Options without tuning, from the papers where they name some, then those to choose from on held-out data.
+UNTUNED: Mapping[str, Mapping[str, Any]] = {
+    "task_arithmetic": {"scale": 0.3},
+    "breadcrumbs": {"scale": 0.3},
+    "dare": {"density": 0.1, "scale": 0.3},
+    "magmax": {"scale": 0.5},
+}
+SEARCHED: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "interpolate": _each(t=LINE),
+    "slerp": _each(t=LINE),
+    "wise_ft": _each(alpha=LINE),
+    "task_arithmetic": _each(scale=SUMS),
+    "model_stock": _each(whole=(False, True)),
+    "ties": _each(density=(0.05, 0.1, 0.2, 0.5, 1.0), scale=MEANS),
+    "breadcrumbs": _each(density=(0.143, 0.5, 0.9), scale=SUMS),
+    "dare": _each(density=(0.05, 0.1, 0.2, 0.5, 1.0), scale=SUMS),
+    "dare_ties": _each(density=(0.1, 0.2, 0.5, 1.0), scale=MEANS),
+    "della": _each(density=(0.1, 0.2, 0.5, 0.9), scale=MEANS),
+    "magmax": _each(scale=MEANS),
+    "pcb": _each(density=(0.05, 0.2, 0.5, 1.0), scale=(0.5, 1.0, 1.5, 2.0)),
+    "regmean": _each(shrink=(0.1, 0.5, 0.9, 1.0)),
+    "iso_c": _each(scale=(*MEANS, 2.5, 3.0)),
+    "tsv": _each(scale=(*MEANS, 2.5, 3.0)),
+    "opcm": _each(alpha=(0.2, 0.5, 0.8)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Zoo:
+    """Networks fine-tuned on a task each, and what merges may want to know of them.
+
+    - `stream`: the tasks, with their test data; `held_out`: the same with held-out training data in their place
+    - `model`: of the networks' architecture; `base`: the start, from which task vectors are taken
+    - `networks`: the weights trained on every task, "independent", all from the base, and "sequential", each from the
+      last one's
+    - `starts`: what each of the independent networks began with, the base but for `start="apart"`
+    - `importances`, `grams`: Fisher information and Gram matrices of each network on its own task, by training
+    """
+
+    stream: Stream
+    held_out: Stream
+    model: nn.Module
+    base: Weights
+    networks: Mapping[str, Sequence[Weights]]
+    importances: Mapping[str, Sequence[Weights]]
+    grams: Mapping[str, Sequence[Weights]]
+    seed: int
+
+    def merge(
+        self, name: str, training: str = "independent", tasks: Sequence[int] | None = None, **options: Any
+    ) -> list[Weights]:
+        """Merges the networks of some tasks (default: all) by a row of `MERGES`: the weights to use for each of them.
+
+        They are one and the same for all tasks, but for "emr, masked". As in the consolidation `Merging`, a merge of
+        two goes through the networks in order, the merged one first, and a merge of one takes the last network.
+        """
+        chosen = list(range(len(self.stream)) if tasks is None else tasks)
+        ws = [self.networks[training][i] for i in chosen]
+        if name == MASKED:
+            return [MERGES["emr"](ws, base=self.base, task=i) for i in range(len(ws))]
+        row = MERGES[name]
+        if row.needs == "score":
+            options["score"] = lambda w: self.accuracy([w] * len(ws), chosen, held_out=True).mean()
+        elif row.needs:
+            options[row.needs] = [getattr(self, row.needs)[training][i] for i in chosen]
+        if row.random:
+            options.setdefault("seed", self.seed)
+        if row.arity == 2:
+            merged = ws[0]
+            for w in ws[1:]:
+                merged = row([merged, w], base=self.base, **options)
+            return [merged] * len(ws)
+        return [row(ws[-1:] if row.arity == 1 else ws, base=self.base, **options)] * len(ws)
+
+    def accuracy(
+        self, merged: Sequence[Weights], tasks: Sequence[int] | None = None, *, held_out: bool = False
+    ) -> np.ndarray:
+        """Accuracy on each of some tasks (default: all), with weights for each of them, on test or held-out data."""
+        stream = self.held_out if held_out else self.stream
+        chosen = list(range(len(stream)) if tasks is None else tasks)
+        found = np.empty(len(chosen))
+        for group in {id(w): w for w in merged}.values():
+            places = [i for i, w in enumerate(merged) if w is group]
+            weights.set_weights(self.model, group)
+            own = tuple(replace(stream[chosen[i]], index=k) for k, i in enumerate(places))
+            found[places] = evaluate(self.model, replace(stream, tasks=own)).masked
+        return found
+
+    def vectors(self, training: str = "independent") -> list[dict[str, torch.Tensor]]:
+        """The task vectors w - base."""
+        return [weights.sub(w, self.base) for w in self.networks[training]]
+
+
+def scripts(seed: int = 0, per_class: int = PER_CLASS) -> tuple[Stream, Stream, Stream]:
+    """Eight scripts, ten characters of each drawn by the seed, as tasks in an order drawn by it, too.
+
+    Three streams of the same classes: the tasks; the tasks with training data held out in the place of the test data;
+    and one task of all eighty characters in one font, to begin with.
+    """
+    rng = np.random.default_rng(seed)
+    characters, names = "", rng.permutation(TASKS).tolist()
+    for script in names:
+        known = [c for c in data.glyphs(script, per_class=1, size=8).classes if c not in characters]
+        characters += "".join(rng.choice(known, 10, replace=False))
+    whole = data.glyphs(characters=characters, size=16, per_class=per_class, seed=seed)
+    plain = data.glyphs(characters=characters, size=16, per_class=12, fonts="sans", jitter=0.5, seed=seed + 1000)
+    place = torch.arange(len(whole.train)) % per_class  # a class's rows follow each other, its fonts in turn
+    held = place >= per_class - max(1, per_class * HELD_OUT // PER_CLASS)
+    kept, apart = (Examples(whole.train.x[rows], whole.train.y[rows]) for rows in (~held, held))
+    streams = []
+    for test in (whole.test, apart):
+        stream = data.split(replace(whole, train=kept, test=test), len(TASKS), scenario="task")
+        named = (replace(task, name=name) for task, name in zip(stream, names, strict=True))
+        streams.append(replace(stream, name="scripts", tasks=tuple(named)))
+    return *streams, data.split(replace(plain, normalize=whole.normalize), 1)
+
+
+def zoo(
+    seed: int = 0,
+    start: str = "pretrained",
+    *,
+    model: Any = None,
+    training: Training = ADAM,
+    earlier: Training = EARLIER,
+    per_class: int = PER_CLASS,
+) -> Zoo:
+    """Trains the networks of one seed, on the CPU.
+
+    `start`: "pretrained"; "random", the network as initialised; or "apart", where every independent network has an
+    initialisation of its own and the base is another one. `model` is a factory, by default a perceptron with two layers
+    of 256.
+    """
+    if start not in STARTS:
+        raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
+    factory = model or partial(models.mlp, hidden=(256, 256))
+    stream, held_out, plain = scripts(seed, per_class)
+    if start == "pretrained":
+        first = run(plain, factory, None, None, earlier, seed=seed, device="cpu", progress=False).weights[0]
+    else:
+        first = weights.get_weights(factory(stream, seed=seed))
+    net = _frozen(factory, stream, first, seed)
+    common = {"seed": seed, "device": "cpu", "progress": False}
+    alone = Merging("average", training="independent")
+    networks: dict[str, Sequence[Weights]] = {}
+    if start == "apart":
+        networks["independent"] = [
+            run(replace(stream, tasks=(replace(task, index=0),)),
+                _frozen(factory, stream, weights.get_weights(factory(stream, seed=seed + 100 + task.index)), seed),
+                None, None, training, **common).trained[0]
+            for task in stream
+        ]  # fmt: skip
+    else:
+        networks["independent"] = run(stream, net, Learner(), alone, training, **common).trained
+    networks["sequential"] = run(stream, net, Learner(), None, training, **common).trained
+    known = {kind: [_known(net, w, stream, i) for i, w in enumerate(ws)] for kind, ws in networks.items()}
+    importances, grams = ({kind: [pair[k] for pair in pairs] for kind, pairs in known.items()} for k in (0, 1))
+    return Zoo(stream, held_out, copy.deepcopy(net), first, networks, importances, grams, seed)
+
+
+def config(study: str, seeds: Iterable[int] = SEEDS, **more: Any) -> dict[str, Any]:
+    """What a study depends on, in words: its seeds, the training, the options tried, and what else is given."""
+    tried = {name: [dict(options) for options in settings(name)] for name in NAMES}
+    trained = {"earlier": repr(EARLIER), "training": repr(ADAM), "examples": [PER_CLASS, HELD_OUT]}
+    return {"study": study, "seeds": list(seeds)} | trained | {"settings": tried} | more
+
+
+def settings(name: str) -> list[Mapping[str, Any]]:
+    """The options of a merge that are tried: first those without tuning, then those to choose from."""
+    return [UNTUNED.get(name, {}), *SEARCHED.get(name, [])]
+
+
+def atlas(seeds: Iterable[int] = SEEDS, names: Sequence[str] = NAMES, **made: Any) -> "pd.DataFrame":
+    """Every merge at all its settings, independent and sequential: a row each.
+
+    Columns: seed, training, method, untuned (whether the options are those without tuning), the options' numbers (NaN
+    where they are not given), held_out and acc, the mean accuracies over tasks on held-out and on test data, and tasks,
+    the accuracies on test data by task. `made` is passed to `zoo`.
+    """
+    import pandas as pd
+
+    rows = []
+    for one in _zoos(seeds, **made):
+        for training, name in product(TRAININGS, names):
+            for place, options in enumerate(settings(name)):
+                merged = one.merge(name, training, **options)
+                test = one.accuracy(merged)
+                row = {"seed": one.seed, "training": training, "method": name, "untuned": place == 0}
+                row |= {knob: float(options.get(knob, "nan")) for knob in KNOBS}
+                row["held_out"] = round(float(one.accuracy(merged, held_out=True).mean()), 5)
+                rows.append(row | {"acc": round(float(test.mean()), 5), "tasks": test.round(4).tolist()})
+    return pd.DataFrame(rows)
+
+
+def chosen(table: "pd.DataFrame", by: Sequence[str] = ("seed", "training", "method")) -> "pd.DataFrame":
+    """Of `atlas`, the rows with the options that did best on held-out data, the first of equals."""
+    return table.loc[table.groupby(list(by), sort=False).held_out.idxmax()].reset_index(drop=True)
+
+
+def references(seeds: Iterable[int] = SEEDS, **made: Any) -> "pd.DataFrame":
+    """What merges are compared with: seed, reference, acc, the mean accuracy over tasks, and tasks, that by task.
+
+    - "start", the base; "each its own", every independently fine-tuned network on its own task: eight networks
+    - "joint", one network trained on all tasks together; "one after the other", the last sequential network
+    - "SFA", merged with the previous task's weights four times a task, while it trains (arXiv 2501.05559)
+    """
+    import pandas as pd
+
+    rows = []
+    for one in _zoos(seeds, **made):
+        n = len(one.stream)
+        weights.set_weights(one.model, one.base)
+        training = made.get("training", ADAM)
+        common = {"seed": one.seed, "device": "cpu", "progress": False}
+        joint = run(one.stream, one.model, Joint(), None, training, **common).masked[-1]
+        averaged = run(one.stream, one.model, Learner(), SFA(0.25, 0.5), training, **common).masked[-1]
+        found = {
+            "start": one.accuracy([one.base] * n),
+            "each its own": one.accuracy(one.networks["independent"]),
+            "joint": joint,
+            "one after the other": one.accuracy([one.networks["sequential"][-1]] * n),
+            "SFA": averaged,
+        }
+        for name, accuracy in found.items():
+            row = {"seed": one.seed, "reference": name, "acc": round(float(accuracy.mean()), 5)}
+            rows.append(row | {"tasks": accuracy.round(4).tolist()})
+    return pd.DataFrame(rows)
+
+
+COUNTED = ("average", "task_arithmetic", "model_stock", "ties", "magmax", "regmean", "iso_c", "tsv", MASKED)
+
+
+def counts(
+    seeds: Iterable[int] = range(3), sizes: Sequence[int] = (2, 3, 4, 6, 8), names: Sequence[str] = COUNTED
+) -> "pd.DataFrame":
+    """Merges of the first 2 to 8 networks: seed, training, tasks, method, own and acc.
+
+    Both are means over the tasks merged: `own` of the fine-tuned networks, each on its task, `acc` of the merge, whose
+    options are chosen on held-out data for every number of tasks.
+    """
+    import pandas as pd
+
+    rows = []
+    for one in _zoos(seeds):
+        for training, size in product(TRAININGS, sizes):
+            some = list(range(size))
+            own = one.accuracy([one.networks[training][i] for i in some], some).mean()
+            for name in names:
+                tried = [one.merge(name, training, some, **options) for options in settings(name)]
+                best = max(tried, key=lambda merged: one.accuracy(merged, some, held_out=True).mean())
+                row = {"seed": one.seed, "training": training, "tasks": size, "method": name, "own": float(own)}
+                rows.append(row | {"acc": float(one.accuracy(best, some).mean())})
+    return pd.DataFrame(rows)
+
+
+def starts(seeds: Iterable[int] = SEEDS) -> "pd.DataFrame":
+    """Negative controls: the average and task arithmetic of networks from another start than a pretrained one.
+
+    Columns: seed, start ("pretrained", "random": one initialisation for all, "apart": one for each), own, the mean
+    accuracy of the fine-tuned networks on their tasks, average, and task_arithmetic, its scale chosen on held-out data.
+    """
+    import pandas as pd
+
+    rows = []
+    for start in STARTS:
+        for one in _zoos(seeds, start=start):
+            row: dict[str, Any] = {"seed": one.seed, "start": start}
+            row["own"] = float(one.accuracy(one.networks["independent"]).mean())
+            row["average"] = float(one.accuracy(one.merge("average")).mean())
+            tried = [one.merge("task_arithmetic", **options) for options in settings("task_arithmetic")]
+            best = max(tried, key=lambda merged: one.accuracy(merged, held_out=True).mean())
+            rows.append(row | {"task_arithmetic": float(one.accuracy(best).mean())})
+    return pd.DataFrame(rows)
+
+
+def geometry(seeds: Iterable[int] = SEEDS) -> "pd.DataFrame":
+    """How the task vectors of one start lie to each other, independent and sequential: `relations`, a row for each."""
+    import pandas as pd
+
+    return pd.DataFrame([
+        {"seed": one.seed, "training": training} | relations(one.vectors(training))
+        for one, training in product(_zoos(seeds), TRAININGS)
+    ])  # fmt: skip
+
+
+def relations(vectors: Sequence[Weights], density: float = 0.2) -> dict[str, Any]:
+    """How n task vectors lie to each other; entries at which none of them moves are left out.
+
+    - cosine: the mean over pairs; matrix: that of all pairs (n, n)
+    - agree: the share of entries at which two vectors have the same sign, of those where both move, meaned over pairs
+    - overlap: the share of one's `density` largest entries that are the other's, too; by chance it is `density`
+    - length: of the mean task vector, relative to the mean length; 1 / sqrt(n) for orthogonal ones of equal length
+    - growth: the length of the last task vector relative to that of the first
+    """
+    flat = torch.stack([torch.cat([t.flatten() for t in v.values()]) for v in vectors]).double()
+    flat = flat[:, (flat != 0).any(0)]
+    lengths = flat.norm(dim=1)
+    cosines = (flat @ flat.T) / torch.outer(lengths, lengths)
+    top = torch.zeros_like(flat, dtype=torch.bool)
+    keep = int(density * flat.shape[1])
+    top.scatter_(1, flat.abs().topk(keep, dim=1).indices, True)
+    agree, overlap = [], []
+    for i, j in combinations(range(len(flat)), 2):
+        both = flat[i] * flat[j]
+        agree.append(float((both > 0).sum() / (both != 0).sum()))
+        overlap.append(float((top[i] & top[j]).sum() / keep))
+    upper = cosines[tuple(torch.triu_indices(len(flat), len(flat), 1))]
+    return {
+        "cosine": float(upper.mean()),
+        "agree": float(np.mean(agree)),
+        "overlap": float(np.mean(overlap)),
+        "length": float(flat.mean(0).norm() / lengths.mean()),
+        "growth": float(lengths[-1] / lengths[0]),
+        "matrix": cosines.numpy().round(4).tolist(),
+    }
+
+
+def positions(
+    made: Zoo, pair: tuple[int, int] = (0, 1), options: Mapping[str, Mapping[str, Any]] = UNTUNED
+) -> "pd.DataFrame":
+    """Where the merges of two networks lie in the plane of their task vectors: method, first, second, off, acc.
+
+    merged - base = first tau_1 + second tau_2 + a rest, of which `off` is the length relative to that of the whole;
+    `acc` is the mean accuracy on the two tasks. `options` by merge, by default those without tuning.
+    """
+    import pandas as pd
+
+    a, b = (torch.cat([t.flatten() for t in made.vectors()[i].values()]).double() for i in pair)
+    plane = torch.stack([a, b], 1)
+    rows = []
+    for name in MERGES:
+        merged = made.merge(name, "independent", pair, **options.get(name, {}))
+        moved = weights.sub(merged[0], made.base)
+        way = torch.cat([t.flatten() for t in moved.values()]).double()
+        found = torch.linalg.lstsq(plane, way[:, None]).solution[:, 0]
+        rest = float((way - plane @ found).norm() / way.norm().clamp(min=1e-12))
+        acc = float(made.accuracy(merged, pair).mean())
+        rows.append({"method": name, "first": float(found[0]), "second": float(found[1]), "off": rest, "acc": acc})
+    return pd.DataFrame(rows)
+
+
+def _zoos(seeds: Iterable[int], **made: Any) -> Iterator[Zoo]:
+    for seed in seeds:
+        yield zoo(seed, **made)
+
+
+def _frozen(factory: Any, stream: Stream, start: Weights, seed: int) -> nn.Module:
+    """A network with these weights, whose head does not train."""
+    net: Any = factory(stream, seed=seed)
+    weights.set_weights(net, start)
+    for parameter in net.linear.parameters():
+        parameter.requires_grad_(False)
+    return net
+
+
+def _known(net: nn.Module, w: Weights, stream: Stream, task: int) -> tuple[Weights, Weights]:
+    """Fisher information, labels drawn from the task's own classes, and Gram matrices of a network on its task."""
+    generator = torch.Generator().manual_seed(task)
+    rows = torch.randperm(len(stream[task].train), generator=generator)[:MEASURED]
+    x = stream[task].prepare(stream[task].train.x[rows])
+    space = torch.zeros(len(stream.classes), dtype=torch.bool)
+    space[list(stream[task].classes)] = True
+    weights.set_weights(net, w)
+    return curvature.fisher(net, x, space=space, generator=generator), curvature.grams(net, w, x)

@@ -1,0 +1,152 @@
+"""The merging atlas: what is held out stays held out, and a merge of the zoo is that of the consolidation."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from clkit import Training, models, run, weights
+from clkit.consolidation import Merging
+from clkit.evaluation import evaluate
+from clkit.experiments import atlas
+from clkit.merging import MERGES
+
+SHORT = replace(atlas.ADAM, epochs=1, lr=0.003)
+SMALL = {"training": SHORT, "earlier": replace(atlas.EARLIER, epochs=2), "per_class": 10,
+         "model": partial(models.mlp, hidden=(24, 16))}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made():
+    return atlas.zoo(3, **SMALL)
+
+
+def test_held_out_data_are_in_neither_of_the_other_parts():
+    tasks, judged, earlier = atlas.scripts(1, per_class=20)
+    assert sorted(task.name for task in tasks) == sorted(atlas.TASKS) and len(earlier[0].classes) == 80
+    for task, other in zip(tasks, judged, strict=True):
+        assert task.classes == other.classes and torch.equal(task.train.x, other.train.x)
+        assert torch.bincount(other.test.y)[list(task.classes)].tolist() == [4] * 10
+        seen = [{x.numpy().tobytes() for x in part} for part in (task.train.x, task.test.x, other.test.x)]
+        assert not seen[2] & (seen[0] | seen[1])
+
+
+def test_the_seed_draws_characters_and_order():
+    first, second = (atlas.scripts(seed, per_class=5)[0] for seed in (0, 1))
+    assert first.classes != second.classes
+    assert [task.name for task in first] != [task.name for task in second]
+
+
+def test_no_head_trains(made):
+    for training in atlas.TRAININGS:
+        for vector in made.vectors(training):
+            assert all(bool((t == 0).all()) == name.startswith("linear.") for name, t in vector.items())
+
+
+@pytest.mark.parametrize("training", atlas.TRAININGS)
+@pytest.mark.parametrize("name", ["ties", "interpolate", "wise_ft"])
+def test_a_merge_is_what_the_consolidation_deploys(made, name, training):
+    for parameter in made.model.linear.parameters():
+        parameter.requires_grad_(False)
+    weights.set_weights(made.model, made.base)
+    rule = Merging(name, training=training)
+    found = run(made.stream, made.model, None, rule, SHORT, seed=3, device="cpu", progress=False)
+    ours = made.merge(name, training)[0]
+    assert all(torch.allclose(ours[n], t, atol=1e-6) for n, t in found.weights[-1].items())
+    np.testing.assert_allclose(made.accuracy([ours] * 8), found.masked[-1], atol=0.011)  # one of 20 test rows in 5
+
+
+def test_every_setting_of_every_merge_works(made):
+    for name in atlas.NAMES:
+        for options in atlas.settings(name):
+            assert set(options) <= set(atlas.KNOBS)
+            merged = made.merge(name, tasks=(5, 2), **options)
+            assert len(merged) == 2 and all(bool(t.isfinite().all()) for w in merged for t in w.values())
+
+
+def test_accuracy_takes_each_tasks_own_weights(made):
+    ws, tasks = made.networks["independent"], (4, 1)
+    slow = []
+    for task in tasks:
+        weights.set_weights(made.model, ws[task])
+        slow.append(evaluate(made.model, made.held_out).masked[task])
+    assert made.accuracy([ws[4], ws[1]], tasks, held_out=True).tolist() == slow
+    same = made.accuracy([made.base] * 8)
+    weights.set_weights(made.model, made.base)
+    assert same.tolist() == evaluate(made.model, made.stream).masked.tolist()
+
+
+def test_masks_give_a_single_network_back(made):
+    (alone,) = made.merge(atlas.MASKED, tasks=[6])
+    assert all(torch.allclose(alone[n], t, atol=1e-6) for n, t in made.networks["independent"][6].items())
+
+
+def test_options_are_chosen_on_held_out_data_alone():
+    rows = [("a", 0.5, 0.9), ("a", 0.7, 0.1), ("a", 0.7, 0.2), ("b", 0.1, 0.3)]
+    table = pd.DataFrame(rows, columns=["method", "held_out", "acc"]).assign(seed=0, training="independent")
+    assert atlas.chosen(table).acc.tolist() == [0.1, 0.3]
+
+
+def test_the_table_has_a_row_for_every_setting():
+    table = atlas.atlas([3], ("average", "magmax"), **SMALL)
+    assert len(table) == 2 * (1 + 1 + len(atlas.SEARCHED["magmax"])) and table.untuned.sum() == 4
+    assert table[table.method == "magmax"].scale.iloc[0] == 0.5 and table[table.method == "average"].scale.isna().all()
+    np.testing.assert_allclose(table.acc, [np.mean(tasks) for tasks in table.tasks], atol=1e-4)
+    found = atlas.references([3], **SMALL).set_index("reference").acc
+    assert found["each its own"] > found["start"]
+
+
+def test_relations_of_known_vectors():
+    vectors = [{"w": torch.tensor(v)} for v in ([3.0, 0.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0])]
+    found = atlas.relations([*vectors, {"w": torch.tensor([0.0, 0.0, 3.0, 0.0])}][:2], density=0.5)
+    assert found["cosine"] == 0 and found["overlap"] == 0 and found["length"] == pytest.approx(2**-0.5)
+    copies = atlas.relations([{"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([2.0, -4.0])}], density=0.5)
+    assert copies["cosine"] == pytest.approx(1) and copies["agree"] == copies["overlap"] == 1
+    assert copies["growth"] == pytest.approx(2) and np.shape(copies["matrix"]) == (2, 2)
+    against = atlas.relations([{"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([-1.0, 2.0])}], density=0.5)
+    assert against["cosine"] == pytest.approx(-1) and against["agree"] == 0 and against["length"] == 0
+
+
+def test_positions_in_the_plane(made):
+    found = atlas.positions(made, (2, 5)).set_index("method")
+    assert list(found.index) == list(MERGES)
+    np.testing.assert_allclose(found.loc["average", ["first", "second", "off"]].astype(float), [0.5, 0.5, 0], atol=1e-4)
+    np.testing.assert_allclose(found.loc["task_arithmetic", ["first", "second"]].astype(float), 0.3, atol=1e-4)
+    assert found.loc["dare", "off"] > 0.5
+
+
+def test_networks_that_began_apart_share_no_base(monkeypatch):
+    short = {"training": replace(SHORT, epochs=0), "per_class": 5}
+    apart, random = (atlas.zoo(0, start, **short) for start in ("apart", "random"))
+    assert all(weights.equal(w, random.base) for w in random.networks["independent"])
+    first, second = apart.networks["independent"][:2]
+    assert weights.norm(weights.sub(first, second)) > 1 and not weights.equal(first, apart.base)
+    with pytest.raises(ValueError, match=r"start.*'zero'.*choose one of"):
+        atlas.zoo(0, "zero")
+
+
+def test_a_study_knows_what_it_depends_on():
+    one, other = atlas.config("atlas"), atlas.config("atlas", [0])
+    assert json.loads(json.dumps(one)) != json.loads(json.dumps(other))
+    assert repr(Training()) != one["training"] and set(one["settings"]) == set(atlas.NAMES)
+
+
+def test_studies_hold_the_best_of_what_was_tried(monkeypatch):
+    """`counts` and `starts` choose by held-out accuracy, on a zoo in which every merge says what it was given."""
+
+    def merge(name, training="independent", tasks=None, **options):
+        return [options.get("scale", 0.0)] * len(tasks if tasks is not None else range(8))
+
+    def accuracy(merged, tasks=None, *, held_out=False):
+        return np.array([float(m) if isinstance(m, float) else 0.0 for m in merged]) * (-1 if held_out else 1)
+
+    fake = SimpleNamespace(seed=0, networks={t: [None] * 8 for t in atlas.TRAININGS}, merge=merge, accuracy=accuracy)
+    monkeypatch.setattr(atlas, "_zoos", lambda seeds, **made: [fake])
+    table = atlas.counts([0], (2, 3), ("task_arithmetic",))
+    assert table.acc.tolist() == [0.1] * 4 and table.tasks.tolist() == [2, 3, 2, 3]
+    assert atlas.starts([0]).task_arithmetic.tolist() == [0.1] * 3

@@ -55,6 +55,19 @@ COLOURS: Mapping[str, str] = {
     "class-incremental": "#BB5566",
     "domain-incremental": "#DDAA33",
     "task-incremental": "#004488",
+    "average": GREY,
+    "task_arithmetic": ORANGE,
+    "model_stock": "#7F5539",
+    "ties": BLUE,
+    "dare": SKY,
+    "dare_ties": "#117777",
+    "della": WINE,
+    "pcb": INDIGO,
+    "magmax": GREEN,
+    "regmean": OLIVE,
+    "iso_c": PURPLE,
+    "tsv": RED,
+    "emr, masked": BLACK,
     "plain": GREY,
     "aligned": ORANGE,
     "plain, re-estimated": SKY,
@@ -303,17 +316,17 @@ def sawtooth(ax: "Axes", table: "DataFrame", *, names: Sequence[str] | None = No
     marked below; a dotted line is where the next task begins.
     """
     _columns(table, "learning", "step", "when", "task", "accuracy")
-    tasks = sorted(table["task"].unique())
-    order = table["when"].map({"before": 0, "step": 1, "after": 2})
-    table = table.assign(order=order).sort_values(["step", "order"], kind="stable")
+    tasks = sorted(set(table["task"]))
+    order = [("before", "step", "after").index(when) for when in table["when"]]
+    walked: Any = table.assign(order=order).sort_values(["step", "order"], kind="stable")
     for task, colour in zip(tasks, _shades(len(tasks)), strict=True):
-        rows = table[table["task"] == task]
+        rows = walked[walked["task"] == task]
         label = names[task] if names else f"task {task + 1}"
         ax.plot(rows["step"], 100 * rows["accuracy"], color=colour, linewidth=1.4, label=label)
-    merged = table.loc[table["when"] == "after", "step"].unique()
+    merged = walked.loc[walked["when"] == "after", "step"].unique()
     if ticks and len(merged):
         ax.plot(merged, [0] * len(merged), "^", color=BLACK, markersize=4, label="merge", clip_on=False)
-    for start in table.groupby("learning")["step"].max().iloc[:-1]:
+    for start in walked.groupby("learning")["step"].max().iloc[:-1]:
         ax.axvline(start, color=GREY, linestyle=":", linewidth=1)
     ax.set_ylim(0, 102)
     ax.set_xlabel("optimizer step")
@@ -341,7 +354,7 @@ def frontier(
     _columns(table, by, x, y, "seed", *knobs)
     for name, colour in colours(along).items():
         rows, knob = table[table[by] == name], along[name]
-        groups = rows.groupby(knob if knob else by)[[x, y]]
+        groups: Any = rows.groupby(knob if knob else by)[[x, y]]
         mean, error = 100 * groups.mean(), 100 * groups.sem()
         mark = "-o" if knob else "D"
         ax.errorbar(mean[x], mean[y], xerr=error[x], yerr=error[y], fmt=mark, color=colour, label=name,
@@ -352,6 +365,19 @@ def frontier(
     ax.set_xlabel(LABELS.get(x, x))
     ax.set_ylabel(LABELS.get(y, y))
     _legend(ax)
+
+
+def courses(ax: "Axes", table: "DataFrame", value: str, *, label: str, scale: float = 100.0) -> None:
+    """How `value` goes from task to task, a colour for each method: the mean over the rows of lists, one entry a task.
+
+    The table has the columns method and `value`; entries are multiplied by `scale`, by default to percent.
+    """
+    _columns(table, "method", value)
+    for name, colour, rows in _by_method(table):
+        mean = scale * np.mean(rows[value].tolist(), axis=0)
+        ax.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=1.4, label=name)
+    ax.set_xlabel("tasks learned")
+    ax.set_ylabel(label)
 
 
 def examples_grid(ax: "Axes", stream: Any, columns: int = 10) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from clkit import Training, models, run, weights
+from clkit import models, run, weights
 from clkit.consolidation import Merging
 from clkit.evaluation import evaluate
 from clkit.experiments import atlas
@@ -92,6 +92,18 @@ def test_options_are_chosen_on_held_out_data_alone():
     assert atlas.chosen(table).acc.tolist() == [0.1, 0.3]
 
 
+def test_gains_are_paired_by_seed():
+    base, better = [0.1, 0.5, 0.9], [0.21, 0.6, 1.0]  # far apart between seeds, close within
+    rows = [(seed, m, v) for seed in range(3) for m, v in zip("abc", (base[seed], better[seed], 0.5), strict=True)]
+    table = pd.DataFrame(rows, columns=["seed", "method", "acc"]).assign(training="independent")
+    found = atlas.gains(table, "a").loc["independent"]
+    assert found.verdict.to_dict() == {"b": "gains", "c": "open"}
+    assert found.gain["b"] == pytest.approx(0.31 / 3) and found.lower["b"] < found.gain["b"] < found.upper["b"]
+    half = 4.302653 * np.std(np.subtract(better, base), ddof=1) / 3**0.5
+    assert found.upper["b"] - found.gain["b"] == pytest.approx(half)
+    assert atlas.gains(table, "b").loc["independent"].verdict["a"] == "loses"
+
+
 def test_the_table_has_a_row_for_every_setting():
     table = atlas.atlas([3], ("average", "magmax"), **SMALL)
     assert len(table) == 2 * (1 + 1 + len(atlas.SEARCHED["magmax"])) and table.untuned.sum() == 4
@@ -131,9 +143,9 @@ def test_networks_that_began_apart_share_no_base(monkeypatch):
 
 
 def test_a_study_knows_what_it_depends_on():
-    one, other = atlas.config("atlas"), atlas.config("atlas", [0])
-    assert json.loads(json.dumps(one)) != json.loads(json.dumps(other))
-    assert repr(Training()) != one["training"] and set(one["settings"]) == set(atlas.NAMES)
+    every = [atlas.config(study) for study in atlas.STUDIES]
+    assert len({json.dumps(one, sort_keys=True) for one in every}) == len(every)
+    assert set(every[0]["settings"]) == set(atlas.NAMES) and every[0]["training"] == repr(atlas.ADAM)
 
 
 def test_studies_hold_the_best_of_what_was_tried(monkeypatch):
@@ -145,8 +157,11 @@ def test_studies_hold_the_best_of_what_was_tried(monkeypatch):
     def accuracy(merged, tasks=None, *, held_out=False):
         return np.array([float(m) if isinstance(m, float) else 0.0 for m in merged]) * (-1 if held_out else 1)
 
-    fake = SimpleNamespace(seed=0, networks={t: [None] * 8 for t in atlas.TRAININGS}, merge=merge, accuracy=accuracy)
+    networks = {t: [3.0] * 8 for t in atlas.TRAININGS}
+    fake = SimpleNamespace(seed=0, stream=range(8), base=2.0, networks=networks, merge=merge, accuracy=accuracy)
     monkeypatch.setattr(atlas, "_zoos", lambda seeds, **made: [fake])
     table = atlas.counts([0], (2, 3), ("task_arithmetic",))
-    assert table.acc.tolist() == [0.1] * 4 and table.tasks.tolist() == [2, 3, 2, 3]
-    assert atlas.starts([0]).task_arithmetic.tolist() == [0.1] * 3
+    assert table.acc.tolist() == pytest.approx([0.05] * 4) and table.tasks.tolist() == [2, 3, 2, 3]
+    assert atlas.starts([0]).task_arithmetic.tolist() == pytest.approx([0.05] * 3)
+    found = atlas.variants([0], {"one": {}}).set_index(["training", "method"]).acc["sequential"]
+    assert found[["start", "each its own"]].tolist() == [2, 3] and found["task_arithmetic"] == pytest.approx(0.05)

@@ -194,6 +194,13 @@ def test_a_frontier_is_a_line_a_kind_along_its_knob(ax):
     assert line.get_color() == plotting.COLOURS["SFA"] and [t.get_text() for t in ax.texts] == ["0.3"]
 
 
+def test_courses_are_means_of_lists(ax):
+    table = pd.DataFrame({"method": ["SFA", "SFA", "L2"], "first": [[1.0, 0.5], [0.8, 0.3], [0.9, 0.1]]})
+    plotting.courses(ax, table, "first", label="first task (%)")
+    assert [list(np.round(line.get_ydata(), 6)) for line in ax.lines] == [[90, 40], [90, 10]]
+    assert ax.lines[0].get_color() == plotting.COLOURS["SFA"] and list(ax.lines[0].get_xdata()) == [1, 2]
+
+
 def test_colours_are_kept_and_never_shared():
     names = ["one", "CLeWI", "two", "ER", "one"]
     found = plotting.colours(names)

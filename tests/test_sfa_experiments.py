@@ -11,7 +11,7 @@ import toys
 from toys import quick
 
 from clkit.consolidation import SFA, merge_steps
-from clkit.experiments import sfa
+from clkit.experiments import sfa, sweep
 from clkit.experiments.sfa.grids import LETTERS
 from clkit.training import Training
 from clkit.weights import norm, sub
@@ -95,6 +95,13 @@ def test_lines_are_compared_at_equal_plasticity():
     assert len(sfa.retained(both, 0.85)) == 2
 
 
+def test_an_advantage_is_paired():
+    old = {"a": [0.6, 0.71, 0.82], "b": [0.5, 0.6, 0.7]}
+    rows = [{"line": line, "seed": s, "old": value} for line, values in old.items() for s, value in enumerate(values)]
+    mean, lower = sfa.advantage(pd.DataFrame(rows), "a", "b")
+    assert mean == pytest.approx(0.11) and lower == pytest.approx(0.11 - 4.302653 * 0.01 / 3**0.5)
+
+
 def test_ends_and_course_of_a_run():
     result = quick(toys.stream(), None, SFA(0.5), training=Training(epochs=8, batch=8, lr=0.1))
     found, steps = sfa.ends(result), len(result.training_loss[-1])
@@ -145,3 +152,17 @@ def test_a_pretrained_transformer_keeps_its_body_and_gets_a_fresh_head(monkeypat
     fresh = grids.weights.get_weights(grids._vit(stream, seed=3))
     for name, tensor in net.items():
         assert torch.equal(tensor, fresh[name] if name.startswith("linear.") else body[name]), name
+
+
+@pytest.mark.packs
+def test_real_mnist_even_then_odd_on_one_plane():
+    """Each of the plane's kinds of method once, on few images: both ends of the trade are where they should be."""
+    grid = sfa.frontier("mnist", "shared")
+    chosen = ["fine-tuning", "SFA p=0.25 β=0.5", "SFA p=1 β=0.3", "L2 λ=0.3", "EWC λ=30", "buffer 10%, half"]
+    methods, stream = {name: grid.methods[name] for name in chosen}, sfa.even_odd("mnist", "shared", limit=80)
+    table = sweep(stream, sfa.small_mlp, methods, training=Training(15, 32, 0.1), measure=sfa.ends, progress=False)
+    found = table.set_index("method")[["old", "new"]]
+    plain = found.loc["fine-tuning"]
+    for name in chosen[1:]:
+        assert found.old[name] > plain.old + 0.02 and found.new[name] <= plain.new + 0.05, name
+    assert found.old["SFA p=0.25 β=0.5"] == found.old.max()

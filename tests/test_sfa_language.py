@@ -106,6 +106,11 @@ def test_it_stops_at_the_length(small):
     result = run(small, models.gpt, training=SHORT, progress=False)
     written = sfa.writes(result, ["def "], length=5)
     assert written.shape == (3, 1) and all(len(text.encode()) <= 15 for text in written["def "])
+    long = "0123456789" * 4 + "def f(x):"
+    seen = []
+    result.model.register_forward_pre_hook(lambda _, args: seen.append(bytes(args[0][0].tolist()).decode()))
+    sfa.writes(result, [long], length=1)
+    assert set(seen) == {long[-sfa.CONTEXT :]}
 
 
 def test_the_well_read_network_has_read_what_no_stream_has(monkeypatch):

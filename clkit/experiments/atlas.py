@@ -38,15 +38,18 @@ TASKS = tuple(data.SCRIPTS)
 TRAININGS = ("independent", "sequential")
 STARTS = ("pretrained", "random", "apart")
 SEEDS = range(5)
+STUDIES = {"atlas": SEEDS, "references": SEEDS, "starts": SEEDS, "geometry": SEEDS, "counts": range(3),
+           "variants": range(2)}  # fmt: skip
 MASKED = "emr, masked"  # EMR as its paper deploys it: a network for each task, made of one vector and a mask
 NAMES = (*MERGES, MASKED)
+COUNTED = ("average", "task_arithmetic", "model_stock", "ties", "magmax", "regmean", "iso_c", "tsv", MASKED)
 PER_CLASS, HELD_OUT = 80, 16  # training examples of a character, and how many of them options are chosen on
 ADAM = Training(6, 32, 0.001, optimizer="adamw", labels="task", augment=False)
 EARLIER = Training(15, 32, 0.001, optimizer="adamw", augment=False)
 MEASURED = 256  # examples of a task that Fisher information and Gram matrices are measured on
 KNOBS = ("scale", "density", "t", "alpha", "shrink", "whole")
 
-SUMS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # scales of a sum of task vectors
+SUMS = (0.05, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # scales of a sum of task vectors
 MEANS = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # scales of what replaces their mean
 LINE = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -55,6 +58,15 @@ def _each(**values: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "as above": {},
+    "twice as wide": {"model": partial(models.mlp, hidden=(512, 512))},
+    "fine-tuned four times as long": {"training": replace(ADAM, epochs=24)},
+    "a start that has seen more": {"earlier": replace(EARLIER, epochs=60)},
+    "plain SGD": {"training": replace(ADAM, epochs=12, optimizer="sgd", lr=0.05)},
+    "a small vision transformer": {"model": partial(models.vit, patch=4, dim=48, depth=2),
+                                   "earlier": replace(EARLIER, epochs=30, lr=0.002)},
+}  # fmt: skip
 # Options without tuning, from the papers where they name some, then those to choose from on held-out data.
 UNTUNED: Mapping[str, Mapping[str, Any]] = {
     "task_arithmetic": {"scale": 0.3},
@@ -76,9 +88,9 @@ SEARCHED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "magmax": _each(scale=MEANS),
     "pcb": _each(density=(0.05, 0.2, 0.5, 1.0), scale=(0.5, 1.0, 1.5, 2.0)),
     "regmean": _each(shrink=(0.1, 0.5, 0.9, 1.0)),
-    "iso_c": _each(scale=(*MEANS, 2.5, 3.0)),
+    "iso_c": _each(scale=(*MEANS, 2.5, 3.0, 3.5, 4.0, 5.0)),
     "tsv": _each(scale=(*MEANS, 2.5, 3.0)),
-    "opcm": _each(alpha=(0.2, 0.5, 0.8)),
+    "opcm": _each(alpha=(0.0, 0.2, 0.5, 0.8)),
 }
 
 
@@ -133,15 +145,18 @@ class Zoo:
         self, merged: Sequence[Weights], tasks: Sequence[int] | None = None, *, held_out: bool = False
     ) -> np.ndarray:
         """Accuracy on each of some tasks (default: all), with weights for each of them, on test or held-out data."""
-        stream = self.held_out if held_out else self.stream
-        chosen = list(range(len(stream)) if tasks is None else tasks)
+        chosen = list(range(len(self.stream)) if tasks is None else tasks)
         found = np.empty(len(chosen))
         for group in {id(w): w for w in merged}.values():
             places = [i for i, w in enumerate(merged) if w is group]
             weights.set_weights(self.model, group)
-            own = tuple(replace(stream[chosen[i]], index=k) for k, i in enumerate(places))
-            found[places] = evaluate(self.model, replace(stream, tasks=own)).masked
+            found[places] = evaluate(self.model, self.only([chosen[i] for i in places], held_out=held_out)).masked
         return found
+
+    def only(self, tasks: Sequence[int], *, held_out: bool = False) -> Stream:
+        """The stream of some of the tasks, with test or with held-out data to be judged by."""
+        stream = self.held_out if held_out else self.stream
+        return replace(stream, tasks=tuple(replace(stream[i], index=k) for k, i in enumerate(tasks)))
 
     def vectors(self, training: str = "independent") -> list[dict[str, torch.Tensor]]:
         """The task vectors w - base."""
@@ -214,11 +229,13 @@ def zoo(
     return Zoo(stream, held_out, copy.deepcopy(net), first, networks, importances, grams, seed)
 
 
-def config(study: str, seeds: Iterable[int] = SEEDS, **more: Any) -> dict[str, Any]:
-    """What a study depends on, in words: its seeds, the training, the options tried, and what else is given."""
-    tried = {name: [dict(options) for options in settings(name)] for name in NAMES}
+def config(study: str) -> dict[str, Any]:
+    """What one of `STUDIES` depends on, in words: its seeds, the training, and the options tried."""
+    names = {"atlas": NAMES, "counts": COUNTED, "variants": COUNTED, "starts": ("task_arithmetic",)}.get(study, ())
+    tried = {name: [dict(options) for options in settings(name)] for name in names}
     trained = {"earlier": repr(EARLIER), "training": repr(ADAM), "examples": [PER_CLASS, HELD_OUT]}
-    return {"study": study, "seeds": list(seeds)} | trained | {"settings": tried} | more
+    made = {"variants": list(VARIANTS)} if study == "variants" else {}
+    return {"study": study, "seeds": list(STUDIES[study])} | trained | {"settings": tried} | made
 
 
 def settings(name: str) -> list[Mapping[str, Any]]:
@@ -253,6 +270,25 @@ def chosen(table: "pd.DataFrame", by: Sequence[str] = ("seed", "training", "meth
     return table.loc[table.groupby(list(by), sort=False).held_out.idxmax()].reset_index(drop=True)
 
 
+def gains(table: "pd.DataFrame", over: str = "average", level: float = 0.95) -> "pd.DataFrame":
+    """How much higher every method's accuracy is than that of the method `over`, seed by seed.
+
+    The table has a row for each seed, training and method, with the column acc. The result has a row for each training
+    and method, with gain, the mean over seeds, lower and upper, the ends of Student's `level` interval, and verdict:
+    "gains", "loses", or "open" where the interval holds 0.
+    """
+    import pandas as pd
+    from scipy.stats import t as student
+
+    wide = table.pivot_table(index=["training", "seed"], columns="method", values="acc", sort=False)
+    long = wide.sub(wide[over], axis=0).drop(columns=over).stack()
+    parts = long.groupby(["training", "method"], sort=False)
+    half = parts.sem() * student.ppf((1 + level) / 2, parts.count() - 1)
+    found = pd.DataFrame({"gain": parts.mean(), "lower": parts.mean() - half, "upper": parts.mean() + half})
+    verdict = np.select([found.lower > 0, found.upper < 0], ["gains", "loses"], "open")
+    return found.assign(verdict=verdict)
+
+
 def references(seeds: Iterable[int] = SEEDS, **made: Any) -> "pd.DataFrame":
     """What merges are compared with: seed, reference, acc, the mean accuracy over tasks, and tasks, that by task.
 
@@ -283,11 +319,8 @@ def references(seeds: Iterable[int] = SEEDS, **made: Any) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-COUNTED = ("average", "task_arithmetic", "model_stock", "ties", "magmax", "regmean", "iso_c", "tsv", MASKED)
-
-
 def counts(
-    seeds: Iterable[int] = range(3), sizes: Sequence[int] = (2, 3, 4, 6, 8), names: Sequence[str] = COUNTED
+    seeds: Iterable[int] = STUDIES["counts"], sizes: Sequence[int] = (2, 3, 4, 6, 8), names: Sequence[str] = COUNTED
 ) -> "pd.DataFrame":
     """Merges of the first 2 to 8 networks: seed, training, tasks, method, own and acc.
 
@@ -302,10 +335,30 @@ def counts(
             some = list(range(size))
             own = one.accuracy([one.networks[training][i] for i in some], some).mean()
             for name in names:
-                tried = [one.merge(name, training, some, **options) for options in settings(name)]
-                best = max(tried, key=lambda merged: one.accuracy(merged, some, held_out=True).mean())
+                best = _best(one, name, training, some)
                 row = {"seed": one.seed, "training": training, "tasks": size, "method": name, "own": float(own)}
                 rows.append(row | {"acc": float(one.accuracy(best, some).mean())})
+    return pd.DataFrame(rows)
+
+
+def variants(
+    seeds: Iterable[int] = STUDIES["variants"], kinds: Mapping[str, Mapping[str, Any]] = VARIANTS
+) -> "pd.DataFrame":
+    """Whether what is found carries over: other networks, trainings and starts, by the settings `kinds` of `zoo`.
+
+    Columns: seed, variant, training, method and acc, with options chosen on held-out data. Beside the merges of
+    `COUNTED` the methods "start" and "each its own" are those of `references`.
+    """
+    import pandas as pd
+
+    rows = []
+    for variant, made in kinds.items():
+        for one, training in product(_zoos(seeds, **made), TRAININGS):
+            found = {"start": [one.base] * len(one.stream), "each its own": one.networks[training]}
+            found |= {name: _best(one, name, training) for name in COUNTED}
+            for name, merged in found.items():
+                row = {"seed": one.seed, "variant": variant, "training": training, "method": name}
+                rows.append(row | {"acc": round(float(one.accuracy(merged).mean()), 5)})
     return pd.DataFrame(rows)
 
 
@@ -323,9 +376,7 @@ def starts(seeds: Iterable[int] = SEEDS) -> "pd.DataFrame":
             row: dict[str, Any] = {"seed": one.seed, "start": start}
             row["own"] = float(one.accuracy(one.networks["independent"]).mean())
             row["average"] = float(one.accuracy(one.merge("average")).mean())
-            tried = [one.merge("task_arithmetic", **options) for options in settings("task_arithmetic")]
-            best = max(tried, key=lambda merged: one.accuracy(merged, held_out=True).mean())
-            rows.append(row | {"task_arithmetic": float(one.accuracy(best).mean())})
+            rows.append(row | {"task_arithmetic": float(one.accuracy(_best(one, "task_arithmetic")).mean())})
     return pd.DataFrame(rows)
 
 
@@ -398,6 +449,12 @@ def positions(
 def _zoos(seeds: Iterable[int], **made: Any) -> Iterator[Zoo]:
     for seed in seeds:
         yield zoo(seed, **made)
+
+
+def _best(made: Zoo, name: str, training: str = "independent", tasks: Sequence[int] | None = None) -> list[Weights]:
+    """The merge with the options that do best on held-out data, the first of equals."""
+    tried = (made.merge(name, training, tasks, **options) for options in settings(name))
+    return max(tried, key=lambda merged: made.accuracy(merged, tasks, held_out=True).mean())
 
 
 def _frozen(factory: Any, stream: Stream, start: Weights, seed: int) -> nn.Module:

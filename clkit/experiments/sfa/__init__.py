@@ -14,6 +14,7 @@ from clkit.experiments.sfa.grids import (
     HEADS,
     PS,
     adaptive,
+    advantage,
     checkpoints,
     conflict,
     course,
@@ -28,6 +29,7 @@ from clkit.experiments.sfa.grids import (
     retained,
     similarity,
     small_mlp,
+    stored,
     streams,
 )
 from clkit.experiments.sfa.language import (
@@ -59,6 +61,7 @@ __all__ = [
     "HEADS",
     "PS",
     "adaptive",
+    "advantage",
     "against_l2",
     "aligned",
     "aligned_text",
@@ -91,6 +94,7 @@ __all__ = [
     "sawtooth",
     "similarity",
     "small_mlp",
+    "stored",
     "streams",
     "text",
     "texts",

@@ -14,6 +14,7 @@ from clkit.consolidation import SFA, Cosine, Drift, Merging, Plateau, Velocity
 from clkit.data import Stream
 from clkit.experiments.grid import Grid
 from clkit.experiments.named import dataset
+from clkit.experiments.pages import Page
 from clkit.experiments.plan import Method
 from clkit.learners import EWC, L2, LEARNERS, DataBuffer, Joint, Learner, OnlineEWC
 from clkit.training import Result, Training, run
@@ -233,6 +234,11 @@ def _body(source: str) -> weights.Weights:
     return run(data.split(earlier, 1), _vit, training=adam, device="cpu", progress=False).weights[0]
 
 
+def stored(page: Page, grid: Grid, name: str) -> "pd.DataFrame":
+    """The runs of a grid with their knobs, computed once and then read from the files of a notebook's page."""
+    return knobs(page.results(grid.run, grid.config, f"{name}-runs", commit=True), grid)
+
+
 def knobs(table: "pd.DataFrame", grid: Grid) -> "pd.DataFrame":
     """A table of runs with what each method is set to: kind, p, beta, strength, share; blank where it has none."""
     rows: dict[str, dict[str, Any]] = {}
@@ -268,13 +274,27 @@ def retained(table: "pd.DataFrame", new: float = 0.95, *, by: str = "line") -> "
     """
     import pandas as pd
 
-    rows = []
-    for (line, seed), one in table.groupby([by, "seed"], sort=False):
+    rows: list[dict[str, Any]] = []
+    groups: Any = table.groupby([by, "seed"], sort=False)
+    for (line, seed), one in groups:
         one = one.sort_values("new")
         if len(one) > 1 and one.new.min() <= new <= one.new.max():
             rows.append({by: line, "seed": seed, "old": float(np.interp(new, one.new, one.old))})
-    found = pd.DataFrame(rows, columns=[by, "seed", "old"])
+    found: Any = pd.DataFrame(rows, columns=[by, "seed", "old"])
     return found[found.groupby(by)["seed"].transform("count") == table["seed"].nunique()].reset_index(drop=True)
+
+
+def advantage(kept: "pd.DataFrame", a: str, b: str, *, level: float = 0.95) -> tuple[float, float]:
+    """How much more line `a` retains than line `b`, seed by seed: the mean, and the lower end of Student's interval.
+
+    `kept` is what `retained` gives.
+    """
+    from scipy.stats import t as student
+
+    wide = kept.pivot_table(index="seed", columns="line", values="old")
+    gap = (wide[a] - wide[b]).to_numpy()
+    half = student.ppf((1 + level) / 2, len(gap) - 1) * gap.std(ddof=1) / len(gap) ** 0.5
+    return float(gap.mean()), float(gap.mean() - half)
 
 
 def ends(result: Result) -> dict[str, float]:

@@ -136,7 +136,7 @@ def costs(
     size, later = 4 * parameters, tasks - 1
     own = tasks * steps * batch * 6 * parameters
     merged = len(merge_steps(steps, p)) * later
-    table = {
+    table: dict[str, tuple[float, float, float]] = {
         "fine-tuning": (0, 0, 0),
         f"SFA p={p:g}": (size, 3 * parameters * merged, 3 * size * merged),
         "WiSE-FT": (size, 3 * parameters * later, 3 * size * later),
@@ -153,4 +153,4 @@ def costs(
         drawn = sum(t * share / (1 + t * share) for t in range(1, tasks)) * steps * batch * example
         table[f"buffer {share:.0%}"] = (kept, 0, kept + drawn)
     frame = pd.DataFrame.from_dict(table, orient="index", columns=["kept", "flops", "moved"])
-    return frame.assign(flops_share=frame.flops / own)
+    return frame.assign(flops_share=frame.flops / own).astype(float)

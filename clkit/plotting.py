@@ -376,6 +376,7 @@ def courses(ax: "Axes", table: "DataFrame", value: str, *, label: str, scale: fl
     for name, colour, rows in _by_method(table):
         mean = scale * np.mean(rows[value].tolist(), axis=0)
         ax.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=1.4, label=name)
+    ax.locator_params(axis="x", integer=True)
     ax.set_xlabel("tasks learned")
     ax.set_ylabel(label)
 

@@ -49,14 +49,14 @@ def test_no_head_trains(made):
 
 
 @pytest.mark.parametrize("training", atlas.TRAININGS)
-@pytest.mark.parametrize("name", ["ties", "interpolate", "wise_ft"])
-def test_a_merge_is_what_the_consolidation_deploys(made, name, training):
+@pytest.mark.parametrize("name, options", [("ties", {}), ("interpolate", {"t": 0.3}), ("wise_ft", {"alpha": 0.7})])
+def test_a_merge_is_what_the_consolidation_deploys(made, name, options, training):
     for parameter in made.model.linear.parameters():
         parameter.requires_grad_(False)
     weights.set_weights(made.model, made.base)
-    rule = Merging(name, training=training)
+    rule = Merging(name, options, training=training)
     found = run(made.stream, made.model, None, rule, SHORT, seed=3, device="cpu", progress=False)
-    ours = made.merge(name, training)[0]
+    ours = made.merge(name, training, **options)[0]
     assert all(torch.allclose(ours[n], t, atol=1e-6) for n, t in found.weights[-1].items())
     np.testing.assert_allclose(made.accuracy([ours] * 8), found.masked[-1], atol=0.011)  # one of 20 test rows in 5
 
@@ -81,7 +81,10 @@ def test_accuracy_takes_each_tasks_own_weights(made):
     assert same.tolist() == evaluate(made.model, made.stream).masked.tolist()
 
 
-def test_masks_give_a_single_network_back(made):
+def test_every_task_has_its_own_mask(made):
+    ws = [made.networks["independent"][i] for i in (7, 3)]
+    for i, masked in enumerate(made.merge(atlas.MASKED, tasks=(7, 3))):
+        assert weights.equal(masked, MERGES["emr"](ws, base=made.base, task=i))
     (alone,) = made.merge(atlas.MASKED, tasks=[6])
     assert all(torch.allclose(alone[n], t, atol=1e-6) for n, t in made.networks["independent"][6].items())
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor]
-PIECE = 2**16  # entries of a running sum on the CPU: a quarter of a megabyte, which stays in the cache
+PIECE = 2**18  # entries of a running sum on the CPU: a megabyte, which stays in the cache
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:

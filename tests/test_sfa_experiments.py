@@ -154,13 +154,16 @@ def test_a_pretrained_transformer_keeps_its_body_and_gets_a_fresh_head(monkeypat
         assert torch.equal(tensor, fresh[name] if name.startswith("linear.") else body[name]), name
 
 
-@pytest.mark.packs
-def test_real_mnist_even_then_odd_on_one_plane():
+@pytest.mark.packs("mnist")
+def test_real_mnist_even_then_odd_on_one_plane(packs, monkeypatch, tmp_path):
     """Each of the plane's kinds of method once, on few images: both ends of the trade are where they should be."""
+    monkeypatch.setenv("CLKIT_DATA", str(packs))
     grid = sfa.frontier("mnist", "shared")
     chosen = ["fine-tuning", "SFA p=0.25 β=0.5", "SFA p=1 β=0.3", "L2 λ=0.3", "EWC λ=30", "buffer 10%, half"]
     methods, stream = {name: grid.methods[name] for name in chosen}, sfa.even_odd("mnist", "shared", limit=80)
-    table = sweep(stream, sfa.small_mlp, methods, training=Training(15, 32, 0.1), measure=sfa.ends, progress=False)
+    table = sweep(
+        stream, sfa.small_mlp, methods, training=Training(15, 32, 0.1), measure=sfa.ends, progress=False, store=tmp_path
+    )
     found = table.set_index("method")[["old", "new"]]
     plain = found.loc["fine-tuning"]
     for name in chosen[1:]:

@@ -1,8 +1,21 @@
 """Continual learning in weight space: interpolate, average, align, merge and modulate the weights of networks."""
 
-from clkit import alignment, curvature, data, evaluation, learners, merging, metrics, models, normalization, weights
+from clkit import (
+    alignment,
+    curvature,
+    data,
+    evaluation,
+    learners,
+    merging,
+    metrics,
+    models,
+    modulation,
+    normalization,
+    weights,
+)
 from clkit.consolidation import SFA, CLeWI, Merged, Merging, NoConsolidation, Progress, WiSEFT
-from clkit.learners import ER, Learner
+from clkit.learners import ER, Learner, PerTask
+from clkit.modulation import Modulated, Modulation
 from clkit.training import Evaluation, Result, Training, evaluate, run
 
 __all__ = [
@@ -13,7 +26,10 @@ __all__ = [
     "Learner",
     "Merged",
     "Merging",
+    "Modulated",
+    "Modulation",
     "NoConsolidation",
+    "PerTask",
     "Progress",
     "Result",
     "Training",
@@ -27,6 +43,7 @@ __all__ = [
     "merging",
     "metrics",
     "models",
+    "modulation",
     "normalization",
     "run",
     "weights",

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from clkit import experiments
 
-GROUPS = ("training", "stream", "model", "learner", "consolidation")
+GROUPS = ("training", "stream", "model", "rule", "learner", "consolidation")
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,7 +104,7 @@ def run(argv: Sequence[str]) -> int:
         parser = Parser(
             prog="clkit run",
             allow_abbrev=False,
-            usage="%(prog)s [--stream NAME] [--model NAME] [--learner NAME] [--consolidation NAME] [options]",
+            usage="%(prog)s [--stream NAME] [--model NAME] [--rule NAME] [--learner NAME] [--consolidation NAME] [...]",
             description="Train one model on a stream of tasks and print how well it does. The options below are those "
             "of the parts chosen; name others to see theirs: clkit run --learner ER --consolidation CLeWI --help",
         )
@@ -131,7 +131,7 @@ def run(argv: Sequence[str]) -> int:
             progress=not parsed.quiet,
             checkpoint=parsed.checkpoint,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         return _complain(error)
     except (ArithmeticError, RuntimeError) as error:
         return _complain(error, status=1)
@@ -183,6 +183,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     for part, default in (
         ("stream", "digits"),
         ("model", "convnet"),
+        ("rule", "none"),
         ("learner", "fine-tuning"),
         ("consolidation", "none"),
     ):

@@ -9,8 +9,9 @@ import torch
 
 from clkit import data, models
 from clkit.consolidation import CLeWI
-from clkit.learners import ER, EWC, L2, LEARNERS, SI, DecoupledL2, GDumb, Learner, LwF, Sum
+from clkit.learners import ER, EWC, L2, LEARNERS, SI, DecoupledL2, GDumb, Learner, LwF, PerTask, Sum
 from clkit.learners.anchored import Anchored
+from clkit.modulation import Modulation, modulated
 from clkit.training import Result, Training, run
 
 FILE = Path(__file__).parent / "golden.json"
@@ -53,8 +54,11 @@ def result(case: str, name: str, seed: int = 0) -> Result:
         return run(stream("digits"), models.convnet, ER(memory=50), CLEWI[name], training, **common)
     learner = rule(name)
     training = Training(epochs=5 if case == "digits" else 10, batch=32, lr=0.03 if is_pulled(learner) else 0.1)
-    small = functools.partial(models.convnet, widths=(16, 32, 32))
-    return run(stream(case), small if case == "digits" else models.mlp, learner, None, training, **common)
+    model = functools.partial(models.convnet, widths=(16, 32, 32)) if case == "digits" else models.mlp
+    if isinstance(learner, PerTask):
+        model = functools.partial(modulated, model=model, rule=Modulation(2, 2))
+        training = Training(epochs=5, batch=32, lr=0.01, optimizer="adamw")
+    return run(stream(case), model, learner, None, training, **common)
 
 
 def numbers(result: Result) -> dict[str, float]:

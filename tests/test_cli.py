@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from clkit import cli, experiments
-from clkit.learners import LEARNERS
+from clkit.learners import LEARNERS, PerTask
 
 QUICK = [
     "--epochs",
@@ -79,6 +79,9 @@ def test_every_learner_runs_with_its_defaults_written_out(capsys, name):
     options = experiments.options("learner", name)
     brief = {option.name: 1 for option in options if option.name.endswith("epochs")}
     argv = ["run", *QUICK, "--json", "--learner", name]
+    if LEARNERS[name] is PerTask:
+        assert "--rule Modulation" in call(capsys, *argv)[2]
+        argv += ["--rule", "Modulation", "--m1", "2", "--m2", "2"]
     for option in options:
         flag = f"learner-{option.name}" if option.name in taken else option.name
         argv += [f"--{flag.replace('_', '-')}", str(brief.get(option.name, option.shown))]

@@ -41,7 +41,7 @@ SETTINGS = {
     "SFA": SFA(p=0.5, beta=0.3),
     "SFA at the end": SFA(p=1.0),
     "SFA from the first task on": SFA(p=0.3, first=True, optimizer="reset"),
-    "SFA re-estimated": SFA(p=0.5, refresh=True, own=("linear",)),
+    "SFA re-estimated": SFA(p=0.5, refresh=True, own=("linear", "backbone.linear")),
     "SFA equal parts": SFA(p=1.0, beta="equal", untouched="keep"),
     "SFA uniform anchor": SFA(p=0.5, beta=(0.5, 0.7), anchor="uniform", include_base=True),
     "SFA two anchors": SFA(p=0.5, anchor=(0.7, 0.3), final=False),

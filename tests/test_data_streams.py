@@ -266,6 +266,36 @@ def test_domains_are_named_and_normalised_as_the_first():
     assert rows(named[0].train) == rows(two.train)
 
 
+@FEW
+@given(st.lists(st.integers(2, 6), min_size=1, max_size=4), st.sampled_from(["task", "class"]))
+def test_a_series_numbers_the_classes_on(sizes: list[int], scenario: str):
+    sets = {f"set {i}": numbered(size) for i, size in enumerate(sizes)}
+    stream = data.series(sets, scenario=scenario)
+    assert stream.scenario == scenario and [task.name for task in stream] == list(sets)
+    assert [label for task in stream for label in task.classes] == list(range(sum(sizes)))
+    for task, (name, dataset) in zip(stream, sets.items(), strict=True):
+        assert tuple(stream.classes[label] for label in task.classes) == tuple(f"{name}/{c}" for c in dataset.classes)
+        for part in ("train", "test"):
+            new, old = getattr(task, part), getattr(dataset, part)
+            assert new.x is old.x and [task.classes[y] for y in old.y] == new.y.tolist()
+        assert task.augment == dataset.augment
+
+
+def test_a_series_is_normalised_as_the_first_and_a_list_takes_names():
+    one, two = numbered(3, name="one"), replace(numbered(5, name="two"), normalize=Normalize((0.5,), (0.5,)))
+    stream = data.series([two, one])
+    assert stream.name == "two+one" and stream.scenario == "task" and stream.classes[5] == "one/c0"
+    assert {task.normalize for task in stream} == {two.normalize}
+    assert data.series([two, one], normalize=Normalize((0.1,), (1.0,)))[0].normalize == Normalize((0.1,), (1.0,))
+
+
+def test_a_series_leaves_targets_without_a_loss():
+    stream = data.series({"a": tokens(), "b": tokens()})
+    a, b = (task.train.y for task in stream)
+    assert torch.equal(a == -100, b == -100) and (a == -100).any()
+    assert torch.equal(a[:, :-1] + 8, b[:, :-1])
+
+
 def test_streams_leave_their_dataset_alone():
     dataset = numbered()
     before = dataset.train.x.clone()
@@ -274,6 +304,7 @@ def test_streams_leave_their_dataset_alone():
         data.permuted(dataset, 3),
         data.rotated(dataset),
         data.domains([dataset]),
+        data.series({"a": dataset, "b": dataset}),
         data.shared_head(data.split(dataset, 3)),
         data.conflicting(dataset, marked=True),
     ):
@@ -305,6 +336,15 @@ def test_streams_leave_their_dataset_alone():
         (lambda d: data.domains([d, d]), "each by its own name"),
         (lambda d: data.domains({"a": d, "b": numbered(5)}), r"'b' differs from 'a' in classes \(\['c5'\]\)"),
         (lambda d: data.domains({"a": d, "b": numbered(shape=(1, 5, 5))}), "resize"),
+        (lambda d: data.series([d, d]), "each by its own name"),
+        (lambda d: data.series({}), "at least one"),
+        (lambda d: data.series([d], scenario="domain"), r"use domains\(\)"),
+        (
+            lambda d: data.series({"a": d, "b": numbered(5, shape=(1, 5, 5))}),
+            r"\(1, 5, 5\), task 0 \(1, 4, 4\): resize",
+        ),
+        (lambda d: data.series({"a": d, "b": tokens()}), "torch.float32, 'b': torch.int64.*convert them alike"),
+        (lambda d: data.domains({"a": d, "b": tokens()}), "convert them alike"),
     ],
 )
 def test_bad_streams_are_refused(make, message: str):

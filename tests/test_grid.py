@@ -14,6 +14,7 @@ from toys import quick
 from clkit import alignment
 from clkit.consolidation import Merged
 from clkit.data import Examples, Stream
+from clkit.modulation import Modulated, Modulation
 from clkit.training import Result, Training
 from clkit.weights import combine, equal, lerp
 
@@ -79,11 +80,11 @@ CONSOLIDATIONS |= {"averaged": Averaged(), "independent": Independent()}
 
 @pytest.fixture(scope="module", autouse=True)
 def one_symmetry():
-    """All runs here share one architecture, so its symmetry is derived once."""
+    """All runs here share one architecture, modulated or not, so two symmetries are derived."""
+    net = toys.small_convnet(toys.images())
+    derived = {type(m): alignment.symmetry(m, prepared()) for m in (net, Modulated(net, Modulation(2, 2)))}
     with pytest.MonkeyPatch.context() as patch:
-        derived = functools.cache(lambda: alignment.symmetry(toys.small_convnet(toys.images()), prepared()))
-        derived()
-        patch.setattr("clkit.training.loop.alignment.symmetry", lambda model, example: derived())
+        patch.setattr("clkit.training.loop.alignment.symmetry", lambda model, example: derived[type(model)])
         yield
 
 

@@ -183,6 +183,29 @@ def test_torchvision_models_learn_any_stream(name):
         assert model(torch.rand(1, 3, 64, 64)).shape == (1, 7)
 
 
+def test_options_go_to_torchvisions_constructor():
+    narrow = models.torchvision(stream((1, 32, 32), 7), "mobilenet_v2", width_mult=0.35, dropout=0.5, seed=1)
+    from torchvision.models import mobilenet_v2
+
+    reference = {k: v.shape for k, v in mobilenet_v2(num_classes=7, width_mult=0.35).state_dict().items()}
+    shapes = {k: v.shape for k, v in narrow.state_dict().items()}
+    assert shapes == reference | {"features.0.0.weight": torch.Size([16, 1, 3, 3])}
+    assert [m.p for m in narrow.modules() if isinstance(m, nn.Dropout)] == [0.5]
+
+
+def test_options_that_torchvision_does_not_take_are_named_with_those_it_takes():
+    toy, state = stream((3, 32, 32)), torch.get_rng_state()
+    with pytest.raises(TypeError, match=r"options: .*'widht_mult': 0.5.*takes \['width_mult', .*'dropout'\]"):
+        models.torchvision(toy, "mobilenet_v2", widht_mult=0.5)
+    with pytest.raises(TypeError, match=r"options: .*width_mult': 'wide'"):
+        models.torchvision(toy, "mobilenet_v2", width_mult="wide")
+    with pytest.raises(TypeError, match=r"\['num_classes'\] are set here; leave them out.*'width_per_group'"):
+        models.torchvision(toy, "resnet18", num_classes=3)
+    with pytest.raises(ValueError, match=r"mobilenet_v2 with \{'width_mult': -1.*\} cannot take"):
+        models.torchvision(toy, "mobilenet_v2", width_mult=-1, round_nearest=-8)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_grey_images_are_seen_as_if_repeated_in_three_channels():
     x = torch.rand(2, 1, 32, 32)
     grey, color = (models.torchvision(stream((c, 32, 32), 5), "mobilenet_v3_small", seed=2).eval() for c in (1, 3))

@@ -1,7 +1,8 @@
 """Rules that add a term to the loss: penalties on the way from an anchor, a teacher's answers, and sums of rules."""
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -391,6 +392,64 @@ class TestLwF:
         assert torch.allclose(learner.loss(model, batch), twin + Learner.loss(learner, model, batch), rtol=1e-5)
         slope = gradients(model, learner.term(model, batch))["linear.bias"]
         assert (slope[4:] == 0).all() and (slope[:4] != 0).all()
+
+    @pytest.mark.parametrize(("labels", "heads"), [("task", [[0, 1], [2, 3]]), ("seen", [[0, 1, 2, 3]])])
+    def test_with_a_label_space_for_each_task_it_is_the_sum_over_old_heads(self, labels, heads):
+        """By the formula, row by row and class by class: T^2 sum_heads sum_c p_c (log p_c - log q_c)."""
+        training = Training(epochs=2, batch=8, lr=0.05, labels=labels)
+        result = quick(toys.stream(), LwF(strength=0.7, temperature=3.0), training=training)
+        stream, learner = toys.stream(), copy.deepcopy(result.learner)
+        learner.start(learner.setting)
+        for t in range(2):
+            set_weights(result.model, result.weights[t])
+            learner.on_consolidated(result.model, stream[t])
+        student = get_weights(models.mlp(stream, seed=3))
+        set_weights(result.model, student)
+        batch = stream[2].batch(slice(0, 5))
+        old, new = (outputs(result.model, w, batch.x).double() / 3 for w in (result.weights[1], student))
+        rows = []
+        for pair in zip(old.tolist(), new.tolist(), strict=True):
+            rows.append(0.0)
+            for head in heads:
+                p, q = ([math.exp(row[c]) for c in head] for row in pair)
+                rows[-1] += sum(a / sum(p) * math.log(a / sum(p) / (b / sum(q))) for a, b in zip(p, q, strict=True))
+        term = learner.term(result.model, batch)
+        assert term.item() == pytest.approx(0.7 * 9 * sum(rows) / 5, rel=1e-5) and term > 0.1
+        slope = gradients(result.model, term)["linear.bias"]
+        assert (slope[4:] == 0).all() and (slope[:4] != 0).all()
+        assert [abs(float(slope[head].sum())) < 1e-6 for head in heads] == [True] * len(heads)
+
+    def test_old_heads_are_free_to_shift_against_each_other(self):
+        """What tells tasks apart is not taught where the task is given, and is where it is not."""
+        for labels, alike in (("task", True), ("seen", False), ("all", False)):
+            training = Training(epochs=1, batch=8, lr=0.05, labels=labels)
+            learner = quick(toys.stream(), LwF(), training=training).learner
+            model, batch = models.mlp(toys.stream(), seed=3), toys.stream()[2].batch(slice(0, 8))
+            before = learner.term(model, batch)
+            with torch.no_grad():
+                model.linear.bias[2:4] += 5
+            assert torch.allclose(learner.term(model, batch), before, rtol=1e-4) == alike
+
+    def test_one_task_and_a_head_that_tasks_share_are_one_softmax(self):
+        for stream, tasks in ((toys.stream(), 2), (toys.domains(), 3)):
+            for t in range(tasks):
+                part = replace(stream, tasks=stream.tasks[: t + 1])
+                runs = [quick(part, LwF(), training=replace(toys.QUICK, labels=labels)) for labels in ("task", "seen")]
+                model, batch = models.mlp(stream, seed=3), stream[2].batch(slice(0, 8))
+                learner, twin = (run.learner for run in runs)
+                twin.teacher = learner.teacher
+                assert torch.equal(learner.term(model, batch), twin.term(model, batch)) == (t == 0 or tasks == 3)
+
+    def test_its_heads_come_back_with_its_state(self):
+        stream = toys.stream()
+        learner = quick(stream, LwF(), training=replace(toys.QUICK, labels="task")).learner
+        model, batch = models.mlp(stream, seed=3), stream[2].batch(slice(0, 8))
+        twin = LwF()
+        twin.start(learner.setting)
+        twin.load_state_dict({key: t.clone() for key, t in learner.state_dict().items()})
+        assert equal(gradients(model, learner.loss(model, batch)), gradients(model, twin.loss(model, batch)))
+        assert [head.tolist() for head in twin.heads] == [[4, 5], [2, 3], [0, 1]]
+        assert repr(twin) == "LwF(strength=1.0, temperature=2.0)"
 
     def test_one_pass_a_step_and_statistics_of_batchnorm_move_once(self):
         stream = toys.images()

@@ -1,12 +1,15 @@
 """Streams that train in milliseconds."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from clkit import models
 from clkit.data import Examples, Normalize, Stream, Task
 from clkit.data.core import IGNORED
+from clkit.learners import PerTask
+from clkit.modulation import Modulation, modulated
 from clkit.training import Result, Training, run
 
 QUICK = Training(epochs=2, batch=8, lr=0.1)
@@ -75,7 +78,12 @@ def small_reader(stream: Stream, *, seed: int = 0) -> torch.nn.Module:
     """Predicts the next token from the last."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return torch.nn.Sequential(torch.nn.Embedding(len(stream.classes), 6), torch.nn.Linear(6, len(stream.classes)))
+        layers = (
+            torch.nn.Embedding(len(stream.classes), 6),
+            torch.nn.Linear(6, 6),
+            torch.nn.Linear(6, len(stream.classes)),
+        )
+        return torch.nn.Sequential(*layers)
 
 
 def small_convnet(stream: Stream, *, seed: int = 0) -> torch.nn.Module:
@@ -84,6 +92,8 @@ def small_convnet(stream: Stream, *, seed: int = 0) -> torch.nn.Module:
 
 
 def quick(stream: Stream, learner=None, consolidation=None, *, model=models.mlp, training=QUICK, **more) -> Result:
-    """A run on the CPU without a progress bar."""
+    """A run on the CPU without a progress bar; the model is modulated where the learner needs that."""
+    if isinstance(learner, PerTask):
+        model = partial(modulated, model=model, rule=Modulation(2, 2))
     more = {"device": "cpu", "progress": False} | more
     return run(stream, model, learner, consolidation, training, **more)

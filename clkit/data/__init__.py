@@ -13,6 +13,7 @@ from clkit.data.streams import (
     permutations,
     permuted,
     rotated,
+    series,
     shared_head,
     split,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "permutations",
     "permuted",
     "rotated",
+    "series",
     "shared_head",
     "split",
     "text_file",

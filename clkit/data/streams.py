@@ -56,15 +56,14 @@ def domains(datasets: Mapping[str, Dataset] | Sequence[Dataset], *, normalize: N
     A mapping names the tasks, a list takes the datasets' names. All are normalised alike, by default as the first:
     what comes later is not known when training starts, and rows kept from one task must fit the next.
     """
-    named = dict(datasets) if isinstance(datasets, Mapping) else {dataset.name: dataset for dataset in datasets}
-    if not named or len(named) < len(datasets):
-        raise ValueError(f"datasets={list(named)}: pass at least one, each by its own name")
+    named = _named(datasets)
     first = next(iter(named.values()))
     for name, dataset in named.items():
         if dataset.classes != first.classes:
             other = sorted(set(dataset.classes) ^ set(first.classes))[:5] or "their order"
             raise ValueError(
-                f"datasets: {name!r} differs from {next(iter(named))!r} in classes ({other}): use the same"
+                f"datasets: {name!r} differs from {next(iter(named))!r} in classes ({other}): use the same; "
+                "for classes of their own use series()"
             )
     classes, normalize = tuple(range(len(first.classes))), normalize or first.normalize
     tasks = (
@@ -72,6 +71,36 @@ def domains(datasets: Mapping[str, Dataset] | Sequence[Dataset], *, normalize: N
         for index, (name, dataset) in enumerate(named.items())
     )
     return Stream("+".join(named), tuple(tasks), first.classes, "domain")
+
+
+def series(
+    datasets: Mapping[str, Dataset] | Sequence[Dataset],
+    *,
+    scenario: Scenario = "task",
+    normalize: Normalize | None = None,
+) -> Stream:
+    """Line up datasets with classes of their own as tasks: each brings new inputs and new classes.
+
+    Labels follow each other: those of a dataset begin where the last one's end, and its class "b" in the task "greek"
+    is named "greek/b". Names and normalisation are as in `domains`. `scenario` is "task", where the task is given when
+    testing, or "class". Raises ValueError for inputs of different shapes or dtypes.
+    """
+    if scenario not in ("class", "task"):
+        raise ValueError(f"scenario={scenario!r}: a series is 'task' or 'class'; for 'domain' use domains()")
+    named = _named(datasets)
+    normalize = normalize or next(iter(named.values())).normalize
+    ends = accumulate((len(dataset.classes) for dataset in named.values()), initial=0)
+
+    def after(examples: Examples, start: int) -> Examples:
+        return Examples(examples.x, torch.where(examples.y < 0, examples.y, examples.y + start))  # -100 stays
+
+    tasks = (
+        Task(index, name, tuple(range(start, stop)), after(dataset.train, start), after(dataset.test, start),
+             normalize, dataset.augment)
+        for index, ((name, dataset), (start, stop)) in enumerate(zip(named.items(), pairwise(ends), strict=True))
+    )  # fmt: skip
+    classes = (f"{name}/{label}" for name, dataset in named.items() for label in dataset.classes)
+    return Stream("+".join(named), tuple(tasks), tuple(classes), scenario)
 
 
 def permuted(dataset: Dataset, tasks: int = 10, *, share: float = 1.0, seed: int = 0) -> Stream:
@@ -211,6 +240,17 @@ def cumulative(stream: Stream) -> Stream:
         replace(task, classes=seen, train=train[:end]) for task, end, seen in zip(stream, ends, classes, strict=True)
     )
     return replace(stream, name=f"{stream.name}-cumulative", tasks=tuple(tasks))
+
+
+def _named(datasets: Mapping[str, Dataset] | Sequence[Dataset]) -> dict[str, Dataset]:
+    """The datasets that become tasks, by name; raises unless they differ in name and agree in the dtype of inputs."""
+    named = dict(datasets) if isinstance(datasets, Mapping) else {dataset.name: dataset for dataset in datasets}
+    if not named or len(named) < len(datasets):
+        raise ValueError(f"datasets={list(named)}: pass at least one, each by its own name")
+    dtypes = {name: dataset.train.x.dtype for name, dataset in named.items()}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"datasets: inputs are {dtypes}: convert them alike, to bytes or to floats in [0, 1]")
+    return named
 
 
 def _order(dataset: Dataset, order: int | Sequence[int | str] | None) -> list[int]:

@@ -120,6 +120,7 @@ class Grid:
         """What is compared, in words: names of streams and models, settings of methods, training and seeds."""
         methods = {
             name: [repr(part) for part in (m.learner, m.consolidation, m.training) if part is not None]
+            + ([loop.describe(m.model)] if m.model is not None else [])
             for name, m in self.methods.items()
         }
         chosen = {"streams": list(self.streams), "models": list(self.models), "methods": methods}

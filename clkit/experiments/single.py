@@ -17,9 +17,10 @@ from clkit.consolidation import CONSOLIDATIONS
 from clkit.data.core import unknown
 from clkit.experiments.plan import device_kind
 from clkit.learners import LEARNERS
+from clkit.modulation import RULES, modulated
 from clkit.training import Result, Training, run
 
-PARTS = ("stream", "model", "learner", "consolidation", "training")
+PARTS = ("stream", "model", "rule", "learner", "consolidation", "training")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Option:
 
 
 def choices(part: str) -> list[str]:
-    """The names to choose from for a part: stream, model, learner, consolidation or training."""
+    """The names to choose from for a part: stream, model, rule, learner, consolidation or training."""
     return list(_makers(part))
 
 
@@ -96,6 +97,7 @@ def run_single(
 ) -> Result:
     """Runs one configuration: `chosen` names each part, `settings` has the options of each that are not the default.
 
+    With a rule (modulation, a mask, ...) the model is a frozen network whose weights it makes, as `PerTask` needs it.
     A stream's dataset is split into `tasks`; its classes come in their own order, or in one shuffled by `order`.
     """
     made = {part: _maker(part, chosen[part]) for part in PARTS if part != "training"}
@@ -106,6 +108,8 @@ def run_single(
     dataset = made["stream"](**settings.get("stream", {}))
     stream = data.split(dataset, tasks, order=order, scenario=scenario)
     model = partial(made["model"], **settings.get("model", {}))
+    if chosen["rule"] != "none":
+        model = partial(modulated, model=model, rule=made["rule"](**settings.get("rule", {})))
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress, "checkpoint": checkpoint}
     return run(stream, model, learner, consolidation, training, keep=False, **options)
 
@@ -115,6 +119,8 @@ def _makers(part: str) -> dict[str, Callable[..., Any]]:
         return dict(LEARNERS)
     if part == "consolidation":
         return dict(CONSOLIDATIONS)
+    if part == "rule":
+        return {"none": _no_rule, **RULES}
     if part == "training":
         return {"training": Training}
     if part == "model":
@@ -122,6 +128,10 @@ def _makers(part: str) -> dict[str, Callable[..., Any]]:
     made = {name: f for name, f in _functions(data).items() if get_type_hints(f).get("return") is data.Dataset}
     loader = made.pop("load")
     return {**made, **{name: partial(loader, name) for name in data.TORCHVISION}}
+
+
+def _no_rule() -> None:
+    """The model computes with its own weights."""
 
 
 def _maker(part: str, name: str) -> Callable[..., Any]:

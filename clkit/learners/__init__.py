@@ -18,6 +18,7 @@ from clkit.learners.lwf import LwF
 from clkit.learners.mas import MAS
 from clkit.learners.memory_only import MemoryOnly
 from clkit.learners.mir import MIR
+from clkit.learners.per_task import PerTask
 from clkit.learners.si import SI
 
 LEARNERS: dict[str, type[Learner]] = {
@@ -42,6 +43,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "SI": SI,
     "MAS": MAS,
     "LwF": LwF,
+    "per task": PerTask,
 }
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "LwF",
     "MemoryOnly",
     "OnlineEWC",
+    "PerTask",
     "Setting",
     "Sum",
 ]

@@ -19,8 +19,9 @@ class LwF(Learner):
     are softmax over the classes of earlier tasks at `temperature` T. The teacher is the network, in evaluation mode,
     with the weights that training went on from; KL in place of the paper's cross entropy has the same gradient and is
     zero at the teacher, and T^2 (Hinton et al. 2015, arXiv 1503.02531) keeps the gradient's scale. The paper gives
-    each task a head of its own: `Training(labels="task")` is that for the loss, while the distance is over all earlier
-    classes at once. Its warm-up, in which only a new head is trained, is left out.
+    each task a head of its own and sums the distances of all old heads: so it is with `Training(labels="task")`, a
+    softmax over each earlier task's classes. In the other label spaces it is one softmax over all earlier classes. The
+    paper's warm-up, in which only a new head is trained, is left out.
     """
 
     strength: float = 1.0
@@ -36,7 +37,14 @@ class LwF(Learner):
         """Begins without a teacher."""
         super().start(setting)
         self.teacher: dict[str, Tensor] = {}
-        self.known = torch.zeros(0, dtype=torch.int64, device=setting.generator.device)
+        self.know(torch.zeros(0, dtype=torch.int64, device=setting.generator.device))
+
+    def know(self, classes: Tensor) -> None:
+        """Makes these the earlier classes, in heads: those that compete with each other, as in the loss or all."""
+        self.known, self.heads = classes, [classes]
+        criterion = self.setting.criterion
+        if criterion.labels == "task" and (spaces := criterion.space(classes)) is not None:
+            self.heads = [space.nonzero().squeeze(1) for space in spaces.unique(dim=0)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of the batch, and from the second task on the distance to the teacher's answers."""
@@ -49,19 +57,23 @@ class LwF(Learner):
         return self.distance(model, batch.x, side_pass(model, batch.x)) if self.teacher else None
 
     def distance(self, model: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
-        """strength T^2 KL(teacher || student) over earlier classes, the mean over rows; the student gave `logits`."""
-        old, new = (
-            (answers.index_select(-1, self.known).float() / self.temperature).log_softmax(-1).flatten(0, -2)
-            for answers in (outputs(model, self.teacher, x), logits)
-        )
-        kl = nn.functional.kl_div(new, old, reduction="batchmean", log_target=True)
+        """strength T^2 KL(teacher || student) summed over old heads, the mean over rows; the student gave `logits`."""
+        teacher = outputs(model, self.teacher, x)
+        pairs = ((a.index_select(-1, head) for a in (teacher, logits)) for head in self.heads)
+        kl = torch.stack([self.divergence(*pair) for pair in pairs]).sum()
         return self.strength * self.temperature**2 * kl
+
+    def divergence(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """KL(teacher || student) of the softmax of logits at the temperature, the mean over rows."""
+        old, new = (
+            (answers.float() / self.temperature).log_softmax(-1).flatten(0, -2) for answers in (teacher, student)
+        )
+        return nn.functional.kl_div(new, old, reduction="batchmean", log_target=True)
 
     def on_consolidated(self, model: nn.Module, task: Task) -> None:
         """Takes the teacher."""
         self.teacher = get_weights(model)
-        own = torch.tensor(task.classes, device=self.known.device)
-        self.known = torch.cat([self.known, own]).unique()
+        self.know(torch.cat([self.known, torch.tensor(task.classes, device=self.known.device)]).unique())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The generator, the teacher and the classes it knows."""
@@ -70,4 +82,5 @@ class LwF(Learner):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` gave."""
         super().load_state_dict(state)
-        self.teacher, self.known = under("teacher", state), state["known"]
+        self.teacher = under("teacher", state)
+        self.know(state["known"])

@@ -1,7 +1,10 @@
 """torchvision's classification models by name."""
 
+import inspect
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,9 @@ from clkit.data import Stream
 from clkit.models.common import image_shape, seeded
 
 
-def torchvision(stream: Stream, name: str, weights: Path | str | None = None, *, seed: int = 0) -> nn.Module:
+def torchvision(
+    stream: Stream, name: str, weights: Path | str | None = None, *, seed: int = 0, **options: Any
+) -> nn.Module:
     """Any classification model of torchvision.models by name, its head resized to the stream's classes.
 
     `weights` is None (fresh), the name of a set that torchvision offers ("DEFAULT", "IMAGENET1K_V1"; downloaded on
@@ -18,7 +23,8 @@ def torchvision(stream: Stream, name: str, weights: Path | str | None = None, *,
     fresh; every other tensor must match. Grey images: the first convolution's kernels are summed over their three
     input channels, which is the function of the grey image repeated in three. Auxiliary heads (GoogLeNet, Inception)
     are left out, and no input transform but the stream's own normalisation is applied. ViT and MaxViT are built for
-    the stream's image size.
+    the stream's image size. `options` go to torchvision's constructor, as in
+    `torchvision(stream, "mobilenet_v2", width_mult=0.35)`; for others a TypeError names those that it takes.
     """
     import torchvision.models as zoo
 
@@ -31,24 +37,39 @@ def torchvision(stream: Stream, name: str, weights: Path | str | None = None, *,
         raise ValueError(
             f"stream: images have {channels} channels, torchvision's models take 1 or 3; use models.convnet"
         )
-    options: dict[str, object] = {"num_classes": len(stream.classes)}
+    own: dict[str, Any] = {"num_classes": len(stream.classes)}
     if name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True}
+        own |= {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
-        options["image_size"] = height
+        own["image_size"] = height
     elif name.startswith("maxvit"):
-        options["input_size"] = (height, width)
+        own["input_size"] = (height, width)
+    if decided := sorted(own.keys() & options.keys()):
+        raise TypeError(f"options: {decided} are set here; leave them out, {name} takes {_options(name, own)}")
     try:
         with seeded(seed):
-            model = zoo.get_model(name, **options)
+            model = zoo.get_model(name, **own, **options)
         _check_takes(model, (3, height, width))
+    except TypeError as error:
+        known = _options(name, own)
+        raise TypeError(f"options: {options} do not make a {name} ({error}); torchvision takes {known}") from error
     except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"stream: {name} cannot take {stream.shape} inputs ({error}); resize the images") from error
+        made = f"{name} with {options}" if options else name
+        raise ValueError(f"stream: {made} cannot take {stream.shape} inputs ({error}); resize the images") from error
     if weights is not None:
         _load_all_but_head(model, _pretrained(name, weights), len(stream.classes), name)
     if channels == 1:
         _take_grey(model)
     return model
+
+
+def _options(name: str, own: Mapping[str, Any]) -> list[str]:
+    """The names of the options that torchvision's constructor of a model takes, apart from our `own`."""
+    import torchvision.models as zoo
+
+    with seeded(0):
+        parameters = inspect.signature(type(zoo.get_model(name, **own))).parameters.values()
+    return [p.name for p in parameters if p.default is not p.empty and p.name not in own]
 
 
 def _pretrained(name: str, weights: Path | str) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ def describe(model: nn.Module | ModelFactory) -> str:
             digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return f"{type(model).__name__}[{digest.hexdigest()[:16]}]"
     if isinstance(model, functools.partial):
-        parts = [repr(a) for a in model.args] + [f"{k}={v!r}" for k, v in sorted(model.keywords.items())]
+        options = {k: describe(v) if callable(v) else repr(v) for k, v in sorted(model.keywords.items())}
+        parts = [repr(a) for a in model.args] + [f"{k}={v}" for k, v in options.items()]
         return f"{describe(model.func)}({', '.join(parts)})"
     return f"{model.__module__}.{getattr(model, '__qualname__', type(model).__name__)}"
 

@@ -1,0 +1,153 @@
+"""Parameter isolation: tensors of its own for every task, on a frozen network."""
+
+from dataclasses import dataclass
+from math import log
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clkit.data import Batch, Task
+from clkit.learners.base import Learner, Setting, named, under
+from clkit.models import features
+from clkit.modulation import Modulated, TaskState
+from clkit.weights import uncompiled
+
+INFERENCES = ("entropy", "statistics")
+BEGINNINGS = ("backbone", "previous", "nearest")
+APART = 20.0  # what log probabilities in the tasks that are not chosen lose
+LOOK = 1000  # rows of a task that its nearest earlier one is found by
+
+
+@dataclass
+class PerTask(Learner):
+    """Gives every task tensors of its own on a frozen network, a `Modulated`, and never touches them again.
+
+    Adaptive weight modulation (Sverdlov & Ullman 2023, arXiv 2311.15276), Piggyback's masks (Mallya et al. 2018) or
+    whatever else the model's rule is. A task starts at the backbone, trains over its own classes alone, and leaves a
+    `TaskState` in `tasks`; what it answers later is a function of that, so forgetting is zero bit for bit. The paper
+    has the task given when testing.
+
+    - `infer`: how the task is found where it is not given: every finished task answers, and the one wins whose head has
+      the lowest "entropy" (over that of a uniform answer), or whose BatchNorm "statistics" are nearest to the input's.
+      The logits are each task's log probabilities, with 20 subtracted in the tasks that are not chosen.
+    - `begin`: where gains and statistics start: at the "backbone", as in the paper; at the "previous" task; or at the
+      "nearest" earlier one, on whose features ridge regression predicts held-out rows of the new task best, the
+      backbone among them
+    - `shared`: parts that all tasks share, among "statistics", "affine" and "head", as a control: then tasks forget
+    """
+
+    infer: str = "entropy"
+    begin: str = "backbone"
+    shared: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in (("infer", INFERENCES), ("begin", BEGINNINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        self.shared = tuple(self.shared)
+        unknown = set(self.shared) - {"statistics", "affine", "head"}
+        if unknown:
+            raise ValueError(f"shared: {sorted(unknown)} is unknown; choose among statistics, affine, head")
+
+    def start(self, setting: Setting) -> None:
+        """Begins without a task."""
+        super().start(setting)
+        self.tasks: dict[int, TaskState] = {}
+        self.trained: dict[int, TaskState] = {}
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        """Sets the live tensors to where the task starts."""
+        net = _modulated(model)
+        earlier = None
+        if self.trained:
+            earlier = self.trained[max(self.trained)] if self.begin == "previous" else self._nearest(net, task)
+        net.begin(earlier, keep=self.shared if self.tasks else ())
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss among the task's own classes."""
+        criterion = self.setting.criterion
+        return criterion(model(batch.x), batch.y, among=criterion.member[batch.task.index])
+
+    def on_consolidated(self, model: nn.Module, task: Task) -> None:
+        """Keeps what later tasks may start from, which a consolidation may deploy otherwise."""
+        if self.begin != "backbone":
+            self.trained[task.index] = _modulated(model).state(task.classes)
+
+    def calibrate(self, model: nn.Module, task: Task) -> None:
+        """Takes the task's tensors out of the deployed model."""
+        self.tasks[task.index] = _modulated(model).state(task.classes)
+
+    def predict(self, model: nn.Module, x: Tensor, task: Task | None = None) -> Tensor:
+        """Logits in the task given, or in the one that is found; a task that is not learned yet is at its start."""
+        net = _modulated(model)
+        if task is not None or not self.tasks:
+            state = self.tasks.get(task.index) if task is not None else None
+            return net.call(x, state or net.initial(), shared=self.shared if state else ())
+        answers, scores, classes = [], [], len(self.setting.criterion.first_task)
+        for state in self.tasks.values():
+            logits = net.call(x, state, shared=self.shared)
+            answers.append(logits[..., list(state.classes)].float().log_softmax(-1))
+            if self.infer == "entropy":
+                scores.append(F.softmax(answers[-1], -1).mul(-answers[-1]).sum(-1) / log(max(2, len(state.classes))))
+            else:
+                scores.append(net.distance(x, state))
+        chosen = torch.stack([score.flatten(1).mean(1) if score.ndim > 1 else score for score in scores]).argmin(0)
+        found = answers[0].new_full((*answers[0].shape[:-1], classes), -2 * APART)
+        for position, (answer, state) in enumerate(zip(answers, self.tasks.values(), strict=True)):
+            own, away = list(state.classes), APART * (chosen != position).float()
+            found[..., own] = torch.maximum(found[..., own], answer - away.view(-1, *[1] * (answer.ndim - 1)))
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generator, the finished tasks, and those that later ones may start from."""
+        kept: dict[str, Tensor] = {}
+        for group in ("tasks", "trained"):
+            for number, task in getattr(self, group).items():
+                kept |= {f"{group}.{number}.classes": torch.tensor(task.classes)}
+                kept |= named(f"{group}.{number}.tensors", task.tensors)
+        return super().state_dict() | kept
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.tasks, self.trained = _tasks("tasks", state), _tasks("trained", state)
+
+    @torch.no_grad()
+    def _nearest(self, net: Modulated, task: Task) -> TaskState | None:
+        """The finished task whose features serve a new one best, None for the backbone's own."""
+        rows = task.train[torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))[:LOOK]]
+        rows = rows.to(next(net.parameters()).device)
+        x, known = task.prepare(rows.x), torch.tensor(task.classes, device=rows.y.device)
+        answers = (rows.y[..., None] == known).double().flatten(0, -2)
+        half = len(answers) // 2
+        errors: dict[int | None, float] = {}
+        for number in (None, *self.trained):
+            state = net.initial() if number is None else self.trained[number]
+            f = F.pad(features(net.folded(state), x).double().flatten(0, -2), (0, 1), value=1.0)
+            gram = f[:half].T @ f[:half]
+            gram.diagonal().add_(0.01 * gram.diagonal().mean())
+            fit = torch.linalg.solve(gram, f[:half].T @ answers[:half])
+            errors[number] = float((f[half:] @ fit - answers[half:]).square().mean())
+        best = min(errors, key=lambda number: errors[number])
+        return None if best is None else self.trained[best]
+
+
+def _tasks(group: str, state: dict[str, Tensor]) -> dict[int, TaskState]:
+    """The tasks under a group's name in a state."""
+    found = {}
+    for name, classes in under(group, state).items():
+        number, _, kind = name.partition(".")
+        if kind == "classes":
+            found[int(number)] = TaskState(tuple(classes.tolist()), under(f"{group}.{number}.tensors", state))
+    return found
+
+
+def _modulated(model: nn.Module) -> Modulated:
+    net = uncompiled(model)
+    if not isinstance(net, Modulated):
+        raise TypeError(
+            f"model: PerTask needs a Modulated and got a {type(net).__name__}; pass modulation.Modulated(model, "
+            "Modulation(4, 4)), or partial(modulation.modulated, model=models.convnet); in a shell: --rule Modulation"
+        )
+    return net

@@ -1,0 +1,32 @@
+"""One frozen network, and for every task small tensors that make its weights: modulation, masks, low rank, copies.
+
+```python
+net = Modulated(backbone, Modulation(4, 4))             # trainable: a 16th of the weights, and a head
+result = run(stream, net, PerTask(), None, Training(epochs=10, lr=1e-2, optimizer="adamw"))
+state = result.learner.tasks[2]                         # what the third task adds
+save("greek.safetensors", net, state, name="greek")     # a small file
+network("greek.safetensors", backbone)                  # an ordinary network, as fast as the backbone
+```
+"""
+
+from clkit.modulation.expansion import interpolation
+from clkit.modulation.files import listed, load, network, save
+from clkit.modulation.modulated import Modulated, TaskState, modulated
+from clkit.modulation.rules import RULES, LowRank, Mask, Modulation, Own, Rule
+
+__all__ = [
+    "RULES",
+    "LowRank",
+    "Mask",
+    "Modulated",
+    "Modulation",
+    "Own",
+    "Rule",
+    "TaskState",
+    "interpolation",
+    "listed",
+    "load",
+    "modulated",
+    "network",
+    "save",
+]

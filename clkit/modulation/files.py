@@ -1,0 +1,85 @@
+"""A task as a small file, for everyone who has the backbone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from clkit import weights
+from clkit.modulation.modulated import Modulated, TaskState
+from clkit.modulation.rules import RULES, Rule
+
+KIND = "a task's tensors"
+
+
+def save(
+    path: Path | str, model: Modulated, state: TaskState, *, name: str = "", class_names: Sequence[str] = ()
+) -> None:
+    """Writes a task to a safetensors file, by rename: its tensors, and what they go with as the header.
+
+    The header has the hash of the backbone, the rule, the ids of the classes and what else is given: the task's name
+    and one name for each class.
+    """
+    if class_names and len(class_names) != len(state.classes):
+        raise ValueError(f"class_names: {len(class_names)} for {len(state.classes)} classes; give one for each")
+    facts = {"name": name, "classes": list(state.classes), "class_names": list(class_names)}
+    weights.save(path, state.tensors, **_made_by(model), **facts, bytes=state.nbytes)
+
+
+def load(path: Path | str, model: Modulated) -> TaskState:
+    """Reads a task from a file, for a model of the same backbone and rule; onto the device of the model.
+
+    Raises ValueError on a file of another backbone or rule, or that is damaged or no task.
+    """
+    tensors, header = _read(path)
+    ours = _made_by(model)
+    differ = [name for name in ours if header[name] != ours[name]]
+    if differ:
+        details = "; ".join(f"{name}: {header[name]} there, {ours[name]} here" for name in differ)
+        raise ValueError(f"path: {path} belongs to another model ({details}); make the model that it was saved with")
+    device = next(model.parameters()).device
+    return TaskState(tuple(header["classes"]), {name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def listed(folder: Path | str) -> list[dict[str, Any]]:
+    """The tasks in a folder, by file name: the header of each, with "file"; other files are left out."""
+    found = []
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            _, header = _read(path)
+        except ValueError:
+            continue
+        found.append({"file": path.name} | {name: header[name] for name in header if name != "kind"})
+    return found
+
+
+def network(path: Path | str, backbone: nn.Module) -> nn.Module:
+    """The ordinary network of a task in a file, in evaluation mode, for one who has the backbone.
+
+    The backbone's own head does not matter. Raises ValueError if it is another network than the task was learned on.
+    """
+    _, header = _read(path)
+    options = {name: header[name] for name in ("layers", "statistics", "affine", "head", "seed")}
+    model = Modulated(backbone, _rule(header["rule"]), **options)
+    return model.folded(load(path, model))
+
+
+def _made_by(model: Modulated) -> dict[str, Any]:
+    """What a task's tensors depend on, as plain values."""
+    layers = model.layers if isinstance(model.layers, str) else list(model.layers)
+    rule = None if model.rule is None else [type(model.rule).__name__, asdict(model.rule)]
+    options = {"layers": layers, "statistics": model.statistics, "affine": model.affine, "head": model.head}
+    return {"kind": KIND, "backbone": model.fingerprint(), "rule": rule, **options, "seed": model.seed}
+
+
+def _rule(described: list[Any] | None) -> Rule | None:
+    return None if described is None else RULES[described[0]](**described[1])
+
+
+def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
+    tensors, header = weights.load(path)
+    if header.get("kind") != KIND:
+        raise ValueError(f"path: {path} holds no task of a modulated network; give a file that modulation.save wrote")
+    return tensors, header

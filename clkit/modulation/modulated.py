@@ -1,0 +1,403 @@
+"""A frozen network and the small tensors of one task that make its weights."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clkit.data import Stream
+from clkit.modulation.rules import Modulation, Own, Rule
+from clkit.weights import Weights, live_tensors, set_weights
+
+PARTS = ("gains", "statistics", "affine", "head")
+LAYERS = ("auto", "convolutions", "linear", "all")
+STATISTICS = ("own", "frozen")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+DEFAULT = Modulation()
+
+
+@dataclass(frozen=True, eq=False)
+class TaskState:
+    """What one task adds to a backbone, as it is stored: the ids of its classes, and tensors by name.
+
+    "gains.*" are packed by the rule; "backbone.*" are BatchNorm's running statistics, the norms' scale and shift where
+    they are trained, and the head's rows, one for each of `classes` in their order.
+    """
+
+    classes: tuple[int, ...]
+    tensors: Weights
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A weight that a rule makes, or one third of it where q, k and v are packed into one."""
+
+    name: str
+    index: int
+    of: int
+    key: str
+
+    def cut(self, weight: Tensor) -> Tensor:
+        return weight.chunk(self.of)[self.index]
+
+
+class Modulated(nn.Module):
+    """A frozen copy of a network, whose weights the live task's small tensors modulate, mask or replace.
+
+    Any network whose last layer is linear or a convolution. Trainable are the tensors of the rule (`gains`), the head,
+    and with `affine` the norms' scale and shift; everything else stays as it was given, and BatchNorm's running
+    statistics belong to the task. `begin` starts a task, `state` takes it out, `call` computes with one that was taken
+    out, `folded` makes an ordinary network of it, as fast as the backbone. The learner `PerTask` does this in a run.
+
+    - `rule`: `Modulation(m1, m2)`, `Mask()`, `LowRank(rank)`, `Own()`, or None for the head (and statistics) alone
+    - `layers` that the rule applies to: "convolutions", "linear", "all" of these but the head, a list of patterns of
+      parameter names, or "auto": the convolutions, and in a network with fewer than two of them (a transformer, a
+      perceptron) the linear layers too. Of packed q, k, v (`nn.MultiheadAttention`, a linear layer named *qkv) each
+      has tensors of its own: interpolation across them would mix them. `Own` copies all parameters, whatever this says.
+    - `statistics`: "own" lets BatchNorm normalise by the batch in training and collects running statistics anew for
+      each task; "frozen" keeps to the backbone's
+    - `head`: the name of the last layer, by default the last linear one, else the last convolution
+    - `seed`: of what a rule draws; every task starts alike
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        rule: Rule | None = DEFAULT,
+        *,
+        layers: str | Sequence[str] = "auto",
+        statistics: str = "own",
+        affine: bool = False,
+        head: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if statistics not in STATISTICS:
+            raise ValueError(f"statistics: {statistics!r} is unknown; choose one of {', '.join(STATISTICS)}")
+        self.backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.rule, self.layers, self.statistics, self.affine, self.seed = rule, layers, statistics, affine, seed
+        modules = dict(self.backbone.named_modules())
+        self.head = _head(modules, head)
+        norms = {name: module for name, module in modules.items() if isinstance(module, NORMS)}
+        self._norms = [m for m in norms.values() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        of_head = [f"{self.head}.{name}" for name, _ in modules[self.head].named_parameters()]
+        live = dict(self.backbone.named_parameters())
+        own = {
+            "statistics": [
+                f"{name}.{kind}"
+                for name, m in norms.items()
+                if m in self._norms
+                for kind in ("running_mean", "running_var")
+            ],
+            "affine": [f"{name}.{kind}" for name, m in norms.items() for kind, _ in m.named_parameters()],
+            "head": of_head,
+        }
+        if not affine or isinstance(rule, Own):
+            own["affine"] = []
+        if statistics == "frozen":
+            own["statistics"] = []
+        self._own = own
+        for name in [*own["affine"], *own["head"]]:
+            live[name].requires_grad_(True)
+        for name, tensor in self._tensors("statistics", "affine", "head").items():
+            self.register_buffer(_start(name), tensor.detach().clone(), persistent=False)
+        self._parts = _parts(modules, live, of_head, rule, layers)
+        drawn = self._drawn()
+        self._parts = [part for part in self._parts if drawn[part.key]]
+        self.gains = nn.ParameterDict(
+            {
+                f"{p.key}/{kind}": nn.Parameter(t.to(live[p.name]))
+                for p in self._parts
+                for kind, t in drawn[p.key].items()
+            }
+        )
+        self._matrices: dict[str, str] = {}
+        if isinstance(rule, Modulation):
+            for part in self._parts:
+                for sizes, matrix in rule.matrices(part.cut(live[part.name]).shape).items():
+                    if sizes not in self._matrices:
+                        self._matrices[sizes] = f"interpolation {sizes}"
+                        self.register_buffer(self._matrices[sizes], matrix.to(live[part.name]), persistent=False)
+        self.train(self.training)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What the backbone computes with the live task's tensors in place."""
+        return torch.func.functional_call(self.backbone, self._effective(self._live_gains()), inputs)
+
+    def train(self, mode: bool = True) -> "Modulated":
+        """Training mode for all modules, but not for BatchNorm whose statistics are frozen."""
+        super().train(mode)
+        if self.statistics == "frozen":
+            for norm in self._norms:
+                norm.eval()
+        return self
+
+    @torch.no_grad()
+    def begin(self, state: TaskState | None = None, keep: Collection[str] = ()) -> None:
+        """Sets the live tensors, in place, to where every task starts: the backbone as it was given.
+
+        With a `state`, gains, statistics, scale and shift are those of an earlier task; the head starts afresh.
+        `keep` names parts that stay as they are: among "gains", "statistics", "affine", "head".
+        """
+        unknown = set(keep) - set(PARTS)
+        if unknown:
+            raise ValueError(f"keep: {sorted(unknown)} is unknown; choose among {', '.join(PARTS)}")
+        for part in ("statistics", "affine", "head"):
+            if part not in keep:
+                for name, tensor in self._tensors(part).items():
+                    source = self.get_buffer(_start(name))
+                    if state is not None and part != "head":
+                        source = state.tensors[f"backbone.{name}"]
+                    tensor.copy_(source)
+        if "gains" not in keep:
+            gains = self._drawn() if state is None else self._unpacked(state)
+            for part in self._parts:
+                for kind, tensor in gains[part.key].items():
+                    self.gains[f"{part.key}/{kind}"].copy_(tensor)
+
+    @torch.no_grad()
+    def initial(self) -> TaskState:
+        """What every task starts with, as it would be stored, with all rows of the head."""
+        gains = {
+            f"gains.{key}/{kind}": t
+            for key, drawn in self._drawn().items()
+            for kind, t in self._rule.pack(drawn).items()
+        }
+        own = {f"backbone.{name}": self.get_buffer(_start(name)) for part in self._own.values() for name in part}
+        device = next(self.parameters()).device
+        return TaskState(
+            tuple(range(self.outputs)), {name: tensor.to(device) for name, tensor in (gains | own).items()}
+        )
+
+    @torch.no_grad()
+    def state(self, classes: Sequence[int]) -> TaskState:
+        """Copies of the live task's tensors, as they are stored; of the head the rows of `classes`."""
+        rows = torch.tensor(list(classes))
+        tensors: dict[str, Tensor] = {}
+        for part, live in zip(self._parts, self._live_gains().values(), strict=True):
+            tensors |= {f"gains.{part.key}/{kind}": t.clone() for kind, t in self._rule.pack(live).items()}
+        for part in ("statistics", "affine", "head"):
+            for name, tensor in self._tensors(part).items():
+                tensors[f"backbone.{name}"] = tensor[rows.to(tensor.device)] if part == "head" else tensor.clone()
+        return TaskState(tuple(classes), {name: tensor.detach() for name, tensor in tensors.items()})
+
+    @torch.no_grad()
+    def weights(self, state: TaskState | None = None, *, shared: Collection[str] = ()) -> dict[str, Tensor]:
+        """All of the backbone's tensors by its own names, with a task's in place: the live one's, or those of `state`.
+
+        Gains are folded in. Rows of the head that a state has not are those that a task starts with. `shared` names
+        parts that are taken from the live task all the same.
+        """
+        everything = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        if state is None:
+            return {n: t.detach().clone() for n, t in (everything | self._effective(self._live_gains())).items()}
+        gains = self._live_gains() if "gains" in shared else self._unpacked(state)
+        found = everything | self._effective(gains)
+        for part in {"statistics", "affine", "head"} - set(shared):
+            for name in self._own[part]:
+                kept = state.tensors[f"backbone.{name}"]
+                if part == "head":
+                    rows = torch.tensor(state.classes, device=kept.device)
+                    kept = self.get_buffer(_start(name)).index_copy(0, rows, kept)
+                found[name] = kept
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def call(self, x: Tensor, state: TaskState, *, shared: Collection[str] = ()) -> Tensor:
+        """Logits (N, C) of prepared inputs in a stored task, in the mode that the network is in; nothing of it changes.
+
+        `shared` is as in `weights`.
+        """
+        return torch.func.functional_call(self.backbone, self.weights(state, shared=shared), (x,))
+
+    @torch.no_grad()
+    def distance(self, x: Tensor, state: TaskState) -> Tensor:
+        """How far the statistics of each prepared input are from a stored task's: (N,).
+
+        The squared distance of a channel's mean over positions from the running mean, over the running variance, as
+        the mean over channels and the sum over BatchNorm layers.
+        """
+        if not self._norms:
+            raise ValueError("backbone: it has no BatchNorm, so no statistics to compare; infer tasks by 'entropy'")
+        total = x.new_zeros(len(x), dtype=torch.float32)
+
+        def compare(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+            assert norm.running_mean is not None and norm.running_var is not None
+            means = inputs[0].flatten(2).mean(2) if inputs[0].ndim > 2 else inputs[0]
+            total.add_(((means - norm.running_mean).square() / (norm.running_var + norm.eps)).mean(1))
+
+        hooks = [norm.register_forward_pre_hook(compare) for norm in self._norms]  # pyright: ignore[reportArgumentType]
+        try:
+            self.call(x, state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return total
+
+    def folded(self, state: TaskState) -> nn.Module:
+        """An ordinary network, in evaluation mode, that computes what a stored task does, its classes alone."""
+        net, weights = copy.deepcopy(self.backbone), self.weights(state)
+        head = net.get_submodule(self.head)
+        for name in self._own["head"]:
+            kind = name.rpartition(".")[2]
+            weights[name] = state.tensors[f"backbone.{name}"].clone()
+            setattr(head, kind, nn.Parameter(torch.empty_like(weights[name])))
+        setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", len(state.classes))
+        set_weights(net, {name: weights[name] for name in live_tensors(net)})
+        return net.requires_grad_(True).eval()
+
+    def parameters_per_task(self, classes: int | None = None) -> dict[str, int]:
+        """How many numbers a task of so many classes (default: all) has in its gains, statistics, affine and head.
+
+        The gains are counted as they are trained: a mask's scores are one bit each when they are stored.
+        """
+        counts = {"gains": sum(p.numel() for p in self.gains.values())}
+        for part in ("statistics", "affine", "head"):
+            counts[part] = sum(t.numel() for t in self._tensors(part).values())
+        if classes is not None:
+            counts["head"] = counts["head"] // self.outputs * classes
+        return counts
+
+    def bytes_per_task(self, classes: int | None = None) -> int:
+        """What a stored task of so many classes (default: all) takes."""
+        return self.state(range(self.outputs)[:classes]).nbytes
+
+    def _tensors(self, *parts: str) -> dict[str, Tensor]:
+        """The live task's "statistics", "affine" and "head", not copied, by the backbone's names."""
+        named = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        return {name: named[name] for part in parts for name in self._own[part]}
+
+    @property
+    def outputs(self) -> int:
+        """The number of classes of the live head."""
+        return len(self.get_buffer(_start(self._own["head"][0])))
+
+    def fingerprint(self) -> str:
+        """A hash of what tasks build on: all tensors of the backbone as it was given, but the head's."""
+        digest = hashlib.blake2b(digest_size=16)
+        starts = {name: self.get_buffer(_start(name)) for part in ("statistics", "affine") for name in self._own[part]}
+        for name, tensor in sorted((live_tensors(self.backbone) | starts).items()):
+            if name not in self._own["head"]:
+                digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def _rule(self) -> Rule:
+        assert self.rule is not None
+        return self.rule
+
+    def _weight(self, part: _Part) -> Tensor:
+        return part.cut(reduce(getattr, part.name.split("."), self.backbone))
+
+    def _drawn(self) -> dict[str, dict[str, Tensor]]:
+        """The gains that every task starts with, by part."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return {part.key: self._rule.start(self._weight(part), generator) for part in self._parts}
+
+    def _unpacked(self, state: TaskState) -> dict[str, dict[str, Tensor]]:
+        """The gains of a stored task, by part."""
+        packed: dict[str, dict[str, Tensor]] = {part.key: {} for part in self._parts}
+        for name, tensor in state.tensors.items():
+            if name.startswith("gains."):
+                key, _, kind = name.removeprefix("gains.").rpartition("/")
+                packed[key][kind] = tensor
+        return {part.key: self._rule.unpack(packed[part.key], self._weight(part)) for part in self._parts}
+
+    def _live_gains(self) -> dict[str, dict[str, Tensor]]:
+        """The live task's gains, not copied, by part."""
+        found: dict[str, dict[str, Tensor]] = {part.key: {} for part in self._parts}
+        for name, tensor in self.gains.items():
+            key, _, kind = name.rpartition("/")
+            found[key][kind] = tensor
+        return found
+
+    def _effective(self, gains: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The weights that the rule makes, by the backbone's names, in the backbone's own precision."""
+        made: dict[str, list[Tensor]] = {}
+        matrices = {sizes: getattr(self, name) for sizes, name in self._matrices.items()}
+        device = next(self.backbone.parameters()).device.type
+        with torch.autocast(device, enabled=False):
+            for part in self._parts:
+                weight = self._weight(part)
+                made.setdefault(part.name, []).append(self._rule.effective(weight, gains[part.key], matrices))
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in made.items()}
+
+
+def modulated(
+    stream: Stream, model: Callable[..., nn.Module], rule: Rule | None = DEFAULT, *, seed: int = 0, **options: Any
+) -> Modulated:
+    """A network of the factory `model` as a `Modulated`: with `partial(modulated, model=..., rule=...)` a factory."""
+    return Modulated(model(stream, seed=seed), rule, seed=seed, **options)
+
+
+def _start(name: str) -> str:
+    """The name of the buffer with what a task starts with."""
+    return "start " + name.replace(".", "/")
+
+
+def _head(modules: Mapping[str, nn.Module], name: str | None) -> str:
+    if name is not None:
+        if not isinstance(modules.get(name), (nn.Linear, *CONVOLUTIONS)):
+            known = [n for n, m in modules.items() if isinstance(m, nn.Linear)][-3:]
+            raise ValueError(f"head: {name!r} is no linear layer or convolution of the network; its last are {known}")
+        return name
+    for kinds in (nn.Linear, CONVOLUTIONS):
+        found = [n for n, m in modules.items() if isinstance(m, kinds)]
+        if found:
+            return found[-1]
+    raise ValueError("backbone: it has no linear layer and no convolution, so no head; end it in nn.Linear")
+
+
+def _parts(
+    modules: Mapping[str, nn.Module],
+    live: Mapping[str, nn.Parameter],
+    of_head: Collection[str],
+    rule: Rule | None,
+    layers: str | Sequence[str],
+) -> list[_Part]:
+    """The weights that a rule applies to, packed q, k and v apart."""
+    if isinstance(layers, str) and layers not in LAYERS:
+        raise ValueError(f"layers: {layers!r} is unknown; choose one of {', '.join(LAYERS)} or give a list of patterns")
+    thirds = {f"{n}.in_proj_weight" for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+    thirds &= live.keys()
+    linear = {f"{n}.weight" for n, m in modules.items() if isinstance(m, nn.Linear)} | thirds
+    thirds |= {n for n in linear if n.endswith("qkv.weight") and len(live[n]) % 3 == 0}
+    convolutions = {f"{n}.weight" for n, m in modules.items() if isinstance(m, CONVOLUTIONS)}
+    if rule is None:
+        return []
+    if isinstance(rule, Own):
+        chosen = set(live)
+    elif not isinstance(layers, str):
+        for pattern in layers:
+            if not any(fnmatchcase(name, pattern) for name in linear | convolutions):
+                raise ValueError(
+                    f"layers: {pattern!r} fits no weight; they are named like {sorted(linear | convolutions)[:3]}"
+                )
+        chosen = {name for name in linear | convolutions if any(fnmatchcase(name, p) for p in layers)}
+    else:
+        auto = convolutions if len(convolutions) > 1 else linear | convolutions
+        chosen = {"auto": auto, "convolutions": convolutions, "linear": linear, "all": linear | convolutions}[layers]
+    parts = []
+    for name in live:
+        if name in chosen and name not in of_head:
+            count = 3 if name in thirds and not isinstance(rule, Own) else 1
+            for i in range(count):
+                key = name.replace(".", "/") + (f"/{'qkv'[i]}" if count == 3 else "")
+                parts.append(_Part(name, i, count, key))
+    if not parts:
+        raise ValueError(f"layers: {layers!r} is no layer of the network; use 'all', or rule=None for the head alone")
+    return parts

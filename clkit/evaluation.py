@@ -55,6 +55,11 @@ def evaluate(
             for start in range(0, len(task.test), rows_each):
                 part = task.test[start : start + rows_each].to(device)
                 logits = predict(model, task.prepare(part.x), task if stream.scenario == "task" else None).float()
+                if logits.shape[-1] < len(stream.classes):
+                    raise ValueError(
+                        f"model: it has {logits.shape[-1]} outputs and the stream {len(stream.classes)} classes; "
+                        "give it a head for all of them"
+                    )
                 inside = logits[..., own]
                 loss = nn.functional.cross_entropy(logits.flatten(0, -2), part.y.flatten(), reduction="sum")
                 hits = (logits.argmax(-1) == part.y).sum()

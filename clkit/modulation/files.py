@@ -61,7 +61,7 @@ def network(path: Path | str, backbone: nn.Module) -> nn.Module:
     The backbone's own head does not matter. Raises ValueError if it is another network than the task was learned on.
     """
     _, header = _read(path)
-    options = {name: header[name] for name in ("layers", "statistics", "affine", "head", "seed")}
+    options = {name: header[name] for name in ("layers", "statistics", "affine", "head")}
     model = Modulated(backbone, _rule(header["rule"]), **options)
     return model.folded(load(path, model))
 
@@ -71,7 +71,7 @@ def _made_by(model: Modulated) -> dict[str, Any]:
     layers = model.layers if isinstance(model.layers, str) else list(model.layers)
     rule = None if model.rule is None else [type(model.rule).__name__, asdict(model.rule)]
     options = {"layers": layers, "statistics": model.statistics, "affine": model.affine, "head": model.head}
-    return {"kind": KIND, "backbone": model.fingerprint(), "rule": rule, **options, "seed": model.seed}
+    return {"kind": KIND, "backbone": model.fingerprint(), "rule": rule, **options}
 
 
 def _rule(described: list[Any] | None) -> Rule | None:

@@ -185,6 +185,8 @@ class Modulated(nn.Module):
     @torch.no_grad()
     def state(self, classes: Sequence[int]) -> TaskState:
         """Copies of the live task's tensors, as they are stored; of the head the rows of `classes`."""
+        if not classes or not all(0 <= label < self.outputs for label in classes):
+            raise ValueError(f"classes: {list(classes)} for a head of {self.outputs}; give ids from 0 that it has")
         rows = torch.tensor(list(classes))
         tensors: dict[str, Tensor] = {}
         for part, live in zip(self._parts, self._live_gains().values(), strict=True):
@@ -249,7 +251,7 @@ class Modulated(nn.Module):
 
     def folded(self, state: TaskState) -> nn.Module:
         """An ordinary network, in evaluation mode, that computes what a stored task does, its classes alone."""
-        net, weights = copy.deepcopy(self.backbone), self.weights(state)
+        net, weights = copy.deepcopy(self.backbone), self.weights(state, shared=("head",))
         head = net.get_submodule(self.head)
         for name in self._own["head"]:
             kind = name.rpartition(".")[2]

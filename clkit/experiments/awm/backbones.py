@@ -42,6 +42,7 @@ class Recipe:
 
 COSINE = Training(optimizer="adamw", weight_decay=0.01, schedule="cosine", warmup=0.1, channels_last=True)
 BACKBONES = {
+    "convnet": Recipe(partial(models.convnet, widths=(16, 32, 32)), replace(COSINE, epochs=6, lr=2e-2), per_class=60),
     "mobilenet_v2": Recipe(
         partial(models.torchvision, name="mobilenet_v2", width_mult=0.35),
         replace(COSINE, epochs=5, batch=128, lr=2e-2),
@@ -56,10 +57,11 @@ BACKBONES = {
 def pretrained(name: str = "mobilenet_v2", *, seed: int = 0) -> nn.Module:
     """A network that has learned Latin glyphs, on the CPU and in training mode, with a head for the 52 letters.
 
-    `name` is one of `BACKBONES`: torchvision's MobileNetV2 at 0.35 of its width, `models.resnet18` of width 8, or
-    `models.vit`. `seed` sets the initial weights and the order of the data. The network is trained when it is first
-    asked for; what is kept belongs to the data, the architecture, the training, the seed, clkit's code and torch's
-    version, so that a change of any makes another backbone; the caller may change the network, which is its own.
+    `name` is one of `BACKBONES`: torchvision's MobileNetV2 at 0.35 of its width, `models.resnet18` of width 8,
+    `models.vit`, or, in seconds and less well, `models.convnet`. `seed` sets the initial weights and the order of the
+    data. The network is trained when it is first asked for; what is kept belongs to the data, the architecture, the
+    training, the seed, clkit's code and torch's version, so that a change of any makes another backbone. The caller
+    may change the network, which is its own.
     Raises ValueError for an unknown name.
     """
     return restored(_recipe(name), seed)[0]

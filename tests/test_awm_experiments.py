@@ -1,0 +1,160 @@
+"""The experiments of adaptive weight modulation: their data, their grids, and real image sets where they are."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from clkit import data, models
+from clkit.experiments.awm import backbones, grids, streams
+from clkit.learners import PerTask
+from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, modulated
+from clkit.training import Training, run
+
+GRIDS = ("tuning", "table", "forgetting", "factors", "which_part", "architectures", "transfer", "inferred", "long")
+LATIN = data.Normalize((0.2,), (0.3,))
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Backbones as they are built, and Latin's normalisation without drawing all of it."""
+
+    def build(name="mobilenet_v2", *, seed=0):
+        return backbones.BACKBONES[name].build(data.split(data.glyphs("latin", per_class=1, size=28), 1), seed=seed)
+
+    monkeypatch.setattr(grids, "pretrained", build)
+    monkeypatch.setattr(streams, "_latin", lambda: LATIN)
+
+
+def rows(examples: data.Examples) -> set[bytes]:
+    return {row.numpy().tobytes() for row in examples.x}
+
+
+class TestStreams:
+    def test_a_script_has_its_own_examples_to_train_to_choose_and_to_test_by(self):
+        test, held_out = streams.script("greek"), streams.script("greek", "held out")
+        assert rows(test.train) == rows(held_out.train)
+        parts = [rows(test.train), rows(test.test), rows(held_out.test)]
+        assert [len(part) for part in parts] == [20 * 24, 20 * 12, 20 * 12]
+        assert len(set.union(*parts)) == sum(map(len, parts))
+        for part, count in ((test.train, 24), (test.test, 12), (held_out.test, 12)):
+            assert part.y.bincount().tolist() == [count] * 20
+        with pytest.raises(ValueError, match="part: 'validation' is unknown; choose 'test' or 'held out'"):
+            streams.script("greek", "validation")
+
+    def test_scripts_are_tasks_with_classes_of_their_own_prepared_as_latin(self):
+        stream = streams.scripts(("greek", "math"))
+        latin = backbones.BACKBONES["mobilenet_v2"].stream()[0]
+        assert (len(stream), len(stream.classes), stream.scenario) == (2, 40, "task")
+        assert stream[0].normalize == latin.normalize and stream.shape == tuple(latin.train.x.shape[1:])
+        assert stream.classes[0].startswith("greek/") and stream.classes[-1].startswith("math/")
+
+    def test_forty_tasks_of_characters_that_are_no_latin_ones(self, untrained):
+        stream = streams.characters(40)
+        assert len(stream) == 40 and {len(task.classes) for task in stream} <= {7, 8, 9, 10, 11, 12}
+        assert not set(stream.classes) & set(data.glyphs("latin", per_class=1).classes)
+
+    def test_a_set_that_is_nowhere_is_named(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+        with pytest.raises(ValueError, match="names: 'wikiart' is neither in"):
+            streams.pictures(("wikiart",))
+        with pytest.raises(ValueError, match="limit: 3 goes with folders and zips; 'food101' comes from torchvision"):
+            streams.pictures(("food101",), limit=3)
+
+
+@pytest.mark.usefixtures("untrained")
+class TestGrids:
+    @pytest.mark.parametrize("name", GRIDS)
+    def test_a_grids_record_is_plain_and_tells_its_methods_apart(self, name):
+        config = getattr(grids, name)().config
+        json.dumps(config)
+        assert "0x" not in str(config)
+        records = [str(record) for record in config["methods"].values()]
+        assert len(set(records)) == len(records)
+
+    def test_methods_are_what_their_names_say(self):
+        methods = grids.table().methods
+        stream = streams.scripts(("greek", "math"))
+        nets = {name: method.model(stream, seed=0) for name, method in methods.items()}
+        assert {name: type(net.rule) for name, net in nets.items()} == {
+            "classifier, statistics frozen": type(None),
+            "classifier": type(None),
+            "norms": type(None),
+            "low rank 2": LowRank,
+            "mask": Mask,
+            "full": Own,
+            "AWM 4": Modulation,
+            "AWM 2": Modulation,
+            "mask, published rate": Mask,
+        }
+        assert nets["classifier, statistics frozen"].statistics == "frozen" and nets["norms"].affine
+        assert methods["mask, published rate"].training.lr == 1e-4 != methods["mask"].training.lr
+        assert all(net.outputs == 40 for net in nets.values())
+
+    def test_heads_depend_on_the_seed_and_the_backbone_does_not(self):
+        stream = streams.scripts(("greek", "math"))
+        a, b, again = (grids.backbone(stream, "vit", seed=seed) for seed in (0, 1, 0))
+        for name, tensor in a.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name])
+            assert torch.equal(tensor, b.state_dict()[name]) != name.startswith("linear.")
+
+    def test_costs_count_what_a_task_keeps(self):
+        table = grids.costs(grids.table()).set_index("method")
+        net = Modulated(grids.pretrained())
+        assert table.loc["AWM 4", "gains"] == net.parameters_per_task()["gains"] == 23_860
+        statistics = 4 * net.parameters_per_task()["statistics"]
+        assert table.loc["AWM 4", "bytes"] == 4 * 23_860 + statistics
+        assert table.loc["mask", "bytes"] == -(-table.loc["mask", "gains"] // 8) + statistics
+        assert table.loc["classifier, statistics frozen", "bytes"] == 0
+        assert ((table["bytes with head"] - table["bytes"]) == 4 * 1281 * 20).all()
+
+    def test_parts_of_the_network_are_all_of_it(self):
+        counts = grids.costs(grids.which_part()).set_index("method")["gains"]
+        stem = 9 * (16 // 16)
+        assert counts["AWM 4, depthwise alone"] + counts["AWM 4, pointwise alone"] + stem == counts["AWM 4"]
+
+    def test_a_grid_runs(self, tmp_path):
+        grid = grids.forgetting()
+        small = replace(
+            grid,
+            streams={"two": lambda seed: streams.scripts(("greek", "math"))},
+            methods={name: replace(m, training=replace(m.training, epochs=1)) for name, m in grid.methods.items()},
+            seeds=(0,),
+        )
+        table = small.run(store=tmp_path, jobs=1).set_index("method")
+        assert table.loc["AWM 4", "forgetting"] == 0
+        assert set(table.index) == {"AWM 4", "fine-tuning", "EWC", "LwF"}
+
+
+def test_pace_counts_steps_until_the_loss_has_fallen():
+    class Stub:
+        training_loss = [np.r_[np.full(5, 4.0), np.full(20, 0.5)], np.full(30, 2.0)]
+        accuracy = np.array([[0.9, 0.1], [0.8, 0.7]])
+
+    found = grids.pace(Stub())
+    assert found["own"] == [0.9, 0.7] and found["end"] == [0.8, 0.7]
+    assert found["steps"][1] == -1
+    smooth = [np.mean(Stub.training_loss[0][i : i + 10]) for i in range(16)]
+    assert found["steps"][0] == next(i for i, value in enumerate(smooth) if value < 1.0) + 10
+
+
+@pytest.mark.packs("mnist")
+@pytest.mark.packs("usps")
+@pytest.mark.packs("cifar10")
+@pytest.mark.packs("pacs48")
+def test_real_images_are_learned_and_none_is_forgotten(packs, monkeypatch):
+    monkeypatch.setenv("CLKIT_DATA", str(packs))
+    names = ("mnist", "usps", "cifar10", "pacs48/photo", "pacs48/art_painting", "pacs48/cartoon", "pacs48/sketch")
+    stream = streams.pictures(names, size=24, limit=30)
+    assert stream.shape == (3, 24, 24) and [len(task.classes) for task in stream] == [10, 10, 10, 7, 7, 7, 7]
+    assert [task.augment.flip for task in stream] == [False, False, True, True, True, True, True]
+    model = partial(modulated, model=partial(models.convnet, widths=(16, 32)), rule=Modulation(2, 2))
+    training = Training(6, 16, 0.03, optimizer="adamw")
+    result = run(stream, model, PerTask(), None, training, device="cpu", progress=False)
+    for k in range(len(stream)):
+        assert (result.accuracy[k:, k] == result.accuracy[k, k]).all()
+    chance = np.array([1 / len(task.classes) for task in stream])
+    assert (np.diag(result.accuracy) / chance).mean() > 2

@@ -11,6 +11,8 @@ from clkit import (
     models,
     modulation,
     normalization,
+    representation,
+    tangent,
     weights,
 )
 from clkit.consolidation import SFA, CLeWI, Merged, Merging, NoConsolidation, Progress, WiSEFT
@@ -45,6 +47,8 @@ __all__ = [
     "models",
     "modulation",
     "normalization",
+    "representation",
     "run",
+    "tangent",
     "weights",
 ]

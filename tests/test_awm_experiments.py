@@ -14,7 +14,18 @@ from clkit.learners import PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, modulated
 from clkit.training import Training, run
 
-GRIDS = ("tuning", "table", "forgetting", "factors", "which_part", "architectures", "transfer", "inferred", "long")
+GRIDS = (
+    "tuning",
+    "table",
+    "forgetting",
+    "factors",
+    "variants",
+    "which_part",
+    "architectures",
+    "transfer",
+    "inferred",
+    "long",
+)
 LATIN = data.Normalize((0.2,), (0.3,))
 
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from scipy.stats import ttest_1samp
 
-from clkit.experiments import execute, find, page, paired_difference, repository, summarise
+from clkit.experiments import Difference, execute, find, page, paired_difference, repository, summarise
 from clkit.experiments.notebooks import WIDGET, normalise
+from clkit.experiments.statistics import difference
 from clkit.learners import ER
 
 
@@ -42,31 +44,51 @@ gains = st.lists(st.floats(-1, 1), min_size=2, max_size=8)
 @given(gains)
 def test_difference_is_antisymmetric_and_holds_its_mean(values):
     table = table_of(values)
-    ab, ba = (paired_difference(table, *pair, draws=500) for pair in (("a", "b"), ("b", "a")))
+    ab, ba = (paired_difference(table, *pair) for pair in (("a", "b"), ("b", "a")))
     assert ab.n == len(values)
     assert ab.mean == pytest.approx(np.mean(values), abs=1e-12)
     assert (-ba.mean, -ba.upper, -ba.lower) == pytest.approx((ab.mean, ab.lower, ab.upper), abs=1e-12)
+    assert ba.verdict == {"gains": "loses", "loses": "gains", "open": "open"}[ab.verdict]
     assert ab.lower <= ab.mean + 1e-12 and ab.mean <= ab.upper + 1e-12
     assert paired_difference(table.sample(frac=1, random_state=1), "a", "b").mean == pytest.approx(ab.mean, abs=1e-12)
 
 
 def test_pairing_cancels_what_the_pairs_share():
-    difference = paired_difference(table_of([0.1] * 5, noise=10.0), "a", "b")
-    assert difference == pytest.approx((0.1, 0.1, 0.1, 5))
+    assert paired_difference(table_of([0.1] * 5, noise=10.0), "a", "b") == pytest.approx((0.1, 0.1, 0.1, 5))
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(200):
-        difference = paired_difference(table_of(rng.normal(0.3, 1, 25)), "a", "b", level=0.9, draws=400)
-        hits += difference.lower <= 0.3 <= difference.upper
-    assert 0.8 <= hits / 200 <= 0.96
+    found = [difference(rng.normal(0.3, 1, 3), level=0.9) for _ in range(1000)]
+    assert 0.87 <= np.mean([one.lower <= 0.3 <= one.upper for one in found]) <= 0.93
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "verdict"), [(0.1, 0.3, "gains"), (-0.3, -0.1, "loses"), (-0.1, 0.2, "open")]
+)
+def test_verdict_is_the_side_of_zero_that_the_interval_lies_on(lower, upper, verdict):
+    assert Difference((lower + upper) / 2, lower, upper, 3).verdict == verdict
+    assert Difference(0.0, 0.0, 0.0, 3).verdict == "open"
 
 
 def test_one_pair_has_no_interval():
-    difference = paired_difference(table_of([0.25]), "a", "b")
-    assert difference.mean == 0.25 and np.isnan(difference.lower) and np.isnan(difference.upper)
+    alone = paired_difference(table_of([0.25]), "a", "b")
+    assert alone.mean == 0.25 and np.isnan(alone.lower) and np.isnan(alone.upper) and alone.verdict == "open"
+
+
+def test_gaps_are_one_number_a_pair():
+    for gaps in ([], [[0.1, 0.2]], 0.1):
+        with pytest.raises(ValueError, match="one number for each pair"):
+            difference(gaps)
+
+
+@settings(max_examples=30, deadline=None)
+@given(gains, st.floats(0.5, 0.99))
+def test_interval_is_that_of_students_test(values, level):
+    gaps = np.array(values) + 3 * np.arange(-1, len(values) - 1)  # never all alike
+    found, test = difference(gaps, level), ttest_1samp(gaps, 0)
+    assert (found.lower, found.upper) == pytest.approx(tuple(test.confidence_interval(level)), abs=1e-9)
+    assert abs(test.pvalue - (1 - level)) < 1e-9 or (found.verdict == "open") == (test.pvalue > 1 - level)
 
 
 def test_what_cannot_be_paired_is_refused():

@@ -98,8 +98,9 @@ def test_lines_are_compared_at_equal_plasticity():
 def test_an_advantage_is_paired():
     old = {"a": [0.6, 0.71, 0.82], "b": [0.5, 0.6, 0.7]}
     rows = [{"line": line, "seed": s, "old": value} for line, values in old.items() for s, value in enumerate(values)]
-    mean, lower = sfa.advantage(pd.DataFrame(rows), "a", "b")
-    assert mean == pytest.approx(0.11) and lower == pytest.approx(0.11 - 4.302653 * 0.01 / 3**0.5)
+    found = sfa.advantage(pd.DataFrame(rows), "a", "b")
+    half = 4.302653 * 0.01 / 3**0.5
+    assert found == pytest.approx((0.11, 0.11 - half, 0.11 + half, 3)) and found.verdict == "gains"
 
 
 def test_ends_and_course_of_a_run():

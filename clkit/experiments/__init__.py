@@ -3,7 +3,7 @@
 ```python
 table = sweep(stream, models.convnet, {"ER": ER(50), "CLeWI": (ER(50), CLeWI(0.3))}, seeds=range(3))
 summarise(table)                               # mean, std, n by method
-paired_difference(table, "CLeWI", "ER")        # how much better, with a confidence interval
+paired_difference(table, "CLeWI", "ER")        # how much better, with Student's interval
 ```
 """
 

@@ -26,6 +26,7 @@ from clkit import curvature, data, models, weights
 from clkit.consolidation import SFA, Merging
 from clkit.data import Examples, Stream
 from clkit.evaluation import evaluate
+from clkit.experiments.statistics import difference
 from clkit.learners import Joint, Learner
 from clkit.merging import MERGES
 from clkit.training import Training, run
@@ -278,15 +279,14 @@ def gains(table: "pd.DataFrame", over: str = "average", level: float = 0.95) -> 
     "gains", "loses", or "open" where the interval holds 0.
     """
     import pandas as pd
-    from scipy.stats import t as student
 
     wide = table.pivot_table(index=["training", "seed"], columns="method", values="acc", sort=False)
     long = wide.sub(wide[over], axis=0).drop(columns=over).stack()
-    parts = long.groupby(["training", "method"], sort=False)
-    half = parts.sem() * student.ppf((1 + level) / 2, parts.count() - 1)
-    found = pd.DataFrame({"gain": parts.mean(), "lower": parts.mean() - half, "upper": parts.mean() + half})
-    verdict = np.select([found.lower > 0, found.upper < 0], ["gains", "loses"], "open")
-    return found.assign(verdict=verdict)
+    parts: Any = long.groupby(["training", "method"], sort=False)
+    found = {place: difference(gaps, level) for place, gaps in parts}
+    rows = [(gap.mean, gap.lower, gap.upper, gap.verdict) for gap in found.values()]
+    places = pd.MultiIndex.from_tuples(found, names=["training", "method"])
+    return pd.DataFrame(rows, places, ["gain", "lower", "upper", "verdict"])
 
 
 def references(seeds: Iterable[int] = SEEDS, **made: Any) -> "pd.DataFrame":

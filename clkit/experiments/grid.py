@@ -115,6 +115,12 @@ class Grid:
         made = {"training": self.training, "seeds": self.seeds, "measure": self.measure, "progress": False}
         return sweep(self.streams, self.models, self.methods, **made | options)
 
+    def matrices(self, **options: Any) -> "pd.DataFrame":
+        """`run`, and the accuracy matrix of each run in a column of that name: row t after learning task t."""
+        table = self.run(**options)
+        archive = Store(table.attrs["store"])
+        return table.assign(matrix=[_stored(archive, key)["accuracy"] for key in table.hash])
+
     @property
     def config(self) -> dict[str, Any]:
         """What is compared, in words: names of streams and models, settings of methods, training and seeds."""

@@ -1,5 +1,65 @@
-"""The experiments of adaptive weight modulation, AWM (arXiv 2311.15276), at a laptop's scale and at the paper's."""
+"""The experiments of adaptive weight modulation, AWM (arXiv 2311.15276), at a laptop's scale and at the paper's.
 
+```python
+grid = awm.table()
+table = page.results(grid.run, grid.config, "table", commit=True)
+awm.costs(grid)                                # what a task of each method keeps
+```
+"""
+
+from clkit.experiments.awm import published
 from clkit.experiments.awm.backbones import BACKBONES, Recipe, pretrained, pretrained_accuracy
+from clkit.experiments.awm.grids import (
+    FACTORS,
+    RATES,
+    architectures,
+    backbone,
+    baselines,
+    costs,
+    factors,
+    forgetting,
+    inferred,
+    long,
+    modulations,
+    pace,
+    per_task,
+    sequential,
+    table,
+    transfer,
+    tuning,
+    variants,
+    which_part,
+)
+from clkit.experiments.awm.streams import SCRIPTS, characters, pictures, script, scripts
 
-__all__ = ["BACKBONES", "Recipe", "pretrained", "pretrained_accuracy"]
+__all__ = [
+    "BACKBONES",
+    "FACTORS",
+    "RATES",
+    "SCRIPTS",
+    "Recipe",
+    "architectures",
+    "backbone",
+    "baselines",
+    "characters",
+    "costs",
+    "factors",
+    "forgetting",
+    "inferred",
+    "long",
+    "modulations",
+    "pace",
+    "per_task",
+    "pictures",
+    "pretrained",
+    "pretrained_accuracy",
+    "published",
+    "script",
+    "scripts",
+    "sequential",
+    "table",
+    "transfer",
+    "tuning",
+    "variants",
+    "which_part",
+]

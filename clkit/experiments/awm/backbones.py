@@ -92,7 +92,7 @@ def restored(recipe: Recipe, seed: int, folder: Path | None = None) -> tuple[nn.
     with store.lock(key):
         record = store.read(key, weights=True)
         if record is None:
-            result = run(stream, recipe.build, None, None, recipe.training, seed=seed, device="cpu")
+            result = run(stream, recipe.build, None, None, recipe.training, seed=seed, device="cpu", progress=False)
             record = {
                 "configuration": configuration,
                 "accuracy": float(result.accuracy[0, 0]),

@@ -7,7 +7,7 @@ tasks.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from scipy.stats import t as student
+from clkit.experiments.statistics import difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,11 +114,9 @@ def gains(table: "pd.DataFrame", kind: str = "CLeWI", level: float = 0.95) -> "p
         pair = f"{name} + {kind}"
         if pair not in wide["acc"]:
             continue
-        gap = (wide["acc"][pair] - wide["acc"][name]).to_numpy()
-        half = student.ppf((1 + level) / 2, len(gap) - 1) * gap.std(ddof=1) / len(gap) ** 0.5
-        lower, upper = float(gap.mean() - half), float(gap.mean() + half)
-        row: dict[str, Any] = {"alone": wide["acc"][name].mean(), "gain": gap.mean(), "lower": lower, "upper": upper}
-        row["verdict"] = "gains" if lower > 0 else "loses" if upper < 0 else "open"
+        gap = difference(wide["acc"][pair] - wide["acc"][name], level)
+        row: dict[str, Any] = {"alone": wide["acc"][name].mean(), "gain": gap.mean}
+        row |= {"lower": gap.lower, "upper": gap.upper, "verdict": gap.verdict}
         row["less"] = (wide["forgetting"][name] - wide["forgetting"][pair]).mean()
         for place, dataset in enumerate(DATASETS):
             acc = [PUBLISHED[n][place][0] if name in PAIRS else float("nan") for n in (f"{name} + CLeWI", name)]

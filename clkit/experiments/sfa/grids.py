@@ -16,6 +16,7 @@ from clkit.experiments.grid import Grid
 from clkit.experiments.named import dataset
 from clkit.experiments.pages import Page
 from clkit.experiments.plan import Method
+from clkit.experiments.statistics import Difference, paired_difference
 from clkit.learners import EWC, L2, LEARNERS, DataBuffer, Joint, Learner, OnlineEWC
 from clkit.training import Result, Training, run
 
@@ -284,17 +285,12 @@ def retained(table: "pd.DataFrame", new: float = 0.95, *, by: str = "line") -> "
     return found[found.groupby(by)["seed"].transform("count") == table["seed"].nunique()].reset_index(drop=True)
 
 
-def advantage(kept: "pd.DataFrame", a: str, b: str, *, level: float = 0.95) -> tuple[float, float]:
-    """How much more line `a` retains than line `b`, seed by seed: the mean, and the lower end of Student's interval.
+def advantage(kept: "pd.DataFrame", a: str, b: str, *, level: float = 0.95) -> Difference:
+    """How much more line `a` retains than line `b`, seed by seed, with Student's paired t interval at `level`.
 
     `kept` is what `retained` gives.
     """
-    from scipy.stats import t as student
-
-    wide = kept.pivot_table(index="seed", columns="line", values="old")
-    gap = (wide[a] - wide[b]).to_numpy()
-    half = student.ppf((1 + level) / 2, len(gap) - 1) * gap.std(ddof=1) / len(gap) ** 0.5
-    return float(gap.mean()), float(gap.mean() - half)
+    return paired_difference(kept, a, b, "old", column="line", level=level)
 
 
 def ends(result: Result) -> dict[str, float]:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clkit import data, models
+from clkit import data, models, weights
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, interpolation, listed, load, network, save
+from clkit.training import describe
 from clkit.weights import equal, get_weights
 
 FEW = settings(max_examples=40, deadline=None)
@@ -547,10 +548,60 @@ class TestModulated:
         net.begin(state)
         fresh = get_weights(separable())
         for key, t in net.weights().items():
-            assert torch.equal(t, fresh[key] if key.startswith("last") else folded[key]), key
+            if t.is_floating_point():
+                assert torch.equal(t, fresh[key] if key.startswith("last") else folded[key]), key
         again = Modulated(separable(), RULES[name])
         again.begin(state)
         assert torch.equal(again.eval()(x), net.eval()(x))
+
+    @pytest.mark.parametrize(
+        "kind", [partial(nn.InstanceNorm2d, track_running_stats=True), partial(nn.BatchNorm2d, momentum=None)]
+    )
+    def test_whatever_else_a_network_counts_begins_anew(self, kind):
+        net = Modulated(nn.Sequential(nn.Conv2d(1, 4, 3), kind(4), nn.Flatten(), nn.Linear(64, 2)), Modulation(2, 1))
+        seen = []
+        for _ in range(2):
+            net.begin()
+            net.train()
+            for seed in range(3):
+                net(pictures(seed=seed))
+            seen.append(net.state((0, 1)))
+        assert equal(seen[0].tensors, seen[1].tensors)
+        answer = net.eval().call(pictures(), seen[0])
+        net.train()(3 * pictures(seed=9))
+        assert torch.equal(net.eval().call(pictures(), seen[0]), answer)
+
+    def test_the_backbones_spectral_norms_do_not_move_with_the_tasks(self):
+        body = nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 4, 3))
+        net = Modulated(
+            nn.Sequential(body, nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 2)),
+            Modulation(2, 2),
+            layers=["1.weight"],
+        )
+        state, answers = net.state((0, 1)), []
+        for seed in range(2):
+            answers.append(net.eval().call(pictures(), state))
+            net.begin()
+            net.train()(pictures(seed=seed))
+        assert torch.equal(*answers)
+
+    def test_two_rules_on_one_backbone_are_two_models(self):
+        nets = [Modulated(separable(), Modulation(2, 2, interpolation=kind)) for kind in ("bicubic", "nearest")]
+        assert describe(nets[0]) != describe(nets[1]) and describe(nets[0]) == describe(copy.deepcopy(nets[0]))
+
+    def test_a_state_from_before_a_change_of_precision_is_understood(self):
+        net = trained(Modulation(2, 2)).eval()
+        state = net.state(range(6))
+        before = net.call(pictures(), state)
+        assert torch.allclose(net.double().call(pictures().double(), state), before.double(), atol=1e-5)
+
+    def test_an_initial_state_is_a_copy(self):
+        net = Modulated(separable(), Modulation(2, 2))
+        before = get_weights(net)
+        for tensor in net.initial().tensors.values():
+            tensor.fill_(7)
+        net.begin()
+        assert equal(get_weights(net), before)
 
     def test_parts_can_be_kept(self):
         names = {"gains": "gains.", "statistics": "running", "affine": ".1.", "head": "last."}
@@ -962,6 +1013,48 @@ class TestFiles:
         with pytest.raises(FileNotFoundError):
             load(tmp_path / "none.safetensors", net)
 
+    @pytest.mark.parametrize(
+        "damage", ["missing", "extra", "shape", "dtype", "nan", "classes", "negative", "rule", "fields"]
+    )
+    def test_a_file_with_something_else_in_it_is_refused(self, damage, tmp_path):
+        net, path = trained(Modulation(2, 2)), tmp_path / "task.safetensors"
+        save(path, net, net.state((0, 1)))
+        tensors, header = weights.load(path)
+        first = next(name for name in tensors if name.startswith("gains."))
+        changed = {
+            "missing": lambda: tensors.pop(first),
+            "extra": lambda: tensors.update(extra=torch.zeros(2)),
+            "shape": lambda: tensors.update({first: tensors[first][..., :1, :1].flatten()}),
+            "dtype": lambda: tensors.update({first: tensors[first].to(torch.int64)}),
+            "nan": lambda: tensors.update({first: tensors[first] * float("nan")}),
+            "classes": lambda: header.update(classes=[0, 1, 2]),
+            "negative": lambda: header.update(classes=[-1, 0]),
+            "rule": lambda: header.update(rule=["Nothing", {}]),
+            "fields": lambda: header.pop("layers"),
+        }
+        changed[damage]()
+        weights.save(path, tensors, **header)
+        for reading in (lambda: load(path, net), lambda: network(path, separable())):
+            with pytest.raises(ValueError, match=str(path.name)):
+                reading()
+
+    def test_classes_that_a_model_has_not_are_refused_by_it_alone(self, tmp_path):
+        net, path = trained(Modulation(2, 2)), tmp_path / "task.safetensors"
+        save(path, net, net.state((0, 5)))
+        with pytest.raises(ValueError, match="class 5, the model 3"):
+            load(path, Modulated(separable(3), Modulation(2, 2)))
+        assert network(path, separable(3)).last.out_features == 2
+
+    def test_what_is_no_file_is_not_listed(self, tmp_path):
+        (tmp_path / "folder.safetensors").mkdir()
+        assert listed(tmp_path) == []
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
+    net[2].weight = net[0].weight
+    return net
+
 
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -984,6 +1077,9 @@ class TestFiles:
         (lambda: Modulated(separable()).begin(keep=("heads",)), "keep.*heads"),
         (lambda: Modulated(separable()).state((6,)), "6"),
         (lambda: Modulated(separable()).state(()), "classes"),
+        (lambda: Modulated(separable()).state((1, 1)), "classes.*each once"),
+        (lambda: Modulated(separable(), Modulation(99, 99)), "leaves every layer as it is"),
+        (lambda: Modulated(tied()), r"head: \['2.weight'\] belong to another layer"),
     ],
 )
 def test_bad_settings_are_named(make, message):

@@ -264,6 +264,14 @@ class TestWhatIsTrained:
             losses.add(tuple(map(tuple, result.training_loss)))
         assert len(losses) == 1
 
+    @pytest.mark.parametrize("labels", ["all", "seen", "task"])
+    def test_and_over_all_of_them_where_tasks_share_some(self, labels):
+        stream = toys.images(2)
+        shared = replace(stream[1], classes=(1, 2, 3))
+        stream = replace(stream, tasks=(stream[0], shared), scenario="task")
+        losses = fit(stream, training=replace(SHORT, labels=labels)).training_loss
+        assert all(np.array_equal(a, b) for a, b in zip(losses, fit(stream).training_loss, strict=True))
+
     def test_rows_of_the_head_that_are_of_other_tasks_do_not_move(self):
         result = fit(pictures())
         start = network(pictures()).backbone.linear.weight
@@ -489,6 +497,19 @@ class TestInARun:
         assert all(equal(a, b) for a, b in zip(plain.trained, result.trained, strict=True)), "training does not see it"
         assert not equal(dict(plain.learner.tasks[1].tensors), dict(result.learner.tasks[1].tensors))
 
+    def test_a_look_on_the_way_sees_the_task_in_training(self):
+        result = fit(pictures(), training=replace(SHORT, epochs=12), watch=6)
+        for task in range(3):
+            own = [look["accuracy"][task] for look in result.watched if look["learning"] == task]
+            assert len(set(own)) > 1 and own[-1] == result.accuracy[task, task]
+            assert own[-2] > result.initial[task]
+
+    def test_a_checkpoint_of_another_rule_is_refused(self, tmp_path):
+        stream = pictures(2)
+        fit(stream, checkpoint=tmp_path / "run")
+        with pytest.raises(ValueError, match="is of another run"):
+            fit(stream, rule=Modulation(2, 2, interpolation="nearest"), checkpoint=tmp_path / "run")
+
     def test_a_factory_serves_every_seed(self):
         stream = pictures()
         factory = partial(modulated, model=toys.small_convnet, rule=Modulation(2, 2))
@@ -533,6 +554,15 @@ class TestInARun:
     def test_bad_settings_are_named(self, make, message):
         with pytest.raises(ValueError, match=message):
             make()
+
+    def test_what_cannot_tell_tasks_apart_is_refused(self):
+        stream = data.split(data.glyphs(characters="ABCD", per_class=8, size=8), [1, 3])
+        with pytest.raises(ValueError, match=r"one class.*has no entropy"):
+            fit(stream)
+        with pytest.raises(ValueError, match="'frozen' ones are all tasks' alike"):
+            fit(pictures(scenario="class"), PerTask(infer="statistics"), options={"statistics": "frozen"})
+        with pytest.raises(ValueError, match="'statistics' that are shared"):
+            PerTask(infer="statistics", shared=("statistics",))
 
     def test_statistics_cannot_tell_tasks_apart_where_there_are_none(self):
         stream = toys.stream()

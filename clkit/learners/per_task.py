@@ -1,5 +1,6 @@
 """Parameter isolation: tensors of its own for every task, on a frozen network."""
 
+from copy import copy
 from dataclasses import dataclass
 from math import log
 
@@ -49,16 +50,22 @@ class PerTask(Learner):
         unknown = set(self.shared) - {"statistics", "affine", "head"}
         if unknown:
             raise ValueError(f"shared: {sorted(unknown)} is unknown; choose among statistics, affine, head")
+        if self.infer == "statistics" and "statistics" in self.shared:
+            raise ValueError("shared: 'statistics' that are shared tell no task from another; infer by 'entropy'")
 
     def start(self, setting: Setting) -> None:
         """Begins without a task."""
         super().start(setting)
         self.tasks: dict[int, TaskState] = {}
         self.trained: dict[int, TaskState] = {}
+        self.live: int | None = None
+        self.criterion = copy(setting.criterion)
+        self.criterion.labels = "all"
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Sets the live tensors to where the task starts."""
         net = _modulated(model)
+        self.live = task.index
         earlier = None
         if self.trained:
             earlier = self.trained[max(self.trained)] if self.begin == "previous" else self._nearest(net, task)
@@ -66,8 +73,7 @@ class PerTask(Learner):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss among the task's own classes."""
-        criterion = self.setting.criterion
-        return criterion(model(batch.x), batch.y, among=criterion.member[batch.task.index])
+        return self.criterion(model(batch.x), batch.y, among=self.criterion.member[batch.task.index])
 
     def on_consolidated(self, model: nn.Module, task: Task) -> None:
         """Keeps what later tasks may start from, which a consolidation may deploy otherwise."""
@@ -77,10 +83,13 @@ class PerTask(Learner):
     def calibrate(self, model: nn.Module, task: Task) -> None:
         """Takes the task's tensors out of the deployed model."""
         self.tasks[task.index] = _modulated(model).state(task.classes)
+        self.live = None
 
     def predict(self, model: nn.Module, x: Tensor, task: Task | None = None) -> Tensor:
-        """Logits in the task given, or in the one that is found; a task that is not learned yet is at its start."""
+        """Logits in the task given, or in the one that is found; a task that is not begun yet is at its start."""
         net = _modulated(model)
+        if task is not None and task.index == self.live:
+            return net(x)
         if task is not None or not self.tasks:
             state = self.tasks.get(task.index) if task is not None else None
             return net.call(x, state or net.initial(), shared=self.shared if state else ())
@@ -89,7 +98,12 @@ class PerTask(Learner):
             logits = net.call(x, state, shared=self.shared)
             answers.append(logits[..., list(state.classes)].float().log_softmax(-1))
             if self.infer == "entropy":
-                scores.append(F.softmax(answers[-1], -1).mul(-answers[-1]).sum(-1) / log(max(2, len(state.classes))))
+                if len(state.classes) == 1:
+                    raise ValueError(
+                        f"infer: the answer of one class, {state.classes}, has no entropy; use 'statistics', or give "
+                        "every task two classes"
+                    )
+                scores.append(F.softmax(answers[-1], -1).mul(-answers[-1]).sum(-1) / log(len(state.classes)))
             else:
                 scores.append(net.distance(x, state))
         chosen = torch.stack([score.flatten(1).mean(1) if score.ndim > 1 else score for score in scores]).argmin(0)

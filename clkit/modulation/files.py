@@ -9,9 +9,10 @@ from torch import nn
 
 from clkit import weights
 from clkit.modulation.modulated import Modulated, TaskState
-from clkit.modulation.rules import RULES, Rule
+from clkit.modulation.rules import RULES
 
 KIND = "a task's tensors"
+KINDS = [[name] for name in RULES]
 
 
 def save(
@@ -31,16 +32,15 @@ def save(
 def load(path: Path | str, model: Modulated) -> TaskState:
     """Reads a task from a file, for a model of the same backbone and rule; onto the device of the model.
 
-    Raises ValueError on a file of another backbone or rule, or that is damaged or no task.
+    Raises ValueError on a file of another backbone or rule, with classes that the model has not, or that is damaged or
+    no task.
     """
-    tensors, header = _read(path)
-    ours = _made_by(model)
-    differ = [name for name in ours if header[name] != ours[name]]
-    if differ:
-        details = "; ".join(f"{name}: {header[name]} there, {ours[name]} here" for name in differ)
-        raise ValueError(f"path: {path} belongs to another model ({details}); make the model that it was saved with")
-    device = next(model.parameters()).device
-    return TaskState(tuple(header["classes"]), {name: tensor.to(device) for name, tensor in tensors.items()})
+    state = _task(path, model)
+    if max(state.classes) >= model.outputs:
+        raise ValueError(
+            f"path: {path} has class {max(state.classes)}, the model {model.outputs}; give it a larger head"
+        )
+    return state
 
 
 def listed(folder: Path | str) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def listed(folder: Path | str) -> list[dict[str, Any]]:
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
             _, header = _read(path)
-        except ValueError:
+        except (ValueError, FileNotFoundError):
             continue
         found.append({"file": path.name} | {name: header[name] for name in header if name != "kind"})
     return found
@@ -61,9 +61,10 @@ def network(path: Path | str, backbone: nn.Module) -> nn.Module:
     The backbone's own head does not matter. Raises ValueError if it is another network than the task was learned on.
     """
     _, header = _read(path)
+    kind, fields = header["rule"] or (None, {})
     options = {name: header[name] for name in ("layers", "statistics", "affine", "head")}
-    model = Modulated(backbone, _rule(header["rule"]), **options)
-    return model.folded(load(path, model))
+    model = Modulated(backbone, RULES[kind](**fields) if kind else None, **options)
+    return model.folded(_task(path, model))
 
 
 def _made_by(model: Modulated) -> dict[str, Any]:
@@ -74,12 +75,35 @@ def _made_by(model: Modulated) -> dict[str, Any]:
     return {"kind": KIND, "backbone": model.fingerprint(), "rule": rule, **options}
 
 
-def _rule(described: list[Any] | None) -> Rule | None:
-    return None if described is None else RULES[described[0]](**described[1])
+def _task(path: Path | str, model: Modulated) -> TaskState:
+    """A file's task, checked against a model but for the width of its head."""
+    tensors, header = _read(path)
+    ours = _made_by(model)
+    differ = [name for name in ours if header[name] != ours[name]]
+    if differ:
+        details = "; ".join(f"{name}: {header[name]} there, {ours[name]} here" for name in differ)
+        raise ValueError(f"path: {path} belongs to another model ({details}); make the model that it was saved with")
+    like, classes = model.state((0,)).tensors, header["classes"]
+    rows = {name for name in like if name.startswith(f"backbone.{model.head}.")}
+    found = {name: tensor[:1] if name in rows else tensor for name, tensor in tensors.items()}
+    weights.check_same(like, found, names=("the model", f"path: {path}"))
+    for name, tensor in tensors.items():
+        if tensor.dtype != like[name].dtype or (name in rows and len(tensor) != len(classes)):
+            raise ValueError(
+                f"path: {path} has a damaged {name!r} ({tensor.dtype}, {tuple(tensor.shape)}); save it again"
+            )
+    weights.check_finite(tensors, f"path: {path}")
+    device = next(model.parameters()).device
+    return TaskState(tuple(classes), {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file's tensors and header, which is one that `save` writes."""
     tensors, header = weights.load(path)
-    if header.get("kind") != KIND:
+    if not isinstance(header, dict) or header.get("kind") != KIND:
         raise ValueError(f"path: {path} holds no task of a modulated network; give a file that modulation.save wrote")
+    ids, rule = header.get("classes") or ["none"], header.get("rule", "none")
+    whole = header.keys() >= {"backbone", "layers", "statistics", "affine", "head"}
+    if not whole or not all(type(i) is int and i >= 0 for i in ids) or (rule is not None and rule[:1] not in KINDS):
+        raise ValueError(f"path: {path} has a damaged header; save the task again")
     return tensors, header

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from clkit.data import Stream
 from clkit.modulation.rules import Modulation, Own, Rule
@@ -20,7 +20,7 @@ PARTS = ("gains", "statistics", "affine", "head")
 LAYERS = ("auto", "convolutions", "linear", "all")
 STATISTICS = ("own", "frozen")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 DEFAULT = Modulation()
 
 
@@ -65,8 +65,9 @@ class Modulated(nn.Module):
     - `rule`: `Modulation(m1, m2)`, `Mask()`, `LowRank(rank)`, `Own()`, or None for the head (and statistics) alone
     - `layers` that the rule applies to: "convolutions", "linear", "all" of these but the head, a list of patterns of
       parameter names, or "auto": the convolutions, and in a network with fewer than two of them (a transformer, a
-      perceptron) the linear layers too. Of packed q, k, v (`nn.MultiheadAttention`, a linear layer named *qkv) each
-      has tensors of its own: interpolation across them would mix them. `Own` copies all parameters, whatever this says.
+      perceptron) the linear layers too; where most weights are linear all the same (ConvNeXt), say "all". Of packed
+      q, k, v (`nn.MultiheadAttention`, a linear layer named *qkv) each has tensors of its own: interpolation across
+      them would mix them. `Own` copies all parameters, whatever this says.
     - `statistics`: "own" lets BatchNorm normalise by the batch in training and collects running statistics anew for
       each task; "frozen" keeps to the backbone's
     - `head`: the name of the last layer, by default the last linear one, else the last convolution
@@ -92,37 +93,33 @@ class Modulated(nn.Module):
         modules = dict(self.backbone.named_modules())
         self.head = _head(modules, head)
         norms = {name: module for name, module in modules.items() if isinstance(module, NORMS)}
-        self._norms = [m for m in norms.values() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self._norms = [m for m in norms.values() if isinstance(m, _NormBase) and m.track_running_stats]
         of_head = [f"{self.head}.{name}" for name, _ in modules[self.head].named_parameters()]
         live = dict(self.backbone.named_parameters())
-        own = {
-            "statistics": [
-                f"{name}.{kind}"
-                for name, m in norms.items()
-                if m in self._norms
-                for kind in ("running_mean", "running_var")
-            ],
-            "affine": [f"{name}.{kind}" for name, m in norms.items() for kind, _ in m.named_parameters()],
-            "head": of_head,
-        }
-        if not affine or isinstance(rule, Own):
-            own["affine"] = []
-        if statistics == "frozen":
-            own["statistics"] = []
-        self._own = own
-        for name in [*own["affine"], *own["head"]]:
+        batch = [name for name, m in norms.items() if m in self._norms]
+        self._own: dict[str, list[str]] = {"statistics": [], "affine": [], "head": of_head}
+        if statistics == "own":
+            self._own["statistics"] = [f"{name}.{kind}" for name in batch for kind in ("running_mean", "running_var")]
+        if affine and not isinstance(rule, Own):
+            self._own["affine"] = [f"{name}.{kind}" for name, m in norms.items() for kind, _ in m.named_parameters()]
+        if tied := sorted(set(of_head) - live.keys()):
+            raise ValueError(f"head: {tied} belong to another layer, too; untie them, or name another head")
+        self._fixed = [name for name, _ in self.backbone.named_buffers() if name not in self._own["statistics"]]
+        for name in [*self._own["affine"], *self._own["head"]]:
             live[name].requires_grad_(True)
-        for name, tensor in self._tensors("statistics", "affine", "head").items():
+        for name, tensor in self._live(
+            [*self._own["statistics"], *self._own["affine"], *of_head, *self._fixed]
+        ).items():
             self.register_buffer(_start(name), tensor.detach().clone(), persistent=False)
         self._parts = _parts(modules, live, of_head, rule, layers)
         drawn = self._drawn()
         self._parts = [part for part in self._parts if drawn[part.key]]
+        if rule is not None and not self._parts:
+            raise ValueError(
+                f"rule: {rule!r} leaves every layer as it is; use smaller factors, or None for the head alone"
+            )
         self.gains = nn.ParameterDict(
-            {
-                f"{p.key}/{kind}": nn.Parameter(t.to(live[p.name]))
-                for p in self._parts
-                for kind, t in drawn[p.key].items()
-            }
+            {f"{part.key}/{kind}": nn.Parameter(t) for part in self._parts for kind, t in drawn[part.key].items()}
         )
         self._matrices: dict[str, str] = {}
         if isinstance(rule, Modulation):
@@ -136,6 +133,11 @@ class Modulated(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the backbone computes with the live task's tensors in place."""
         return torch.func.functional_call(self.backbone, self._effective(self._live_gains()), inputs)
+
+    def extra_repr(self) -> str:
+        """What tells a model apart besides its tensors."""
+        options = {name: getattr(self, name) for name in ("layers", "statistics", "affine", "head", "seed")}
+        return ", ".join([repr(self.rule), *(f"{name}={value!r}" for name, value in options.items())])
 
     def train(self, mode: bool = True) -> "Modulated":
         """Training mode for all modules, but not for BatchNorm whose statistics are frozen."""
@@ -155,13 +157,14 @@ class Modulated(nn.Module):
         unknown = set(keep) - set(PARTS)
         if unknown:
             raise ValueError(f"keep: {sorted(unknown)} is unknown; choose among {', '.join(PARTS)}")
-        for part in ("statistics", "affine", "head"):
-            if part not in keep:
-                for name, tensor in self._tensors(part).items():
-                    source = self.get_buffer(_start(name))
-                    if state is not None and part != "head":
-                        source = state.tensors[f"backbone.{name}"]
-                    tensor.copy_(source)
+        for name, tensor in self._live(self._fixed).items():
+            tensor.copy_(self.get_buffer(_start(name)))
+        for part in self._own.keys() - set(keep):
+            for name, tensor in self._live(self._own[part]).items():
+                source = self.get_buffer(_start(name))
+                if state is not None and part != "head":
+                    source = state.tensors[f"backbone.{name}"]
+                tensor.copy_(source)
         if "gains" not in keep:
             gains = self._drawn() if state is None else self._unpacked(state)
             for part in self._parts:
@@ -171,30 +174,27 @@ class Modulated(nn.Module):
     @torch.no_grad()
     def initial(self) -> TaskState:
         """What every task starts with, as it would be stored, with all rows of the head."""
-        gains = {
-            f"gains.{key}/{kind}": t
-            for key, drawn in self._drawn().items()
-            for kind, t in self._rule.pack(drawn).items()
-        }
-        own = {f"backbone.{name}": self.get_buffer(_start(name)) for part in self._own.values() for name in part}
-        device = next(self.parameters()).device
-        return TaskState(
-            tuple(range(self.outputs)), {name: tensor.to(device) for name, tensor in (gains | own).items()}
-        )
+        tensors: dict[str, Tensor] = {}
+        for key, drawn in self._drawn().items():
+            tensors |= {f"gains.{key}/{kind}": t for kind, t in self._rule.pack(drawn).items()}
+        for name in [name for part in self._own.values() for name in part]:
+            tensors[f"backbone.{name}"] = self.get_buffer(_start(name)).clone()
+        return TaskState(tuple(range(self.outputs)), tensors)
 
     @torch.no_grad()
     def state(self, classes: Sequence[int]) -> TaskState:
         """Copies of the live task's tensors, as they are stored; of the head the rows of `classes`."""
-        if not classes or not all(0 <= label < self.outputs for label in classes):
-            raise ValueError(f"classes: {list(classes)} for a head of {self.outputs}; give ids from 0 that it has")
-        rows = torch.tensor(list(classes))
+        ids = [int(label) for label in classes]
+        if not ids or len(set(ids)) < len(ids) or not all(0 <= label < self.outputs for label in ids):
+            raise ValueError(f"classes: {ids} for a head of {self.outputs}; give ids from 0 that it has, each once")
+        rows = torch.tensor(ids)
         tensors: dict[str, Tensor] = {}
         for part, live in zip(self._parts, self._live_gains().values(), strict=True):
             tensors |= {f"gains.{part.key}/{kind}": t.clone() for kind, t in self._rule.pack(live).items()}
-        for part in ("statistics", "affine", "head"):
-            for name, tensor in self._tensors(part).items():
+        for part, names in self._own.items():
+            for name, tensor in self._live(names).items():
                 tensors[f"backbone.{name}"] = tensor[rows.to(tensor.device)] if part == "head" else tensor.clone()
-        return TaskState(tuple(classes), {name: tensor.detach() for name, tensor in tensors.items()})
+        return TaskState(tuple(ids), {name: tensor.detach() for name, tensor in tensors.items()})
 
     @torch.no_grad()
     def weights(self, state: TaskState | None = None, *, shared: Collection[str] = ()) -> dict[str, Tensor]:
@@ -203,14 +203,17 @@ class Modulated(nn.Module):
         Gains are folded in. Rows of the head that a state has not are those that a task starts with. `shared` names
         parts that are taken from the live task all the same.
         """
-        everything = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        unknown = set(shared) - self._own.keys()
+        if unknown:
+            raise ValueError(f"shared: {sorted(unknown)} is unknown; choose among {', '.join(self._own)}")
+        everything = self._live()
         if state is None:
             return {n: t.detach().clone() for n, t in (everything | self._effective(self._live_gains())).items()}
-        gains = self._live_gains() if "gains" in shared else self._unpacked(state)
-        found = everything | self._effective(gains)
-        for part in {"statistics", "affine", "head"} - set(shared):
+        found = everything | {name: self.get_buffer(_start(name)) for name in self._fixed}
+        found |= self._effective(self._unpacked(state))
+        for part in self._own.keys() - set(shared):
             for name in self._own[part]:
-                kept = state.tensors[f"backbone.{name}"]
+                kept = state.tensors[f"backbone.{name}"].to(everything[name])
                 if part == "head":
                     rows = torch.tensor(state.classes, device=kept.device)
                     kept = self.get_buffer(_start(name)).index_copy(0, rows, kept)
@@ -234,9 +237,11 @@ class Modulated(nn.Module):
         """
         if not self._norms:
             raise ValueError("backbone: it has no BatchNorm, so no statistics to compare; infer tasks by 'entropy'")
+        if self.statistics == "frozen":
+            raise ValueError("statistics: 'frozen' ones are all tasks' alike; infer tasks by 'entropy'")
         total = x.new_zeros(len(x), dtype=torch.float32)
 
-        def compare(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        def compare(norm: _NormBase, inputs: tuple[Tensor, ...]) -> None:
             assert norm.running_mean is not None and norm.running_var is not None
             means = inputs[0].flatten(2).mean(2) if inputs[0].ndim > 2 else inputs[0]
             total.add_(((means - norm.running_mean).square() / (norm.running_var + norm.eps)).mean(1))
@@ -267,20 +272,21 @@ class Modulated(nn.Module):
         The gains are counted as they are trained: a mask's scores are one bit each when they are stored.
         """
         counts = {"gains": sum(p.numel() for p in self.gains.values())}
-        for part in ("statistics", "affine", "head"):
-            counts[part] = sum(t.numel() for t in self._tensors(part).values())
+        counts |= {part: sum(t.numel() for t in self._live(names).values()) for part, names in self._own.items()}
         if classes is not None:
             counts["head"] = counts["head"] // self.outputs * classes
         return counts
 
     def bytes_per_task(self, classes: int | None = None) -> int:
         """What a stored task of so many classes (default: all) takes."""
-        return self.state(range(self.outputs)[:classes]).nbytes
+        counts = self.parameters_per_task(classes), self.parameters_per_task()
+        size = next(self.parameters()).element_size()
+        return self.initial().nbytes + size * (counts[0]["head"] - counts[1]["head"])
 
-    def _tensors(self, *parts: str) -> dict[str, Tensor]:
-        """The live task's "statistics", "affine" and "head", not copied, by the backbone's names."""
-        named = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
-        return {name: named[name] for part in parts for name in self._own[part]}
+    def _live(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The backbone's tensors of these names, by default all, as they are now and not copied."""
+        everything = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        return everything if names is None else {name: everything[name] for name in names}
 
     @property
     def outputs(self) -> int:
@@ -290,9 +296,10 @@ class Modulated(nn.Module):
     def fingerprint(self) -> str:
         """A hash of what tasks build on: all tensors of the backbone as it was given, but the head's."""
         digest = hashlib.blake2b(digest_size=16)
-        starts = {name: self.get_buffer(_start(name)) for part in ("statistics", "affine") for name in self._own[part]}
+        names = [*self._own["statistics"], *self._own["affine"], *self._fixed]
+        starts = {name: self.get_buffer(_start(name)) for name in names}
         for name, tensor in sorted((live_tensors(self.backbone) | starts).items()):
-            if name not in self._own["head"]:
+            if name not in self._own["head"] and tensor.is_floating_point():
                 digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -308,7 +315,11 @@ class Modulated(nn.Module):
     def _drawn(self) -> dict[str, dict[str, Tensor]]:
         """The gains that every task starts with, by part."""
         generator = torch.Generator().manual_seed(self.seed)
-        return {part.key: self._rule.start(self._weight(part), generator) for part in self._parts}
+        drawn = {}
+        for part in self._parts:
+            weight = self._weight(part)
+            drawn[part.key] = {kind: t.to(weight) for kind, t in self._rule.start(weight, generator).items()}
+        return drawn
 
     def _unpacked(self, state: TaskState) -> dict[str, dict[str, Tensor]]:
         """The gains of a stored task, by part."""

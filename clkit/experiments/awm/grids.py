@@ -1,13 +1,13 @@
 """AWM's experiments as grids of runs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clkit import models
 from clkit.data import Stream
@@ -30,8 +30,10 @@ RANK, RANKS = 2, {"resnet18": 2, "vit": 3}
 RATES = {
     "AWM": 3e-2, "mask": 5e-4, "low rank": 1e-2, "classifier": 1e-2, "norms": 3e-2, "full": 3e-3, "sequential": 1e-3,
 }  # fmt: skip
-STRENGTHS = {"EWC": 1000.0, "LwF": 1.0}
-"""The learning rates and strengths of `tuning` with the highest accuracy on held-out examples."""
+PAIRS = {"AWM": (3e-2, 3e-3), "mask": (3e-4, 3e-3)}  # for M or the scores, and for the head
+STRENGTHS = {"EWC": 1000.0, "LwF": 1.0, "EWC, frozen": 1000.0, "LwF, frozen": 0.3}
+"""The learning rates and strengths of `tuning` with the highest accuracy on held-out examples; one network that goes on
+has the rate of the usual recipe."""
 TRAINING = Training(
     epochs=6, batch=32, lr=1e-2, optimizer="adamw", schedule="multistep", milestones=(0.5,), channels_last=True
 )
@@ -78,6 +80,32 @@ def baselines(net: str = "mobilenet_v2", rank: int = RANK) -> dict[str, Method]:
     }
 
 
+@dataclass(frozen=True)
+class Scaled(Modulation):
+    """Modulation by 1 - scale G(M): Adam's steps on M count `scale` times."""
+
+    scale: float = 1.0
+
+    def expand(self, m: Tensor, shape: Sequence[int], matrices: Mapping[str, Tensor] | None = None) -> Tensor:
+        """scale G(M)."""
+        return super().expand(self.scale * m, shape, matrices)
+
+
+def gains(m: float, head: float, factor: int = 4) -> Method:
+    """AWM with a learning rate for M and one for the rest."""
+    return per_task(Scaled(factor, factor, scale=m / head), head)
+
+
+def masks(score: float, head: float) -> Method:
+    """Piggyback's masks with a learning rate for the scores and one for the rest.
+
+    Adam's steps do not depend on the scale of a gradient: scores and threshold that are k times as large, at k times
+    the rate, give the same masks.
+    """
+    scale = head / score
+    return per_task(Mask(1e-2 * scale, 5e-3 * scale), head)
+
+
 def modulations(net: str, factors: Sequence[int | tuple[int, int]]) -> dict[str, Method]:
     """Adaptive weight modulation by factors, the same for both axes or a pair."""
     rates, made = _rates(net), {}
@@ -99,8 +127,14 @@ def tuning() -> Grid:
     }
     methods = {f"{n} lr={lr:g}": per_task(rule, lr) for n, (rule, rates) in tried.items() for lr in rates}
     methods |= {f"norms lr={lr:g}": per_task(None, lr, affine=True) for lr in (3e-3, 1e-2, 3e-2, 1e-1)}
+    for score in (1e-4, 3e-4, 5e-4, 1e-3):
+        methods |= {f"mask scores={score:g} head={head:g}": masks(score, head) for head in (3e-3, 1e-2, 3e-2)}
+    for m in (1e-2, 3e-2, 1e-1):
+        methods |= {f"AWM M={m:g} head={head:g}": gains(m, head) for head in (3e-3, 1e-2)}
     methods |= {f"EWC λ={s:g}": sequential(EWC(s, samples=200)) for s in (10.0, 100.0, 1e3, 1e4)}
     methods |= {f"LwF λ={s:g}": sequential(LwF(s)) for s in (0.1, 0.3, 1.0, 10.0)}
+    methods |= {f"EWC, frozen, λ={s:g}": sequential(EWC(s, samples=200), frozen=True) for s in (100.0, 1e3, 1e4)}
+    methods |= {f"LwF, frozen, λ={s:g}": sequential(LwF(s), frozen=True) for s in (0.1, 0.3, 1.0, 3.0)}
     streams = {"three scripts, held out": partial(scripts_of, names=TUNED_ON, part="held out")}
     return Grid(streams, NETS, methods, TRAINING, (0,))
 
@@ -111,18 +145,24 @@ def table(profile: str = "fast") -> Grid:
     At the paper's scale: the six image sets, ImageNet's MobileNetV2 and 30 epochs, at the learning rates of its code.
     """
     net = "ImageNet" if profile == "paper" else "mobilenet_v2"
-    methods = baselines(net, 4 if profile == "paper" else RANK) | modulations(net, (4, 2))
+    methods = baselines(net, 5 if profile == "paper" else RANK) | modulations(net, (4, 2))
     methods["mask, published rate"] = per_task(Mask(), 1e-4, net=net)
     if profile == "paper":
         return Grid({"six sets": six_sets}, {"mobilenet_v2": IMAGENET}, methods, PAPER, range(3))
+    methods |= {"AWM 4, two rates": gains(*PAIRS["AWM"]), "mask, two rates": masks(*PAIRS["mask"])}
     return Grid(STREAMS, NETS, methods, TRAINING, range(3))
 
 
 def forgetting() -> Grid:
-    """What is left of each script while others are learned: AWM, and one network that goes on."""
+    """What is left of each script while others are learned: AWM, and one network that goes on.
+
+    EWC and LwF twice: with BatchNorm's statistics going on, and frozen, as in the paper's code.
+    """
     methods = modulations("mobilenet_v2", (4,))
     methods |= {"fine-tuning": sequential(Learner()), "EWC": sequential(EWC(STRENGTHS["EWC"], samples=200))}
     methods["LwF"] = sequential(LwF(STRENGTHS["LwF"]))
+    methods["EWC, frozen"] = sequential(EWC(STRENGTHS["EWC, frozen"], samples=200), frozen=True)
+    methods["LwF, frozen"] = sequential(LwF(STRENGTHS["LwF, frozen"]), frozen=True)
     streams = {"latin and six scripts": partial(scripts_of, names=("latin", *SCRIPTS))}
     return Grid(streams, NETS, methods, TRAINING, range(3))
 
@@ -132,7 +172,7 @@ def factors() -> Grid:
     net, made = "mobilenet_v2", modulations("mobilenet_v2", FACTORS)
     made["AWM 4, float16"] = per_task(Modulation(4, 4, store="float16"), RATES["AWM"], net=net)
     made["AWM 2x4, int8"] = per_task(Modulation(2, 4, store="int8"), RATES["AWM"], net=net)
-    made["mask"] = baselines()["mask"]
+    made |= {"mask": baselines()["mask"], "mask, two rates": masks(*PAIRS["mask"])}
     return Grid(STREAMS, NETS, made, TRAINING, range(2))
 
 
@@ -166,12 +206,12 @@ def which_part() -> Grid:
 
 
 def architectures() -> Grid:
-    """AWM and its baselines on a residual network and a vision transformer."""
-    methods = {}
+    """AWM and its baselines on a residual network and a vision transformer, at the rates chosen for MobileNetV2."""
+    methods: dict[str, Method] = {}
     for net, rank in RANKS.items():
-        made = baselines(net, rank) | modulations(net, (2, 4))
+        made = baselines(net, rank) | modulations(net, (4,))
         methods |= {f"{net}: {name}": method for name, method in made.items()}
-    return Grid(STREAMS, NETS, methods, TRAINING, range(2))
+    return Grid(STREAMS, {"its own": backbone}, methods, TRAINING, range(2))
 
 
 def transfer() -> Grid:
@@ -207,9 +247,11 @@ def _rates(net: str) -> Mapping[str, float]:
     return PAPER_RATES if net == "ImageNet" else RATES
 
 
-def sequential(learner: Learner) -> Method:
-    """A learner on one network for all tasks, with a head for each."""
-    return Method(learner, None, replace(TRAINING, lr=RATES["sequential"], labels="task"))
+def sequential(learner: Learner, frozen: bool = False) -> Method:
+    """A learner on one network for all tasks, with a head for each; BatchNorm keeps to the backbone's if `frozen`."""
+    whole = partial(modulated, model=partial(backbone, name="mobilenet_v2"), rule=Own(), statistics="frozen")
+    training = replace(TRAINING, lr=RATES["sequential"], labels="task")
+    return Method(learner, None, training, whole if frozen else None)
 
 
 def scripts_of(seed: int, names: Sequence[str] = SCRIPTS, part: str = "test", scenario: Scenario = "task") -> Stream:
@@ -231,7 +273,7 @@ def pace(result: Result) -> dict[str, Any]:
     """How many steps each task took until the mean loss of ten steps was below a quarter of its first; -1 for never."""
     steps = []
     for loss in result.training_loss:
-        smooth = np.convolve(loss, np.ones(10) / 10, "valid")
+        smooth = np.convolve(loss, np.ones(10) / 10, "valid") if len(loss) >= 10 else np.array([loss.mean()])
         below = np.flatnonzero(smooth < loss[0] / 4)
         steps.append(int(below[0]) + 10 if len(below) else -1)
     return {"steps": steps, "own": np.diag(result.accuracy).tolist(), "end": result.accuracy[-1].tolist()}

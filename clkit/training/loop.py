@@ -49,9 +49,9 @@ ModelFactory = Callable[..., nn.Module]
 
 
 def describe(model: nn.Module | ModelFactory) -> str:
-    """A model in words, for the record: a factory and its settings, or a module's class and a digest of its weights."""
+    """A model in words, for the record: a factory and its settings, or a module's class and a digest of the rest."""
     if isinstance(model, nn.Module):
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(model).encode())
         for name, tensor in get_weights(model, "cpu").items():
             digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return f"{type(model).__name__}[{digest.hexdigest()[:16]}]"

@@ -15,13 +15,14 @@ from clkit import (
     tangent,
     weights,
 )
-from clkit.consolidation import SFA, CLeWI, Merged, Merging, NoConsolidation, Progress, WiSEFT
+from clkit.consolidation import HCMM, SFA, CLeWI, Merged, Merging, NoConsolidation, Progress, WiSEFT
 from clkit.learners import ER, Learner, PerTask
 from clkit.modulation import Modulated, Modulation
 from clkit.training import Evaluation, Result, Training, evaluate, run
 
 __all__ = [
     "ER",
+    "HCMM",
     "SFA",
     "CLeWI",
     "Evaluation",

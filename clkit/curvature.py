@@ -113,13 +113,7 @@ def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: int = 64) -> 
     found: dict[str, Tensor] = {}
 
     def add(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
-        part = inputs[0]
-        if isinstance(layer, nn.Conv2d):
-            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            part = nn.functional.pad(part, layer._reversed_padding_repeated_twice, mode)  # pyright: ignore
-            part = nn.functional.unfold(part, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-            part = part.transpose(1, 2)
-        rows = part.flatten(0, -2).to(torch.promote_types(part.dtype, torch.float32))
+        rows = input_rows(layer, inputs[0])
         name, gram = names[id(layer.weight)], rows.T @ rows
         found[name] = found[name].add_(gram) if name in found else gram
 
@@ -130,6 +124,19 @@ def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: int = 64) -> 
     for part in x.split(chunk):
         net(part)
     return found
+
+
+def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """The rows that a layer's weight matrix multiplies: (N, in) for inputs x, at least in float32.
+
+    Of a linear layer (..., in) every input vector; of an ungrouped convolution (N, C, H, W) the patch at each place of
+    the kernel, in x height x width numbers as a kernel is flattened, padding included, place by place.
+    """
+    if isinstance(layer, nn.Conv2d):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode)  # pyright: ignore
+        x = nn.functional.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride).transpose(1, 2)
+    return x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def trace(diagonal: Mapping[str, Tensor]) -> float:

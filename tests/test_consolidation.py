@@ -14,6 +14,7 @@ from clkit import alignment, normalization
 from clkit.consolidation import (
     CONSOLIDATIONS,
     EMA,
+    HCMM,
     SFA,
     CLeWI,
     Cosine,
@@ -49,6 +50,10 @@ SETTINGS = {
     "SFA plateau": SFA(p=Plateau(times=6)),
     "SFA velocity": SFA(p=Velocity(times=6), anchor="recency"),
     "SFA cosine": SFA(p=Cosine(times=6, limit=0.5)),
+    "HCMM by Fisher": HCMM(importance="fisher", correction="none"),
+    "HCMM by Fisher corrected": HCMM(0.6, "fisher", "sum", "ridge", "both", refresh=True),
+    "HCMM plain": HCMM(importance="none", correction="none"),
+    "HCMM plain corrected": HCMM(importance="none", correction="steps", loss="cosine", correction_lr=0.01),
     "WiSE-FT": WiSEFT(),
     "WiSE-FT from the base": WiSEFT(alpha=0.7, old="base"),
     "merging": Merging(),

@@ -14,6 +14,7 @@ from toys import quick
 from clkit import alignment
 from clkit.consolidation import Merged
 from clkit.data import Examples, Stream
+from clkit.learners import PerTask
 from clkit.modulation import Modulated, Modulation
 from clkit.training import Result, Training
 from clkit.weights import combine, equal, lerp
@@ -108,6 +109,10 @@ def test_every_learner_with_every_consolidation(learner, consolidation):
     if merge.holdout and not rule.remembers:
         with pytest.raises(ValueError, match=f"holdout: .* {re.escape(repr(rule))} keeps none"):
             grid_run(learner, consolidation)
+        return
+    if isinstance(rule, PerTask) and getattr(merge, "correction", "none") != "none":
+        with pytest.raises(ValueError, match=r'projection: no linear layer .* or use correction="none"'):
+            grid_run(learner, consolidation)  # the network is frozen
         return
     first, again = cached_run(learner, consolidation), grid_run(learner, consolidation)
     assert (first.config["learner"], first.config["consolidation"]) == (repr(rule), repr(merge))

@@ -7,6 +7,7 @@ are deployed. It knows no learner, no loss and no label.
 
 from clkit.consolidation.base import Consolidation, Context, Merged, NoConsolidation, Progress, Score
 from clkit.consolidation.clewi import CLeWI
+from clkit.consolidation.hcmm import HCMM, importance_merge
 from clkit.consolidation.posthoc import EMA, Merging, WiSEFT
 from clkit.consolidation.sfa import SFA, merge_steps
 from clkit.consolidation.triggers import Cosine, Drift, Plateau, Trigger, Velocity
@@ -15,6 +16,7 @@ CONSOLIDATIONS: dict[str, type[Consolidation]] = {
     "none": NoConsolidation,
     "CLeWI": CLeWI,
     "SFA": SFA,
+    "HCMM": HCMM,
     "WiSE-FT": WiSEFT,
     "merging": Merging,
     "EMA": EMA,
@@ -23,6 +25,7 @@ CONSOLIDATIONS: dict[str, type[Consolidation]] = {
 __all__ = [
     "CONSOLIDATIONS",
     "EMA",
+    "HCMM",
     "SFA",
     "CLeWI",
     "Consolidation",
@@ -38,5 +41,6 @@ __all__ = [
     "Trigger",
     "Velocity",
     "WiSEFT",
+    "importance_merge",
     "merge_steps",
 ]

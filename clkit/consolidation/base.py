@@ -36,7 +36,8 @@ class Context:
     it see; `score` judges weights by labelled examples, held out of replay if the consolidation's `holdout` is above 0
     and the learner has a memory, and is None where the learner has nothing to judge by. `losses` are those of the
     task's steps so far, `gradients` gives the last step's by parameter name. `second_moment` is Adam's, by parameter
-    name, if that is the optimizer. `memo` is what the consolidation itself returned last, None at first.
+    name, if that is the optimizer, and None before its first step; divided by `moment_scale`, 1 - beta2^n after n
+    steps, it is free of Adam's bias to zero. `memo` is what the consolidation itself returned last, None at first.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Context:
     losses: Tensor
     gradients: Callable[[], Weights]
     second_moment: Weights | None
+    moment_scale: Mapping[str, float]
     symmetry: Callable[[], alignment.Symmetry]
     memo: Any
 
@@ -71,7 +73,10 @@ class Merged(NamedTuple):
 
 
 class Consolidation(Protocol):
-    """The two questions that the loop asks, and what a consolidation needs to answer them."""
+    """The two questions that the loop asks, and what a consolidation needs to answer them.
+
+    One that reads Adam's second moments has a true `uses_moments` besides; another optimizer is then refused.
+    """
 
     @property
     def holdout(self) -> float | None:

@@ -56,7 +56,7 @@ def describe(model: nn.Module | ModelFactory) -> str:
             digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return f"{type(model).__name__}[{digest.hexdigest()[:16]}]"
     if isinstance(model, functools.partial):
-        options = {k: describe(v) if callable(v) else repr(v) for k, v in sorted(model.keywords.items())}
+        options = {k: describe(cast(Any, v)) if callable(v) else repr(v) for k, v in sorted(model.keywords.items())}
         parts = [repr(a) for a in model.args] + [f"{k}={v}" for k, v in options.items()]
         return f"{describe(model.func)}({', '.join(parts)})"
     return f"{model.__module__}.{getattr(model, '__qualname__', type(model).__name__)}"
@@ -347,6 +347,7 @@ class _Loop:
             losses=self.trace[: progress.step],
             gradients=lambda: {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None},
             second_moment=self.second_moment(),
+            moment_scale=self.moment_scale(),
             symmetry=lambda: self.symmetry,
             memo=self.memo,
         )
@@ -382,6 +383,15 @@ class _Loop:
             for name, p in self.model.named_parameters()
             if "exp_avg_sq" in state.get(p, {})
         } or None
+
+    def moment_scale(self) -> dict[str, float]:
+        """1 - beta2^n by parameter name, for the n steps that are in Adam's second moments."""
+        state = self.optimizer.state
+        return {
+            name: 1 - self.optimizer.param_groups[0]["betas"][1] ** float(state[p]["step"])
+            for name, p in self.model.named_parameters()
+            if "exp_avg_sq" in state.get(p, {})
+        }
 
     def steps(self, task: Task) -> int:
         """How many optimizer steps a task takes."""
@@ -431,6 +441,11 @@ def _check(
         raise TypeError(f"consolidation: {consolidation!r} is none; pass an instance, for example CLeWI(alpha=0.3)")
     if not isinstance(training, Training):
         raise TypeError(f"training: {training!r} is not a Training; pass Training(epochs=10, lr=0.1), for example")
+    if getattr(consolidation, "uses_moments", False) and training.optimizer != "adamw":
+        raise ValueError(
+            f"optimizer: {training.optimizer!r} keeps no second moments, which {consolidation!r} reads; use "
+            'Training(optimizer="adamw"), or a consolidation that does without, such as one with importance="fisher"'
+        )
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: {seed!r}; give a whole number, at least 0")
     if watch is not None and (not isinstance(watch, int) or watch < 0):

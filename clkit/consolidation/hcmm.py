@@ -1,0 +1,346 @@
+"""HCMM: after a task, merge by what Adam's second moments say of each weight, then correct the features."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn import functional as F
+
+from clkit import curvature, normalization, tangent
+from clkit.consolidation.base import Context, Merged, Progress, share
+from clkit.evaluation import evaluation_mode
+from clkit.weights import Weights, check_same, set_weights
+
+MOMENTS = ("corrected", "raw", "normalised")
+CHOICES = {
+    "importance": (*MOMENTS, "fisher", "none"),
+    "accumulate": ("ema", "sum"),
+    "correction": ("steps", "ridge", "none"),
+    "target": ("previous", "both"),
+    "loss": ("squared", "cosine"),
+}
+BATCH = 256
+ROWS = 8192  # of features that a correction looks at, evenly spaced among all
+
+Targets = Sequence[tuple[float, Tensor]]
+Layer = nn.Linear | nn.Conv2d
+
+
+def shares(old: Weights, new: Weights, alpha: float) -> dict[str, Tensor]:
+    """How far every number goes from its previous value (0) to its current one (1): w = alpha F / F_total.
+
+    F_total = (1 - alpha) F_old + alpha F, with the importances `old` and `new` by name; one without a name is 0
+    throughout, and where F_total is 0 w is alpha. In double precision, so that no importance is too small.
+    """
+    found = {}
+    for name, before, after in _pairs(old, new):
+        part = alpha * after.double()
+        total = (1 - alpha) * before.double() + part
+        found[name] = torch.where(total > 0, part / total.where(total > 0, 1), alpha)
+    return found
+
+
+def importance_merge(
+    previous: Weights, current: Weights, old: Weights, new: Weights, alpha: float
+) -> dict[str, Tensor]:
+    """Goes from the previous weights to the current ones, in every number as far as its importance says.
+
+    ((1 - alpha) F_old theta_old + alpha F theta) / ((1 - alpha) F_old + alpha F), computed as theta_old + w (theta -
+    theta_old) with w of `shares`, which is alpha where both importances are 0 and for names that have none: nothing is
+    divided by zero, alpha = 0 gives the previous weights and alpha = 1 the current ones, bitwise. alpha weights the NEW
+    weights. `old` and `new` hold importances, at least 0, of tensors of the weights, in a common unit.
+    """
+    share("alpha", alpha, of="0 for the old weights, 1 for the new")
+    check_same(previous, current, names=("previous", "current"))
+    for label, known in (("old", old), ("new", new)):
+        for name, tensor in known.items():
+            if name not in previous or tensor.shape != previous[name].shape:
+                raise ValueError(
+                    f"{label}: {name!r} of shape {tuple(tensor.shape)} is no tensor of the weights; give importances "
+                    "of the same architecture"
+                )
+            if (tensor < 0).any():
+                raise ValueError(f"{label}: {name!r} has negative entries; give squares or magnitudes")
+    return _step(previous, current, shares(old, new, alpha), alpha)
+
+
+def carried(old: Weights, new: Weights, alpha: float, accumulate: str) -> dict[str, Tensor]:
+    """The importance that is kept: (1 - alpha) F_old + alpha F for "ema", F_old + F for "sum"."""
+    a, b = (1 - alpha, alpha) if accumulate == "ema" else (1.0, 1.0)
+    return {name: a * before + b * after for name, before, after in _pairs(old, new)}
+
+
+def ridge(design: Tensor, residual: Tensor, strength: float) -> Tensor:
+    """The M (in, out) of least ||X M - Y||^2 + strength m ||M||^2, for a design X (N, in) and a residual Y (N, out).
+
+    m is the mean eigenvalue of X^T X, which makes `strength` a number without a unit. M is 0 for a design of zeros.
+    """
+    gram = design.T @ design
+    scale = gram.diagonal().mean()
+    if not scale:
+        return residual.new_zeros(design.shape[1], residual.shape[1])
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + strength * scale * eye, design.T @ residual)
+
+
+def mismatch(features: Tensor, targets: Targets, loss: str) -> Tensor:
+    """How far features (N, F) are from each of the targets, times the target's share, added up: a scalar.
+
+    "squared" is the mean squared difference, "cosine" the mean over rows of 1 - the cosine, which is half the squared
+    distance at unit length.
+    """
+
+    def apart(target: Tensor) -> Tensor:
+        if loss == "squared":
+            return (features - target).square().mean()
+        return (F.normalize(features, dim=1) - F.normalize(target, dim=1)).square().sum(1).mean() / 2
+
+    return torch.stack([part * apart(target) for part, target in targets]).sum()
+
+
+def descend(design: Tensor, features: Tensor, targets: Targets, loss: str, *, lr: float, steps: int) -> Tensor:
+    """The M (in, out) that full-batch steps of Adam reach from 0, minimising `mismatch` of features + design M."""
+    move = design.new_zeros(design.shape[1], features.shape[1]).requires_grad_()
+    optimizer = torch.optim.Adam([move], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        mismatch(features + design @ move, targets, loss).backward()
+        optimizer.step()
+    return move.detach()
+
+
+def projections(model: nn.Module, x: Tensor) -> tuple[dict[str, Layer], str | None]:
+    """The layers whose weight matrix can be corrected, by the name of the weight, and the last one before the head.
+
+    Those are the trainable linear layers and ungrouped convolutions that run once when the model is called with the
+    prepared inputs `x`, in this order; the head is the last linear layer that runs, else the last convolution. For a
+    linearised model the layers are its network's.
+    """
+    net = model.network if isinstance(model, tangent.Linearized) else model
+    names = {id(p): name for name, p in net.named_parameters()}
+    layers = {names[id(m.weight)]: m for m in net.modules() if isinstance(m, Layer) and id(m.weight) in names}
+    ran: list[str] = []
+    hooks = [m.register_forward_hook(lambda *_, name=n: ran.append(name)) for n, m in layers.items()]
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    linear = [name for name in ran if isinstance(layers[name], nn.Linear)]
+    head = ran.index((linear or ran)[-1]) if ran else 0
+    wanted = curvature.trainable(model)
+    fit = {
+        name: layers[name]
+        for name in ran
+        if name in wanted and ran.count(name) == 1 and getattr(layers[name], "groups", 1) == 1
+    }
+    return fit, next((name for name in reversed(ran[:head]) if name in fit), None)
+
+
+@dataclass(frozen=True)
+class HCMM:
+    """Merges the previous and the current weights by importance after every task, then corrects the features.
+
+    Holistic continual model merging (arXiv 2509.23592), its two stages after training; the one before, fine-tuning in
+    the tangent space, is a `run` on a `tangent.Linearized` model. Training goes on from what is deployed. Kept between
+    two tasks are the weights and one importance for each trained number: the same bytes after every task, and no data.
+
+    Merging: theta <- ((1 - alpha) F_old theta_old + alpha F theta) / ((1 - alpha) F_old + alpha F), number by number,
+    where alpha weights the NEW weights: 0 keeps the old ones, 1 the new ones. See `importance_merge`.
+
+    - `importance`, F: Adam's second moments at the task's last step, which need `Training(optimizer="adamw")`, "raw"
+      (the released code), "corrected" for Adam's bias to zero, or "normalised" to a mean of 1 over all numbers; the
+      exact diagonal "fisher" information of the new network, all classes competing, as a mean over what the learner
+      lets a consolidation see, for logits (N, C); or "none": theta <- (1 - alpha) theta_old + alpha theta (what the
+      released code does in the domain-incremental setting). Raw moments grow with a task's steps, as 1 - 0.999^n.
+    - `accumulate`: F_old of the next task is (1 - alpha) F_old + alpha F, "ema" (released), in which the first task's
+      share fades as (1 - alpha)^(T-1); or F_old + F, "sum": the precisions of a Laplace approximation, with which
+      alpha = 0.5 gives the importance-weighted mean of all that the tasks were trained to
+
+    Every trained parameter is merged by its importance, the head, if it is trained, too: its rows for classes that a
+    loss leaves out have second moments of 0 and stay with the tasks that trained them. What has no importance in either
+    network, BatchNorm's statistics and frozen tensors, goes by alpha; frozen tensors keep their bits (the paper's head
+    is frozen, its network without BatchNorm). `refresh` re-estimates BatchNorm's statistics on what the learner lets a
+    consolidation see.
+
+    Correction: one weight matrix moves so that its layer's outputs on those inputs, the features, come closer to the
+    parents'. It changes nothing else, the layer's bias and the importances among them.
+
+    - `correction`: "steps", `correction_steps` of Adam at a constant `correction_lr` (released); "ridge", least squares
+      in closed form, with `ridge` times the mean eigenvalue of the layer's Gram matrix as the penalty on the change; or
+      "none"
+    - `target`: the features of the "previous" network, as released, which takes back a part of the new task; or of
+      "both" parents, the current one's weighing alpha
+    - `loss`: the "squared" difference (released), or the "cosine" for a head that normalises, which takes "steps"
+    - `projection`: the weight's name, or a pattern (`*.proj.weight`) that fits one linear layer or convolution; None is
+      the last one before the head. For a linearised model the features are linearised, and affine in the weight.
+
+    The released code takes a pass in random batches at a rate of 1e-7, which moves weights of 1e-2 by about 1e-6; here
+    every step sees all inputs (of more than 8,192 rows of features, as many evenly spaced ones), and nothing is drawn.
+    The report has the mean `share` of the new weights over the numbers with an importance, and the `mismatch` before
+    and after the correction.
+
+    Raises ValueError for other settings than these, and at the end of a task where there is nothing to work on: no
+    second moments, no inputs, no such projection.
+    """
+
+    alpha: float = 0.4
+    importance: str = "corrected"
+    accumulate: str = "ema"
+    correction: str = "steps"
+    target: str = "previous"
+    loss: str = "squared"
+    ridge: float = 100.0
+    correction_steps: int = 10
+    correction_lr: float = 1e-4
+    projection: str | None = None
+    refresh: bool = False
+    holdout = 0.0
+    uses_history = False
+
+    def __post_init__(self) -> None:
+        share("alpha", self.alpha, of="0 for the old weights, 1 for the new")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        if self.loss == "cosine" and self.correction == "ridge":
+            raise ValueError('loss: "cosine" has no closed form; use correction="steps", or loss="squared"')
+        for name in ("ridge", "correction_lr"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name}: {value!r}; give a number above 0")
+        if not isinstance(self.correction_steps, int) or self.correction_steps < 1:
+            raise ValueError(f"correction_steps: {self.correction_steps!r}; give a number of steps, at least 1")
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether it reads Adam's second moments."""
+        return self.importance in MOMENTS
+
+    def due(self, progress: Progress) -> bool:
+        """At the end of every task; of the first only to keep its importance."""
+        return progress.end and (progress.task > 0 or self.importance != "none")
+
+    def __call__(self, context: Context) -> Merged:
+        """Merges, corrects, and takes the importance along."""
+        new = self._measured(context)
+        if not context.progress.task:
+            return Merged(context.current, context.current, memo=new)
+        old = context.memo or {}
+        w = shares(old, new, self.alpha)
+        count = sum(part.numel() for part in w.values())
+        report: dict[str, Any] = {"share": float(sum(part.sum() for part in w.values())) / count if w else self.alpha}
+        merged = self._settled(context, _step(context.previous, context.current, w, self.alpha))
+        if self.correction != "none":
+            corrected, report["mismatch"] = self._corrected(context, merged)
+            merged = self._settled(context, corrected)
+        return Merged(merged, merged, report, carried(old, new, self.alpha, self.accumulate) or None)
+
+    def _measured(self, context: Context) -> dict[str, Tensor]:
+        """The importance of every trained number for the task just learned."""
+        if self.importance == "none":
+            return {}
+        if self.importance == "fisher":
+            set_weights(context.model, context.current)
+            return curvature.fisher(context.model, context.inputs, labels="exact")
+        if context.second_moment is None:
+            raise ValueError(
+                f'importance: "{self.importance}" needs Adam\'s second moments and there are none; train with '
+                'Training(optimizer="adamw") for at least one step, or use importance="fisher" or "none"'
+            )
+        if self.importance == "corrected":
+            return {name: v / context.moment_scale[name] for name, v in context.second_moment.items()}
+        moments = {name: v.clone() for name, v in context.second_moment.items()}
+        if self.importance == "normalised":
+            mean = curvature.trace(moments) / sum(v.numel() for v in moments.values())
+            moments = {name: v / mean if mean else v for name, v in moments.items()}
+        return moments
+
+    def _settled(self, context: Context, merged: Weights) -> Weights:
+        return normalization.refresh(context.model, merged, context.inputs) if self.refresh else merged
+
+    def _corrected(self, context: Context, merged: Weights) -> tuple[Weights, list[float]]:
+        """The merged weights with the projection's moved, and the mismatch before and after."""
+        name, layer = self._projection(context)
+        parents = [(1.0, context.previous)]
+        if self.target == "both":
+            parents = [(1 - self.alpha, context.previous), (self.alpha, context.current)]
+        targets = [(part, _read(context, parent, layer)[1]) for part, parent in parents]
+        design, features = _read(context, merged, layer)
+        if self.correction == "ridge":
+            wanted = torch.stack([part * target for part, target in targets]).sum(0)
+            move = ridge(design, wanted - features, self.ridge)
+        else:
+            move = descend(design, features, targets, self.loss, lr=self.correction_lr, steps=self.correction_steps)
+        both = [mismatch(f, targets, self.loss) for f in (features, features + design @ move)]
+        weight = merged[name]
+        moved = weight.double() + move.T.view_as(weight)
+        return {**merged, name: moved.to(weight.dtype)}, torch.stack(both).tolist()
+
+    def _projection(self, context: Context) -> tuple[str, Layer]:
+        """The name of the weight to correct, and its layer."""
+        if not len(context.inputs):
+            raise ValueError("inputs: the memory is empty where features are needed; offer it examples first")
+        found, last = projections(context.model, context.inputs[:1])
+        if self.projection is None:
+            if last is None:
+                raise ValueError(
+                    "projection: no linear layer or convolution that is trained and runs once comes before the head; "
+                    f'name one of {list(found)}, or use correction="none"'
+                )
+            return last, found[last]
+        fits = [name for name in found if fnmatchcase(name, self.projection)]
+        if len(fits) != 1:
+            raise ValueError(
+                f"projection: {self.projection!r} fits {fits or 'no weight'}; give the name of one of {list(found)}"
+            )
+        return fits[0], found[fits[0]]
+
+
+def _pairs(old: Weights, new: Weights) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The importances of two networks by name, zeros where one has none."""
+    for name, like in {**old, **new}.items():
+        yield name, old.get(name, torch.zeros_like(like)), new.get(name, torch.zeros_like(like))
+
+
+def _step(previous: Weights, current: Weights, w: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """From the previous weights to the current ones by w, and by alpha where a name has none."""
+    return {
+        name: torch.lerp(tensor, current[name], w[name].to(tensor.dtype) if name in w else alpha)
+        for name, tensor in previous.items()
+    }
+
+
+@torch.no_grad()
+def _read(context: Context, weights: Weights, layer: Layer) -> tuple[Tensor, Tensor]:
+    """What a layer's weight matrix multiplies (N, in), and the layer's outputs (N, out), in double precision.
+
+    A linearised model's outputs are affine in the weight with the inputs at its point of expansion as the design. Of
+    more than `ROWS` rows (places of a convolution, tokens) evenly spaced ones are taken, the same for any weights.
+    """
+    set_weights(context.model, weights)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    room = ROWS
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        value = tangent.value(out)
+        value = value.movedim(1, -1) if isinstance(layer, nn.Conv2d) else value
+        both = curvature.input_rows(layer, unpack_dual(args[0])[0]), value.flatten(0, -2)
+        rows = torch.linspace(0, len(both[0]) - 1, min(len(both[0]), room), device=out.device).long()
+        pairs.append((both[0][rows].double(), both[1][rows].double()))
+
+    hook = layer.register_forward_hook(keep)
+    try:
+        with evaluation_mode(context.model):
+            for part in context.inputs.split(BATCH):
+                room = max(1, ROWS * len(part) // len(context.inputs))
+                context.model(part)
+    finally:
+        hook.remove()
+    design, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return design, outputs

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +69,10 @@ class TestStreams:
         assert len(stream) == 40 and {len(task.classes) for task in stream} <= {7, 8, 9, 10, 11, 12}
         assert not set(stream.classes) & set(data.glyphs("latin", per_class=1).classes)
 
+    def test_the_same_tasks_backwards(self, untrained):
+        there, back = grids.forty(0), grids.forty(0, backwards=True)
+        assert [task.classes for task in there] == [task.classes for task in back][::-1]
+
     def test_a_set_that_is_nowhere_is_named(self, monkeypatch, tmp_path):
         monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
         with pytest.raises(ValueError, match="names: 'wikiart' is neither in"):
@@ -100,10 +105,30 @@ class TestGrids:
             "AWM 4": Modulation,
             "AWM 2": Modulation,
             "mask, published rate": Mask,
+            "AWM 4, two rates": grids.Scaled,
+            "mask, two rates": Mask,
         }
         assert nets["classifier, statistics frozen"].statistics == "frozen" and nets["norms"].affine
         assert methods["mask, published rate"].training.lr == 1e-4 != methods["mask"].training.lr
         assert all(net.outputs == 40 for net in nets.values())
+
+    @pytest.mark.parametrize("kind", ["gains", "masks"])
+    def test_a_rate_for_the_head_alone_is_a_scale_of_the_rest(self, kind):
+        """With Adam, tensors at k times the rate and of k times the scale make the same weights as without either."""
+        stream, made = data.split(data.digits(), 5, scenario="task"), {}
+        for name, head in {"one": 3e-3, "two": 3e-2}.items():
+            method = getattr(grids, kind)(3e-3, head)
+            net = Modulated(models.convnet(stream, widths=(8, 8)), method.model.keywords["rule"])
+            task = stream[0]
+            x, y = task.prepare(task.train.x[:64]), task.train.y[:64]
+            optimizer = torch.optim.Adam(list(net.gains.values()), lr=head, eps=1e-30)
+            for _ in range(3):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(net(x), y).backward()
+                optimizer.step()
+            made[name] = net.weights()["conv2.weight"]
+        assert torch.allclose(made["one"], made["two"], atol=1e-5)
+        assert not torch.equal(made["one"], models.convnet(stream, widths=(8, 8)).conv2.weight)
 
     def test_heads_depend_on_the_seed_and_the_backbone_does_not(self):
         stream = streams.scripts(("greek", "math"))
@@ -137,7 +162,7 @@ class TestGrids:
         )
         table = small.run(store=tmp_path, jobs=1).set_index("method")
         assert table.loc["AWM 4", "forgetting"] == 0
-        assert set(table.index) == {"AWM 4", "fine-tuning", "EWC", "LwF"}
+        assert set(table.index) == {"AWM 4", "fine-tuning", "EWC", "LwF", "EWC, frozen", "LwF, frozen"}
 
 
 def test_pace_counts_steps_until_the_loss_has_fallen():
@@ -145,6 +170,7 @@ def test_pace_counts_steps_until_the_loss_has_fallen():
         training_loss = [np.r_[np.full(5, 4.0), np.full(20, 0.5)], np.full(30, 2.0)]
         accuracy = np.array([[0.9, 0.1], [0.8, 0.7]])
 
+    assert grids.pace(SimpleNamespace(training_loss=[np.ones(4)], accuracy=np.eye(1)))["steps"] == [-1]
     found = grids.pace(Stub())
     assert found["own"] == [0.9, 0.7] and found["end"] == [0.8, 0.7]
     assert found["steps"][1] == -1

@@ -34,7 +34,7 @@ def networks() -> dict[str, nn.Module]:
         "MobileNetV2 x1": models.torchvision(stream, "mobilenet_v2"),
         "ResNet-18, width 16": models.resnet18(stream, width=16),
     }
-    return {name: net.to(device, memory_format=torch.channels_last) for name, net in made.items()}
+    return {name: net.to(device).to(memory_format=torch.channels_last) for name, net in made.items()}
 
 
 def step(net: nn.Module) -> Callable[[], None]:
@@ -88,7 +88,7 @@ def bench() -> list[dict[str, object]]:
 def _batch(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     device = next(net.parameters()).device
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(BATCH, 1, 28, 28, generator=g).to(device, memory_format=torch.channels_last)
+    x = torch.randn(BATCH, 1, 28, 28, generator=g).to(device).to(memory_format=torch.channels_last)
     return x, torch.randint(0, CLASSES, (BATCH,), generator=g).to(device)
 
 

@@ -173,7 +173,7 @@ def factors() -> Grid:
     made["AWM 4, float16"] = per_task(Modulation(4, 4, store="float16"), RATES["AWM"], net=net)
     made["AWM 2x4, int8"] = per_task(Modulation(2, 4, store="int8"), RATES["AWM"], net=net)
     made |= {"mask": baselines()["mask"], "mask, two rates": masks(*PAIRS["mask"])}
-    return Grid(STREAMS, NETS, made, TRAINING, range(2))
+    return Grid(STREAMS, NETS, made, TRAINING, range(3))
 
 
 def variants() -> Grid:
@@ -189,7 +189,7 @@ def variants() -> Grid:
         "grid 16": Modulation(16, 16, mode="grid"),
     }
     methods = {name: per_task(rule, RATES["AWM"]) for name, rule in rules.items()}
-    return Grid(STREAMS, NETS, modulations("mobilenet_v2", (2, 4)) | methods, TRAINING, range(2))
+    return Grid(STREAMS, NETS, modulations("mobilenet_v2", (2, 4)) | methods, TRAINING, range(3))
 
 
 def which_part() -> Grid:
@@ -202,7 +202,7 @@ def which_part() -> Grid:
         methods[f"AWM 4, {name} alone"] = per_task(Modulation(4, 4), RATES["AWM"], layers=layers)
     methods["AWM 4, statistics frozen"] = per_task(Modulation(4, 4), RATES["AWM"], statistics="frozen")
     methods |= modulations("mobilenet_v2", (4,))
-    return Grid(STREAMS, NETS, methods, TRAINING, range(2))
+    return Grid(STREAMS, NETS, methods, TRAINING, range(3))
 
 
 def architectures() -> Grid:
@@ -212,7 +212,7 @@ def architectures() -> Grid:
         made = baselines(net, rank) | modulations(net, (4,))
         del made["classifier, statistics frozen"]
         methods |= {f"{net}: {name}": method for name, method in made.items()}
-    return Grid(STREAMS, {"its own": backbone}, methods, TRAINING, range(2))
+    return Grid(STREAMS, {"its own": backbone}, methods, TRAINING, range(3))
 
 
 def transfer() -> Grid:
@@ -226,7 +226,7 @@ def transfer() -> Grid:
         for name, method in short.items()
         for epochs in (1, 2)
     }
-    return Grid(STREAMS, NETS, methods, TRAINING, range(2))
+    return Grid(STREAMS, NETS, methods, TRAINING, range(3))
 
 
 def inferred() -> Grid:
@@ -238,10 +238,11 @@ def inferred() -> Grid:
 
 
 def long() -> Grid:
-    """Forty tasks of seven or eight characters each, from all scripts."""
+    """Forty tasks of equally many characters, from all scripts, in two orders."""
     methods = modulations("mobilenet_v2", (4,)) | {"fine-tuning": sequential(Learner())}
-    short = {name: replace(m, training=replace(m.training or TRAINING, epochs=3)) for name, m in methods.items()}
-    return Grid({"40 tasks": forty}, NETS, short, TRAINING, (0,), pace)
+    short = {name: replace(m, training=replace(m.training or TRAINING, epochs=5)) for name, m in methods.items()}
+    streams = {"forwards": forty, "backwards": partial(forty, backwards=True)}
+    return Grid(streams, NETS, short, TRAINING, (0,), pace)
 
 
 def _rates(net: str) -> Mapping[str, float]:
@@ -265,9 +266,11 @@ def six_sets(seed: int) -> Stream:
     return pictures()
 
 
-def forty(seed: int) -> Stream:
-    """`characters` for a grid."""
-    return characters(40)
+def forty(seed: int, backwards: bool = False) -> Stream:
+    """`characters` for a grid, in their order or the last task first."""
+    stream = characters(40)
+    tasks = stream.tasks[::-1] if backwards else stream.tasks
+    return replace(stream, tasks=tuple(replace(task, index=i) for i, task in enumerate(tasks)))
 
 
 def pace(result: Result) -> dict[str, Any]:

@@ -52,6 +52,7 @@ COLOURS: Mapping[str, str] = {
     "SI": "#F4A582",
     "MAS": "#663311",
     "LwF": WINE,
+    "per task": "#7570B3",
     "class-incremental": "#BB5566",
     "domain-incremental": "#DDAA33",
     "task-incremental": "#004488",
@@ -379,6 +380,26 @@ def courses(ax: "Axes", table: "DataFrame", value: str, *, label: str, scale: fl
     ax.locator_params(axis="x", integer=True)
     ax.set_xlabel("tasks learned")
     ax.set_ylabel(label)
+
+
+def stages(
+    ax: "Axes", matrix: ArrayLike, names: Sequence[str], *, flat: ArrayLike | None = None, legend: bool = False
+) -> None:
+    """Accuracy on every task from the stage on in which it is learned, a colour for each, in percent.
+
+    `matrix` (T, T) has row t after learning task t. `flat`, another one, is dotted in the same colours.
+    """
+    for style, rows in (("o-", np.asarray(matrix)), (":", flat)):
+        if rows is None:
+            continue
+        for k, (name, colour) in enumerate(zip(names, PALETTE, strict=False)):
+            stage = range(k + 1, len(names) + 1)
+            label = name if style == "o-" else None
+            ax.plot(stage, 100 * np.asarray(rows)[k:, k], style, color=colour, label=label, markersize=3.5)
+    ax.locator_params(axis="x", integer=True)
+    ax.set_xlabel("tasks learned")
+    if legend:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def examples_grid(ax: "Axes", stream: Any, columns: int = 10) -> None:

@@ -34,10 +34,7 @@ LATIN = data.Normalize((0.2,), (0.3,))
 def untrained(monkeypatch):
     """Backbones as they are built, and Latin's normalisation without drawing all of it."""
 
-    def build(name="mobilenet_v2", *, seed=0):
-        return backbones.BACKBONES[name].build(data.split(data.glyphs("latin", per_class=1, size=28), 1), seed=seed)
-
-    monkeypatch.setattr(grids, "pretrained", build)
+    monkeypatch.setattr(grids, "pretrained", backbones.untrained)
     monkeypatch.setattr(streams, "_latin", lambda: LATIN)
 
 
@@ -146,6 +143,10 @@ class TestGrids:
         assert table.loc["mask", "bytes"] == -(-table.loc["mask", "gains"] // 8) + statistics
         assert table.loc["classifier, statistics frozen", "bytes"] == 0
         assert ((table["bytes with head"] - table["bytes"]) == 4 * 1281 * 20).all()
+
+    def test_costs_at_the_papers_scale_need_no_images(self):
+        table = grids.costs(grids.table("paper")).set_index("method")
+        assert table.loc["AWM 4", "gains"] == 136_860 and table.loc["mask", "bytes"] == 273_720 + 8 * 17_056
 
     def test_parts_of_the_network_are_all_of_it(self):
         counts = grids.costs(grids.which_part()).set_index("method")["gains"]

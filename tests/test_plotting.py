@@ -201,6 +201,14 @@ def test_courses_are_means_of_lists(ax):
     assert ax.lines[0].get_color() == plotting.COLOURS["SFA"] and list(ax.lines[0].get_xdata()) == [1, 2]
 
 
+def test_stages_begin_where_a_task_is_learned(ax):
+    matrix = [[0.9, 0.1], [0.5, 0.8]]
+    plotting.stages(ax, matrix, ["a", "b"], flat=[[0.7, 0], [0.7, 0.6]], legend=True)
+    drawn = [(line.get_linestyle(), list(line.get_xdata()), list(np.round(line.get_ydata(), 6))) for line in ax.lines]
+    assert drawn == [("-", [1, 2], [90, 50]), ("-", [2], [80]), (":", [1, 2], [70, 70]), (":", [2], [60])]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b"]
+
+
 def test_colours_are_kept_and_never_shared():
     names = ["one", "CLeWI", "two", "ER", "one"]
     found = plotting.colours(names)

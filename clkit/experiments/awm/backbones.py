@@ -67,6 +67,12 @@ def pretrained(name: str = "mobilenet_v2", *, seed: int = 0) -> nn.Module:
     return restored(_recipe(name), seed)[0]
 
 
+def untrained(name: str = "mobilenet_v2") -> nn.Module:
+    """The network of a backbone with initial weights, to count by; in no time."""
+    recipe = _recipe(name)
+    return recipe.build(data.split(data.glyphs(SCRIPT, per_class=1, size=recipe.size), 1), seed=0)
+
+
 def pretrained_accuracy(name: str = "mobilenet_v2", *, seed: int = 0) -> float:
     """The accuracy on the test glyphs of Latin, in [0, 1], that the backbone reached when it was trained."""
     return restored(_recipe(name), seed)[1]["accuracy"]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from clkit import models
 from clkit.data import Stream
 from clkit.data.core import Scenario
-from clkit.experiments.awm.backbones import pretrained
+from clkit.experiments.awm.backbones import pretrained, untrained
 from clkit.experiments.awm.streams import CLASSES, SCRIPTS, characters, pictures, scripts
 from clkit.experiments.grid import Grid
 from clkit.experiments.plan import Method
 from clkit.learners import EWC, Learner, LwF, PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, Rule, modulated
-from clkit.training import ModelFactory, Result, Training
+from clkit.training import Result, Training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,7 +194,7 @@ def variants() -> Grid:
 
 def which_part() -> Grid:
     """What does the work: head and statistics alone, gains on pointwise or on depthwise convolutions alone, on all."""
-    convolutions = {f"{n}.weight": m for n, m in pretrained().named_modules() if isinstance(m, nn.Conv2d)}
+    convolutions = {f"{n}.weight": m for n, m in untrained().named_modules() if isinstance(m, nn.Conv2d)}
     depthwise = tuple(n for n, m in convolutions.items() if m.groups > 1)
     pointwise = tuple(n for n, m in convolutions.items() if m.kernel_size == (1, 1))
     methods = {n: baselines()[n] for n in ("classifier, statistics frozen", "classifier", "norms")}
@@ -212,7 +212,7 @@ def architectures() -> Grid:
         made = baselines(net, rank) | modulations(net, (4,))
         del made["classifier, statistics frozen"]
         methods |= {f"{net}: {name}": method for name, method in made.items()}
-    return Grid(STREAMS, {"its own": backbone}, methods, TRAINING, range(3))
+    return Grid(STREAMS, {"its own": backbone}, methods, TRAINING, range(2))
 
 
 def transfer() -> Grid:
@@ -226,7 +226,7 @@ def transfer() -> Grid:
         for name, method in short.items()
         for epochs in (1, 2)
     }
-    return Grid(STREAMS, NETS, methods, TRAINING, range(3))
+    return Grid(STREAMS, NETS, methods, TRAINING, range(2))
 
 
 def inferred() -> Grid:
@@ -284,14 +284,20 @@ def pace(result: Result) -> dict[str, Any]:
 
 
 def costs(grid: Grid) -> "pd.DataFrame":
-    """What a task of each method stores on the backbone: numbers trained and bytes, without and with the head."""
+    """What a task of each method stores: numbers trained and bytes, without and with a head of twenty classes.
+
+    Nothing is trained or downloaded for it.
+    """
     import pandas as pd
+    from torchvision.models import mobilenet_v2
 
     rows = []
     for name, method in grid.methods.items():
         if not isinstance(method.learner, PerTask) or method.model is None:
             continue
-        net = cast(Modulated, cast(ModelFactory, method.model)(next(iter(grid.streams.values()))(0), seed=0))
+        options = dict(cast(partial, method.model).keywords)
+        made = options.pop("model")
+        net = Modulated(mobilenet_v2() if made is IMAGENET else untrained(made.keywords["name"]), **options)
         counts = net.parameters_per_task(CLASSES)
         head = 4 * counts["head"]
         row = {"method": name, "gains": counts["gains"], "affine": counts["affine"], "statistics": counts["statistics"]}

@@ -14,20 +14,15 @@ from torch.nn.functional import cross_entropy
 
 from clkit import models
 from clkit.benchmarks import interleaved
-from clkit.data import Examples, Stream, Task
+from clkit.benchmarks.training import digits_like
 from clkit.modulation import Modulated, Modulation
 
-BATCH, CLASSES, REPEATS, STEPS = 32, 30, 9, 5
+BATCH, CLASSES, REPEATS, STEPS = 32, 10, 9, 5
 
 
 def networks() -> dict[str, nn.Module]:
     """The networks that are measured, in channels-last."""
-    g = torch.Generator().manual_seed(0)
-    images = Examples(
-        torch.randint(0, 256, (CLASSES, 1, 28, 28), generator=g, dtype=torch.uint8), torch.arange(CLASSES)
-    )
-    task = Task(0, "bytes", tuple(range(CLASSES)), images, images)
-    stream = Stream("bytes", (task,), tuple(map(str, range(CLASSES))))
+    stream = digits_like(BATCH)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = {
         "MobileNetV2 x0.35": models.torchvision(stream, "mobilenet_v2", width_mult=0.35),

@@ -4,7 +4,6 @@ import copy
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import reduce
 from typing import Any
 
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from clkit.data import Stream
+from clkit.modulation.layers import Part, find_head, find_parts
 from clkit.modulation.rules import Modulation, Own, Rule
 from clkit.weights import Weights, live_tensors, set_weights
 
 PARTS = ("gains", "statistics", "affine", "head")
-LAYERS = ("auto", "convolutions", "linear", "all")
 STATISTICS = ("own", "frozen")
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 DEFAULT = Modulation()
 
@@ -39,19 +37,6 @@ class TaskState:
     def nbytes(self) -> int:
         """The bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A weight that a rule makes, or one third of it where q, k and v are packed into one."""
-
-    name: str
-    index: int
-    of: int
-    key: str
-
-    def cut(self, weight: Tensor) -> Tensor:
-        return weight.chunk(self.of)[self.index]
 
 
 class Modulated(nn.Module):
@@ -91,7 +76,7 @@ class Modulated(nn.Module):
         self.backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.rule, self.layers, self.statistics, self.affine, self.seed = rule, layers, statistics, affine, seed
         modules = dict(self.backbone.named_modules())
-        self.head = _head(modules, head)
+        self.head = find_head(modules, head)
         norms = {name: module for name, module in modules.items() if isinstance(module, NORMS)}
         self._norms = [m for m in norms.values() if isinstance(m, _NormBase) and m.track_running_stats]
         of_head = [f"{self.head}.{name}" for name, _ in modules[self.head].named_parameters()]
@@ -111,7 +96,7 @@ class Modulated(nn.Module):
             [*self._own["statistics"], *self._own["affine"], *of_head, *self._fixed]
         ).items():
             self.register_buffer(_start(name), tensor.detach().clone(), persistent=False)
-        self._parts = _parts(modules, live, of_head, rule, layers)
+        self._parts = find_parts(modules, live, of_head, rule, layers)
         drawn = self._drawn()
         self._parts = [part for part in self._parts if drawn[part.key]]
         if rule is not None and not self._parts:
@@ -309,7 +294,7 @@ class Modulated(nn.Module):
         assert self.rule is not None
         return self.rule
 
-    def _weight(self, part: _Part) -> Tensor:
+    def _weight(self, part: Part) -> Tensor:
         return part.cut(reduce(getattr, part.name.split("."), self.backbone))
 
     def _drawn(self) -> dict[str, dict[str, Tensor]]:
@@ -360,57 +345,3 @@ def modulated(
 def _start(name: str) -> str:
     """The name of the buffer with what a task starts with."""
     return "start " + name.replace(".", "/")
-
-
-def _head(modules: Mapping[str, nn.Module], name: str | None) -> str:
-    if name is not None:
-        if not isinstance(modules.get(name), (nn.Linear, *CONVOLUTIONS)):
-            known = [n for n, m in modules.items() if isinstance(m, nn.Linear)][-3:]
-            raise ValueError(f"head: {name!r} is no linear layer or convolution of the network; its last are {known}")
-        return name
-    for kinds in (nn.Linear, CONVOLUTIONS):
-        found = [n for n, m in modules.items() if isinstance(m, kinds)]
-        if found:
-            return found[-1]
-    raise ValueError("backbone: it has no linear layer and no convolution, so no head; end it in nn.Linear")
-
-
-def _parts(
-    modules: Mapping[str, nn.Module],
-    live: Mapping[str, nn.Parameter],
-    of_head: Collection[str],
-    rule: Rule | None,
-    layers: str | Sequence[str],
-) -> list[_Part]:
-    """The weights that a rule applies to, packed q, k and v apart."""
-    if isinstance(layers, str) and layers not in LAYERS:
-        raise ValueError(f"layers: {layers!r} is unknown; choose one of {', '.join(LAYERS)} or give a list of patterns")
-    thirds = {f"{n}.in_proj_weight" for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
-    thirds &= live.keys()
-    linear = {f"{n}.weight" for n, m in modules.items() if isinstance(m, nn.Linear)} | thirds
-    thirds |= {n for n in linear if n.endswith("qkv.weight") and len(live[n]) % 3 == 0}
-    convolutions = {f"{n}.weight" for n, m in modules.items() if isinstance(m, CONVOLUTIONS)}
-    if rule is None:
-        return []
-    if isinstance(rule, Own):
-        chosen = set(live)
-    elif not isinstance(layers, str):
-        for pattern in layers:
-            if not any(fnmatchcase(name, pattern) for name in linear | convolutions):
-                raise ValueError(
-                    f"layers: {pattern!r} fits no weight; they are named like {sorted(linear | convolutions)[:3]}"
-                )
-        chosen = {name for name in linear | convolutions if any(fnmatchcase(name, p) for p in layers)}
-    else:
-        auto = convolutions if len(convolutions) > 1 else linear | convolutions
-        chosen = {"auto": auto, "convolutions": convolutions, "linear": linear, "all": linear | convolutions}[layers]
-    parts = []
-    for name in live:
-        if name in chosen and name not in of_head:
-            count = 3 if name in thirds and not isinstance(rule, Own) else 1
-            for i in range(count):
-                key = name.replace(".", "/") + (f"/{'qkv'[i]}" if count == 3 else "")
-                parts.append(_Part(name, i, count, key))
-    if not parts:
-        raise ValueError(f"layers: {layers!r} is no layer of the network; use 'all', or rule=None for the head alone")
-    return parts

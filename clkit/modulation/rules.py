@@ -184,8 +184,20 @@ class Mask:
         return {"score": bits.flatten()[: weight.numel()].view(weight.shape).to(weight.dtype) * self.init}
 
 
+class _Whole:
+    """What rules share whose tensors are stored as they are trained."""
+
+    def pack(self, tensors: Tensors) -> dict[str, Tensor]:
+        """The tensors as they are."""
+        return dict(tensors)
+
+    def unpack(self, packed: Tensors, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors as they are."""
+        return dict(packed)
+
+
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(_Whole):
     """Adds a product of two thin matrices to a weight: W' = W + U V, with U (O, rank) and V (rank, inputs).
 
     LoRA, Hu et al. 2021 (arXiv 2106.09685), without its scale; a kernel is one row of I kh kw inputs. U begins at zero,
@@ -210,17 +222,9 @@ class LowRank:
         """W + U V."""
         return weight + (tensors["u"] @ tensors["v"]).view(weight.shape)
 
-    def pack(self, tensors: Tensors) -> dict[str, Tensor]:
-        """U and V as they are."""
-        return dict(tensors)
-
-    def unpack(self, packed: Tensors, weight: Tensor) -> dict[str, Tensor]:
-        """U and V as they are."""
-        return dict(packed)
-
 
 @dataclass(frozen=True)
-class Own:
+class Own(_Whole):
     """Gives every task all parameters as a copy of its own: a network a task, fine-tuned from the backbone."""
 
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -230,14 +234,6 @@ class Own:
     def effective(self, weight: Tensor, tensors: Tensors, matrices: Tensors | None = None) -> Tensor:
         """The copy."""
         return tensors["own"]
-
-    def pack(self, tensors: Tensors) -> dict[str, Tensor]:
-        """The copy as it is."""
-        return dict(tensors)
-
-    def unpack(self, packed: Tensors, weight: Tensor) -> dict[str, Tensor]:
-        """The copy as it is."""
-        return dict(packed)
 
 
 Rule = Modulation | Mask | LowRank | Own

@@ -1,7 +1,6 @@
 """How well a model does on the tasks of a stream; on the device, in one pass."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import log
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from clkit.data import Stream, Task, Text
 from clkit.data.core import IGNORED
-from clkit.weights import Weights, check_same, live_tensors, uncompiled
+from clkit.weights import Weights, check_same, evaluation_mode, live_tensors, uncompiled
 
 EVALUATION_BATCH = 1024
 LOGITS = 2**24  # numbers that the logits of a batch may have, where a row has many targets
@@ -145,15 +144,3 @@ def exact_match(
                 for number, found in zip(numbers, x[:, len(prompts[0]) :].tolist(), strict=True):
                     right += problems[number].answer_in(text.decode(found)) == problems[number].answer
     return right / len(problems)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode and gives every module's training flag back as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

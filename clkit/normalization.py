@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clkit.weights import Weights, check_same, live_tensors
+from clkit.weights import Weights, check_same, evaluation_mode, live_tensors
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Hook = Callable[[str, Any, Tensor, Tensor], Tensor | None]
@@ -146,15 +146,11 @@ def _sweep(model: nn.Module, weights: Weights, parts: Iterable[Tensor], names: I
     """Runs the model in evaluation mode with `weights`; what `hook` returns replaces the output of a layer."""
     layers: dict[str, nn.Module] = dict(model.named_modules())
     handles = [layers[name].register_forward_hook(partial(_call, hook, name)) for name in names]
-    modes = [(module, module.training) for module in layers.values()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             for rows in parts:
                 functional_call(model, dict(weights), rows)
     finally:
-        for module, training in modes:
-            module.training = training
         for handle in handles:
             handle.remove()
 

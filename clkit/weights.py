@@ -8,7 +8,8 @@ holds under several names (tied weights, a module registered twice) appears once
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,6 +35,18 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model itself, or the one that `torch.compile` wrapped: names and buffers are its own there."""
     return getattr(model, "_orig_mod", model)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode and gives every module's training flag back as it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 def get_weights(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:

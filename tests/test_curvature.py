@@ -7,8 +7,7 @@ from torch import nn
 
 from clkit import curvature, models
 from clkit.curvature import fisher, grams, sensitivity, trace
-from clkit.evaluation import evaluation_mode
-from clkit.weights import equal, get_weights, set_weights
+from clkit.weights import equal, evaluation_mode, get_weights, set_weights
 
 
 def loop(model, x, objective, size):

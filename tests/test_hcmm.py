@@ -15,7 +15,8 @@ from toys import quick
 
 from clkit import checkpoint, curvature, merging, models, normalization
 from clkit.consolidation import HCMM, Context, Progress, importance_merge
-from clkit.consolidation.hcmm import carried, descend, mismatch, projections, ridge, shares
+from clkit.consolidation.correction import descend, mismatch, projections, ridge
+from clkit.consolidation.hcmm import carried, shares
 from clkit.learners import ER, Learner
 from clkit.representation import activations
 from clkit.tangent import Linearized
@@ -465,7 +466,7 @@ class TestCorrection:
         context = made(stream, copy.deepcopy(net), previous, moved(previous), importances=True)
         plain = replace(consolidation, correction="none", loss="squared")(context).deploy
         every = consolidation(context).report["mismatch"]
-        monkeypatch.setattr("clkit.consolidation.hcmm.ROWS", 45)
+        monkeypatch.setattr("clkit.consolidation.correction.ROWS", 45)
         merged = consolidation(context)
         assert merged.report["mismatch"][0] != every[0] == pytest.approx(merged.report["mismatch"][0], rel=0.3)
         target, *features = (rows(net, w, context.inputs, "conv3") for w in (previous, plain, merged.deploy))

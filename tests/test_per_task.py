@@ -15,12 +15,11 @@ from test_checkpoint import Interrupted, assert_same_run, interrupted
 from clkit import data, models
 from clkit.consolidation import WiSEFT
 from clkit.data import Examples, Normalize, Stream, Task
-from clkit.evaluation import evaluation_mode
 from clkit.learners import Learner, PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, load, modulated, save
 from clkit.training import Result, Training, run
 from clkit.training.loop import _Loop
-from clkit.weights import equal
+from clkit.weights import equal, evaluation_mode
 
 SHORT = Training(epochs=3, batch=8, lr=0.03, optimizer="adamw")
 LONG = replace(SHORT, epochs=12)

@@ -1,18 +1,15 @@
 """HCMM: after a task, merge by what Adam's second moments say of each weight, then correct the features."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
-from torch.nn import functional as F
+from torch import Tensor
 
-from clkit import curvature, normalization, tangent
+from clkit import curvature, normalization
 from clkit.consolidation.base import Context, Merged, Progress, share
-from clkit.evaluation import evaluation_mode
+from clkit.consolidation.correction import descend, mismatch, projection, read, ridge
 from clkit.weights import Weights, check_same, set_weights
 
 MOMENTS = ("corrected", "raw", "normalised")
@@ -23,11 +20,6 @@ CHOICES = {
     "target": ("previous", "both"),
     "loss": ("squared", "cosine"),
 }
-BATCH = 256
-ROWS = 8192  # of features that a correction looks at, evenly spaced among all
-
-Targets = Sequence[tuple[float, Tensor]]
-Layer = nn.Linear | nn.Conv2d
 
 
 def shares(old: Weights, new: Weights, alpha: float) -> dict[str, Tensor]:
@@ -72,74 +64,6 @@ def carried(old: Weights, new: Weights, alpha: float, accumulate: str) -> dict[s
     """The importance that is kept: (1 - alpha) F_old + alpha F for "ema", F_old + F for "sum"."""
     a, b = (1 - alpha, alpha) if accumulate == "ema" else (1.0, 1.0)
     return {name: a * before + b * after for name, before, after in _pairs(old, new)}
-
-
-def ridge(design: Tensor, residual: Tensor, strength: float) -> Tensor:
-    """The M (in, out) of least ||X M - Y||^2 + strength m ||M||^2, for a design X (N, in) and a residual Y (N, out).
-
-    m is the mean eigenvalue of X^T X, which makes `strength` a number without a unit. M is 0 for a design of zeros.
-    """
-    gram = design.T @ design
-    scale = gram.diagonal().mean()
-    if not scale:
-        return residual.new_zeros(design.shape[1], residual.shape[1])
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + strength * scale * eye, design.T @ residual)
-
-
-def mismatch(features: Tensor, targets: Targets, loss: str) -> Tensor:
-    """How far features (N, F) are from each of the targets, times the target's share, added up: a scalar.
-
-    "squared" is the mean squared difference, "cosine" the mean over rows of 1 - the cosine, which is half the squared
-    distance at unit length.
-    """
-
-    def apart(target: Tensor) -> Tensor:
-        if loss == "squared":
-            return (features - target).square().mean()
-        return (F.normalize(features, dim=1) - F.normalize(target, dim=1)).square().sum(1).mean() / 2
-
-    return torch.stack([part * apart(target) for part, target in targets]).sum()
-
-
-def descend(design: Tensor, features: Tensor, targets: Targets, loss: str, *, lr: float, steps: int) -> Tensor:
-    """The M (in, out) that full-batch steps of Adam reach from 0, minimising `mismatch` of features + design M."""
-    move = design.new_zeros(design.shape[1], features.shape[1]).requires_grad_()
-    optimizer = torch.optim.Adam([move], lr=lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        mismatch(features + design @ move, targets, loss).backward()
-        optimizer.step()
-    return move.detach()
-
-
-def projections(model: nn.Module, x: Tensor) -> tuple[dict[str, Layer], str | None]:
-    """The layers whose weight matrix can be corrected, by the name of the weight, and the last one before the head.
-
-    Those are the trainable linear layers and ungrouped convolutions that run once when the model is called with the
-    prepared inputs `x`, in this order; the head is the last linear layer that runs, else the last convolution. For a
-    linearised model the layers are its network's.
-    """
-    net = model.network if isinstance(model, tangent.Linearized) else model
-    names = {id(p): name for name, p in net.named_parameters()}
-    layers = {names[id(m.weight)]: m for m in net.modules() if isinstance(m, Layer) and id(m.weight) in names}
-    ran: list[str] = []
-    hooks = [m.register_forward_hook(lambda *_, name=n: ran.append(name)) for n, m in layers.items()]
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    linear = [name for name in ran if isinstance(layers[name], nn.Linear)]
-    head = ran.index((linear or ran)[-1]) if ran else 0
-    wanted = curvature.trainable(model)
-    fit = {
-        name: layers[name]
-        for name in ran
-        if name in wanted and ran.count(name) == 1 and getattr(layers[name], "groups", 1) == 1
-    }
-    return fit, next((name for name in reversed(ran[:head]) if name in fit), None)
 
 
 @dataclass(frozen=True)
@@ -266,12 +190,13 @@ class HCMM:
 
     def _corrected(self, context: Context, merged: Weights) -> tuple[Weights, list[float]]:
         """The merged weights with the projection's moved, and the mismatch before and after."""
-        name, layer = self._projection(context)
+        model, inputs = context.model, context.inputs
+        name, layer = projection(model, inputs, self.projection)
         parents = [(1.0, context.previous)]
         if self.target == "both":
             parents = [(1 - self.alpha, context.previous), (self.alpha, context.current)]
-        targets = [(part, _read(context, parent, layer)[1]) for part, parent in parents]
-        design, features = _read(context, merged, layer)
+        targets = [(part, read(model, parent, inputs, layer)[1]) for part, parent in parents]
+        design, features = read(model, merged, inputs, layer)
         if self.correction == "ridge":
             wanted = torch.stack([part * target for part, target in targets]).sum(0)
             move = ridge(design, wanted - features, self.ridge)
@@ -281,25 +206,6 @@ class HCMM:
         weight = merged[name]
         moved = weight.double() + move.T.view_as(weight)
         return {**merged, name: moved.to(weight.dtype)}, torch.stack(both).tolist()
-
-    def _projection(self, context: Context) -> tuple[str, Layer]:
-        """The name of the weight to correct, and its layer."""
-        if not len(context.inputs):
-            raise ValueError("inputs: the memory is empty where features are needed; offer it examples first")
-        found, last = projections(context.model, context.inputs[:1])
-        if self.projection is None:
-            if last is None:
-                raise ValueError(
-                    "projection: no linear layer or convolution that is trained and runs once comes before the head; "
-                    f'name one of {list(found)}, or use correction="none"'
-                )
-            return last, found[last]
-        fits = [name for name in found if fnmatchcase(name, self.projection)]
-        if len(fits) != 1:
-            raise ValueError(
-                f"projection: {self.projection!r} fits {fits or 'no weight'}; give the name of one of {list(found)}"
-            )
-        return fits[0], found[fits[0]]
 
 
 def _pairs(old: Weights, new: Weights) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -314,33 +220,3 @@ def _step(previous: Weights, current: Weights, w: Mapping[str, Tensor], alpha: f
         name: torch.lerp(tensor, current[name], w[name].to(tensor.dtype) if name in w else alpha)
         for name, tensor in previous.items()
     }
-
-
-@torch.no_grad()
-def _read(context: Context, weights: Weights, layer: Layer) -> tuple[Tensor, Tensor]:
-    """What a layer's weight matrix multiplies (N, in), and the layer's outputs (N, out), in double precision.
-
-    A linearised model's outputs are affine in the weight with the inputs at its point of expansion as the design. Of
-    more than `ROWS` rows (places of a convolution, tokens) evenly spaced ones are taken, the same for any weights.
-    """
-    set_weights(context.model, weights)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    room = ROWS
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        value = tangent.value(out)
-        value = value.movedim(1, -1) if isinstance(layer, nn.Conv2d) else value
-        both = curvature.input_rows(layer, unpack_dual(args[0])[0]), value.flatten(0, -2)
-        rows = torch.linspace(0, len(both[0]) - 1, min(len(both[0]), room), device=out.device).long()
-        pairs.append((both[0][rows].double(), both[1][rows].double()))
-
-    hook = layer.register_forward_hook(keep)
-    try:
-        with evaluation_mode(context.model):
-            for part in context.inputs.split(BATCH):
-                room = max(1, ROWS * len(part) // len(context.inputs))
-                context.model(part)
-    finally:
-        hook.remove()
-    design, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return design, outputs

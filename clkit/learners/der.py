@@ -8,8 +8,9 @@ from torch.nn.functional import mse_loss
 
 from clkit import weights
 from clkit.data import Batch, Task
-from clkit.evaluation import EVALUATION_BATCH, evaluation_mode
+from clkit.evaluation import EVALUATION_BATCH
 from clkit.learners.er import ER
+from clkit.weights import evaluation_mode
 
 
 @dataclass

@@ -7,6 +7,7 @@ whose inputs are the features of a representation plot. For a factory with fixed
 """
 
 from clkit.models.common import features
+from clkit.models.cosine import CosineHead, encoder, prototypes, with_prototypes
 from clkit.models.huggingface import CausalLM, huggingface
 from clkit.models.images import BasicBlock, convnet, mlp, resnet18
 from clkit.models.transformers import Attention, Block, Embedding, MeanTokens, TokenEmbedding, gpt, vit
@@ -17,18 +18,22 @@ __all__ = [
     "BasicBlock",
     "Block",
     "CausalLM",
+    "CosineHead",
     "Embedding",
     "MeanTokens",
     "TokenEmbedding",
     "convnet",
+    "encoder",
     "features",
     "gpt",
     "huggingface",
     "mlp",
+    "prototypes",
     "resnet18",
     "torchvision",
     "vit",
+    "with_prototypes",
 ]
 
-for _factory in (convnet, gpt, huggingface, mlp, resnet18, torchvision, vit):
+for _factory in (convnet, encoder, gpt, huggingface, mlp, resnet18, torchvision, vit):
     _factory.__module__ = __name__  # the record of a run names a factory by where users find it

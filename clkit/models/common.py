@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.data import Stream
+from clkit.weights import evaluation_mode
 
 
 @contextmanager
@@ -54,17 +55,13 @@ def features(model: nn.Module, x: Tensor, *, batch: int = 512) -> Tensor:
     positive("batch", batch)
     seen: list[Tensor] = []
     hooks = [m.register_forward_pre_hook(lambda _, args: seen.__setitem__(slice(None), args)) for m in linears]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     parts = []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             for rows in x.split(batch):
                 model(rows)
                 parts.append(seen[0])
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     return torch.cat(parts)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from clkit import models
-from clkit.evaluation import evaluation_mode
 from clkit.tangent import Linearized, value
-from clkit.weights import Weights, set_weights, uncompiled
+from clkit.tangent import layers as layers_of
+from clkit.weights import Weights, evaluation_mode, set_weights, uncompiled
 
 BATCH = 512
 
@@ -24,7 +24,7 @@ def activations(model: nn.Module, x: Tensor, layers: Sequence[str] | None = None
     tensor raise TypeError, unknown names ValueError.
     """
     model = uncompiled(model)
-    modules = dict(_network(model).named_modules())
+    modules = layers_of(model)
     if layers is None:
         layers = [n for n, m in modules.items() if not any(m.children()) and any(True for _ in m.parameters())]
     for name in layers:
@@ -61,7 +61,7 @@ def features(
     model = with_weights(model, weights)
     if layer is not None:
         check_layer(model, layer)
-    elif not isinstance(model, Linearized):
+    elif not any(isinstance(m, Linearized) for m in model.modules()):
         return models.features(model, x, batch=batch)
     return torch.cat([_rows(model, part, layer) for part in x.split(batch)])
 
@@ -80,7 +80,7 @@ def _rows(model: nn.Module, x: Tensor, layer: str | None) -> Tensor:
 def _last_inputs(model: nn.Module, x: Tensor) -> Tensor:
     """The linearised inputs of the last linear layer that runs."""
     seen: list[Tensor] = []
-    linears = [m for m in _network(model).modules() if isinstance(m, nn.Linear)]
+    linears = [m for m in layers_of(model).values() if isinstance(m, nn.Linear)]
     if not linears:
         raise ValueError("model: it has no nn.Linear, whose inputs would be its features; name a layer")
     hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(value(args[0]).clone())) for m in linears]
@@ -104,7 +104,7 @@ def with_weights(model: nn.Module, weights: Weights | None) -> nn.Module:
 
 def check_layer(model: nn.Module, name: str) -> None:
     """Raises ValueError, with close names, unless a model has a module of that name."""
-    names = [n for n, _ in _network(model).named_modules()]
+    names = list(layers_of(model))
     if name not in names:
         close = get_close_matches(name, names, 4, cutoff=0.3)
         raise ValueError(f"layer: the model has no module {name!r}; did you mean one of {close or names[1:9]}?")
@@ -115,8 +115,3 @@ def samples(activation: Tensor) -> Tensor:
     if activation.ndim == 1:
         return activation.unsqueeze(1)
     return (activation.movedim(1, -1) if activation.ndim > 3 else activation).flatten(0, -2)
-
-
-def _network(model: nn.Module) -> nn.Module:
-    """Where the layers are that run."""
-    return model.network if isinstance(model, Linearized) else model

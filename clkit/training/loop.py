@@ -39,11 +39,11 @@ from clkit.checkpoint import Checkpoint, model_state, random_state, restore_mode
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress, Score
 from clkit.data import Examples, Stream, Task
 from clkit.data.core import IGNORED
-from clkit.evaluation import EVALUATION_BATCH, Evaluation, evaluate, evaluation_mode
+from clkit.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from clkit.learners import Criterion, Learner, Setting
 from clkit.training.result import Result
 from clkit.training.settings import Training
-from clkit.weights import Weights, check_finite, get_weights, set_weights
+from clkit.weights import Weights, check_finite, evaluation_mode, get_weights, set_weights
 
 ModelFactory = Callable[..., nn.Module]
 

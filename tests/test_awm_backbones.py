@@ -7,11 +7,14 @@ from torch import nn
 
 from clkit import models
 from clkit.data import characters
-from clkit.experiments.awm import BACKBONES, Recipe, backbones, pretrained, pretrained_accuracy
+from clkit.experiments import pretraining
+from clkit.experiments.awm import BACKBONES, pretrained, pretrained_accuracy
+from clkit.experiments.awm.backbones import latin
+from clkit.experiments.pretraining import Recipe, restored
 from clkit.training import Training, evaluate, run
 from clkit.weights import equal, get_weights
 
-TINY = Recipe(partial(models.convnet, widths=(4, 8)), Training(epochs=1, lr=0.1), per_class=3, size=10)
+TINY = Recipe(partial(models.convnet, widths=(4, 8)), Training(epochs=1, lr=0.1), partial(latin, per_class=3, size=10))
 
 
 def files(folder):
@@ -23,16 +26,16 @@ def no_training(monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("it was trained again")
 
-    return lambda: monkeypatch.setattr(backbones, "run", refuse)
+    return lambda: monkeypatch.setattr(pretraining, "run", refuse)
 
 
 def test_a_backbone_is_what_the_training_loop_makes_and_is_read_back_bit_for_bit(tmp_path, no_training):
-    made, record = backbones.restored(TINY, 3, tmp_path)
-    by_hand = run(TINY.stream(), TINY.build, training=TINY.training, seed=3, device="cpu", progress=False)
+    made, record = restored(TINY, 3, tmp_path)
+    by_hand = run(TINY.source(3), TINY.build, training=TINY.training, seed=3, device="cpu", progress=False)
     assert equal(get_weights(made), by_hand.weights[0]) and record["accuracy"] == by_hand.accuracy[0, 0]
-    assert not equal(get_weights(made), get_weights(TINY.build(TINY.stream(), seed=3)))
+    assert not equal(get_weights(made), get_weights(TINY.build(TINY.source(3), seed=3)))
     no_training()
-    again, same = backbones.restored(TINY, 3, tmp_path)
+    again, same = restored(TINY, 3, tmp_path)
     assert again is not made and equal(get_weights(again), get_weights(made))
     assert {k: same[k] for k in ("accuracy", "seconds", "configuration")} == {
         k: record[k] for k in ("accuracy", "seconds", "configuration")
@@ -43,29 +46,29 @@ def test_a_backbone_is_what_the_training_loop_makes_and_is_read_back_bit_for_bit
     ("recipe", "seed"),
     [
         (TINY, 1),
-        (replace(TINY, per_class=4), 0),
-        (replace(TINY, size=12), 0),
+        (replace(TINY, source=partial(latin, per_class=4, size=10)), 0),
+        (replace(TINY, source=partial(latin, per_class=3, size=12)), 0),
         (replace(TINY, training=Training(epochs=1, lr=0.2)), 0),
         (replace(TINY, build=partial(models.convnet, widths=(4, 9))), 0),
     ],
 )
 def test_every_setting_makes_a_file_of_its_own(tmp_path, recipe, seed):
-    first, _ = backbones.restored(TINY, 0, tmp_path)
+    first, _ = restored(TINY, 0, tmp_path)
     before = files(tmp_path)
     assert [name.partition(".")[2] for name in before] == ["json", "safetensors"]
-    other, _ = backbones.restored(recipe, seed, tmp_path)
+    other, _ = restored(recipe, seed, tmp_path)
     assert len(files(tmp_path)) == 4 and set(before) < set(files(tmp_path))
     assert not equal(get_weights(first), get_weights(other))
 
 
 @pytest.mark.parametrize("name", ["source_digest", "torch"])
 def test_changed_code_and_another_torch_make_a_backbone_anew(tmp_path, monkeypatch, name):
-    backbones.restored(TINY, 0, tmp_path)
+    restored(TINY, 0, tmp_path)
     if name == "torch":
         monkeypatch.setattr(torch, "__version__", "2.99.0")
     else:
-        monkeypatch.setattr(backbones, name, lambda: "other code")
-    backbones.restored(TINY, 0, tmp_path)
+        monkeypatch.setattr(pretraining, name, lambda: "other code")
+    restored(TINY, 0, tmp_path)
     assert len(files(tmp_path)) == 4
 
 
@@ -80,14 +83,14 @@ def flip(data):
 @pytest.mark.parametrize("damage", [cut, flip, None])
 @pytest.mark.parametrize("kind", ["json", "safetensors"])
 def test_a_damaged_file_is_named_and_made_anew(tmp_path, caplog, kind, damage):
-    made, record = backbones.restored(TINY, 0, tmp_path)
+    made, record = restored(TINY, 0, tmp_path)
     (path,) = tmp_path.glob(f"*.{kind}")
     whole = path.read_bytes()
     if damage:
         path.write_bytes(damage(whole))
     else:
         path.unlink()
-    again, other = backbones.restored(TINY, 0, tmp_path)
+    again, other = restored(TINY, 0, tmp_path)
     assert equal(get_weights(again), get_weights(made)) and other["accuracy"] == record["accuracy"]
     assert (path.stem in caplog.text and "damaged" in caplog.text) or (kind == "json" and damage is None)
     assert kind == "json" or path.read_bytes() == whole
@@ -97,7 +100,7 @@ def test_pretraining_draws_latin_alone(tmp_path, monkeypatch):
     drawn, ink = set(), characters._ink
     monkeypatch.setattr(characters, "_ink", lambda font, character: drawn.add(character) or ink(font, character))
     characters._draw.cache_clear()
-    backbones.restored(TINY, 0, tmp_path)
+    restored(TINY, 0, tmp_path)
     assert drawn == set(characters.SCRIPTS["latin"])
 
 
@@ -111,7 +114,7 @@ def modules(model, kind):
 )
 def test_the_architectures_are_those_of_the_paper_made_narrow(name, convolutions, norms, linears):
     recipe = BACKBONES[name]
-    stream = replace(recipe, per_class=1).stream()
+    stream = latin(per_class=1)
     model = recipe.build(stream, seed=0)
     assert stream.shape == (1, 28, 28) and stream.classes == tuple(characters.SCRIPTS["latin"])
     counts = [len(modules(model, kind)) for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear)]
@@ -125,7 +128,7 @@ def test_a_backbone_comes_by_name_from_the_cache_and_reaches_the_accuracy_on_rec
     model = pretrained("vit", seed=5)
     no_training()
     assert len(files(tmp_path / "backbones")) == 2
-    assert pretrained_accuracy("vit", seed=5) == evaluate(model, TINY.stream()).accuracy[0]
+    assert pretrained_accuracy("vit", seed=5) == evaluate(model, TINY.source(5)).accuracy[0]
     assert model.training and all(p.requires_grad for p in model.parameters())
 
 

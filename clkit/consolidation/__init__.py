@@ -7,6 +7,7 @@ are deployed. It knows no learner, no loss and no label.
 
 from clkit.consolidation.base import Consolidation, Context, Merged, NoConsolidation, Progress, Score
 from clkit.consolidation.clewi import CLeWI
+from clkit.consolidation.correction import correct
 from clkit.consolidation.hcmm import HCMM, importance_merge
 from clkit.consolidation.posthoc import EMA, Merging, WiSEFT
 from clkit.consolidation.sfa import SFA, merge_steps
@@ -41,6 +42,7 @@ __all__ = [
     "Trigger",
     "Velocity",
     "WiSEFT",
+    "correct",
     "importance_merge",
     "merge_steps",
 ]

@@ -90,6 +90,40 @@ def projections(model: nn.Module, x: Tensor) -> tuple[dict[str, Layer], str | No
     return fit, next((name for name in reversed(ran[:head]) if name in fit), None)
 
 
+def correct(
+    model: nn.Module,
+    merged: Weights,
+    parents: Sequence[tuple[float, Weights]],
+    inputs: Tensor,
+    *,
+    by: str = "steps",
+    loss: str = "squared",
+    strength: float = 100.0,
+    steps: int = 10,
+    lr: float = 1e-4,
+    name: str | None = None,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Moves one weight matrix of merged weights so that its layer's outputs come closer to the parents' on `inputs`.
+
+    The last stage of holistic merging (arXiv 2509.23592) by itself; `consolidation.HCMM` has what each setting does.
+    `model` is a scratch copy, which is overwritten; `parents` are shares and weights; `by` is "steps" of Adam at `lr`
+    on the `loss`, or "ridge" regression of a `strength`; `name` is the weight's, a pattern, or None for the last one
+    before the head. Gives the corrected weights, and the mismatch before and after.
+    """
+    full, layer = projection(model, inputs, name)
+    targets = [(part, read(model, parent, inputs, layer)[1]) for part, parent in parents]
+    design, features = read(model, merged, inputs, layer)
+    if by == "ridge":
+        wanted = torch.stack([part * target for part, target in targets]).sum(0)
+        move = ridge(design, wanted - features, strength)
+    else:
+        move = descend(design, features, targets, loss, lr=lr, steps=steps)
+    both = [mismatch(f, targets, loss) for f in (features, features + design @ move)]
+    weight = merged[full]
+    moved = weight.double() + move.T.view_as(weight)
+    return {**merged, full: moved.to(weight.dtype)}, torch.stack(both).tolist()
+
+
 def projection(model: nn.Module, inputs: Tensor, wanted: str | None) -> tuple[str, Layer]:
     """The name of the weight that `wanted`, a name or pattern, fits, or of the last before the head, and its layer.
 

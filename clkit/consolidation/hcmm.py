@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clkit import curvature, normalization
 from clkit.consolidation.base import Context, Merged, Progress, share
-from clkit.consolidation.correction import descend, mismatch, projection, read, ridge
+from clkit.consolidation.correction import correct
 from clkit.weights import Weights, check_same, set_weights
 
 MOMENTS = ("corrected", "raw", "normalised")
@@ -190,22 +190,21 @@ class HCMM:
 
     def _corrected(self, context: Context, merged: Weights) -> tuple[Weights, list[float]]:
         """The merged weights with the projection's moved, and the mismatch before and after."""
-        model, inputs = context.model, context.inputs
-        name, layer = projection(model, inputs, self.projection)
         parents = [(1.0, context.previous)]
         if self.target == "both":
             parents = [(1 - self.alpha, context.previous), (self.alpha, context.current)]
-        targets = [(part, read(model, parent, inputs, layer)[1]) for part, parent in parents]
-        design, features = read(model, merged, inputs, layer)
-        if self.correction == "ridge":
-            wanted = torch.stack([part * target for part, target in targets]).sum(0)
-            move = ridge(design, wanted - features, self.ridge)
-        else:
-            move = descend(design, features, targets, self.loss, lr=self.correction_lr, steps=self.correction_steps)
-        both = [mismatch(f, targets, self.loss) for f in (features, features + design @ move)]
-        weight = merged[name]
-        moved = weight.double() + move.T.view_as(weight)
-        return {**merged, name: moved.to(weight.dtype)}, torch.stack(both).tolist()
+        return correct(
+            context.model,
+            merged,
+            parents,
+            context.inputs,
+            by=self.correction,
+            loss=self.loss,
+            strength=self.ridge,
+            steps=self.correction_steps,
+            lr=self.correction_lr,
+            name=self.projection,
+        )
 
 
 def _pairs(old: Weights, new: Weights) -> Iterator[tuple[str, Tensor, Tensor]]:

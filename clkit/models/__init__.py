@@ -6,6 +6,7 @@ whose inputs are the features of a representation plot. For a factory with fixed
 `partial(models.resnet18, width=16)`.
 """
 
+from clkit.models.clip import clip
 from clkit.models.common import features
 from clkit.models.cosine import CosineHead, encoder, prototypes, with_prototypes
 from clkit.models.huggingface import CausalLM, huggingface
@@ -22,6 +23,7 @@ __all__ = [
     "Embedding",
     "MeanTokens",
     "TokenEmbedding",
+    "clip",
     "convnet",
     "encoder",
     "features",
@@ -35,5 +37,5 @@ __all__ = [
     "with_prototypes",
 ]
 
-for _factory in (convnet, encoder, gpt, huggingface, mlp, resnet18, torchvision, vit):
+for _factory in (clip, convnet, encoder, gpt, huggingface, mlp, resnet18, torchvision, vit):
     _factory.__module__ = __name__  # the record of a run names a factory by where users find it

@@ -65,3 +65,11 @@ def features(model: nn.Module, x: Tensor, *, batch: int = 512) -> Tensor:
         for hook in hooks:
             hook.remove()
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def take_grey(model: nn.Module) -> None:
+    """Sums the first convolution over its input channels, in place: the function of a grey image repeated in three."""
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
+    first.in_channels = 1

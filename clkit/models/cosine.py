@@ -82,7 +82,7 @@ def with_prototypes(encoder: nn.Module, directions: Tensor, scale: float = SCALE
     The network is `encoder` and `head`; the encoder is not copied.
     """
     classes, features = directions.shape
-    head = CosineHead(features, classes, scale).to(directions.device)
-    with torch.no_grad():
+    with seeded(0), torch.no_grad():
+        head = CosineHead(features, classes, scale).to(directions)
         head.weight.copy_(directions)
     return nn.Sequential(OrderedDict(encoder=encoder, head=head.requires_grad_(False)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.data import Stream
-from clkit.models.common import image_shape, seeded
+from clkit.models.common import image_shape, seeded, take_grey
 
 
 def torchvision(
@@ -59,7 +59,7 @@ def torchvision(
     if weights is not None:
         _load_all_but_head(model, _pretrained(name, weights), len(stream.classes), name)
     if channels == 1:
-        _take_grey(model)
+        take_grey(model)
     return model
 
 
@@ -108,14 +108,6 @@ def _load_all_but_head(model: nn.Module, state: dict[str, Tensor], classes: int,
 
 def _fits(key: str, own: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
     return key in own and key in state and own[key].shape == state[key].shape
-
-
-@torch.no_grad()
-def _take_grey(model: nn.Module) -> None:
-    """Sums the first convolution over its input channels, in place."""
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
-    first.in_channels = 1
 
 
 def _check_takes(model: nn.Module, shape: tuple[int, ...]) -> None:

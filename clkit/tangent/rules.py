@@ -110,8 +110,18 @@ def _layer_norm(
 def _group_norm(
     op: Any, input: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
+    (x, dx), (w, dw), (b, db) = _parts(input), _parts(weight), _parts(bias)
     channels = (-1, *[1] * (input.ndim - 2))
-    return _normalised(lambda x, w, b: op(x, groups, w, b, eps), input, weight, bias, channels)
+    if dx is None or dw is None or (b is not None and db is None) or x.dtype != w.dtype:
+        return _normalised(lambda x, w, b: op(x, groups, w, b, eps), input, weight, bias, channels)
+    x, dx = x.contiguous(), dx.contiguous()
+    sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
+    y, mean, scale = torch.native_group_norm(x, w, b, *sizes, eps)
+    with torch.no_grad():
+        push = op(x, groups, dw, db, eps)
+        kernel, wanted = torch.ops.aten.native_group_norm_backward, [True, False, False]
+        push.addcmul_(kernel(dx, x, mean, scale, None, *sizes, wanted)[0], w.view(channels))
+    return make_dual(y, push)
 
 
 def _attention(

@@ -8,7 +8,7 @@ awm.costs(grid)                                # what a task of each method keep
 """
 
 from clkit.experiments.awm import published
-from clkit.experiments.awm.backbones import BACKBONES, Recipe, pretrained, pretrained_accuracy
+from clkit.experiments.awm.backbones import BACKBONES, pretrained, pretrained_accuracy
 from clkit.experiments.awm.grids import (
     FACTORS,
     RATES,
@@ -37,7 +37,6 @@ __all__ = [
     "FACTORS",
     "RATES",
     "SCRIPTS",
-    "Recipe",
     "architectures",
     "backbone",
     "baselines",

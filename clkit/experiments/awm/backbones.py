@@ -8,48 +8,39 @@ All 52 letters are kept. At their natural sizes most of o/O, c/C, s/S can be tol
 strides of 2: images of 28 x 28 become maps of 14, 7, 4, 2 and 1 pixels a side.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from clkit import data, models
-from clkit.experiments.identity import source_digest
-from clkit.experiments.store import Store, cache_folder, digest, plain
-from clkit.training import ModelFactory, Training, describe, run
-from clkit.weights import set_weights
-
-SCRIPT = "latin"
+from clkit.experiments.pretraining import Recipe, restored
+from clkit.training import Training
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a backbone is made: the network, its training, and its data: Latin glyphs of a number a class and a size."""
-
-    build: ModelFactory
-    training: Training
-    per_class: int = 480
-    size: int = 28
-
-    def stream(self) -> data.Stream:
-        """Latin glyphs as one task."""
-        return data.split(data.glyphs(SCRIPT, per_class=self.per_class, size=self.size), 1)
+def latin(seed: int = 0, *, per_class: int = 480, size: int = 28) -> data.Stream:
+    """Latin glyphs as one task."""
+    return data.split(data.glyphs("latin", per_class=per_class, size=size, seed=seed), 1)
 
 
 COSINE = Training(optimizer="adamw", weight_decay=0.01, schedule="cosine", warmup=0.1, channels_last=True)
 BACKBONES = {
-    "convnet": Recipe(partial(models.convnet, widths=(16, 32, 32)), replace(COSINE, epochs=6, lr=2e-2), per_class=60),
+    "convnet": Recipe(
+        partial(models.convnet, widths=(16, 32, 32)), replace(COSINE, epochs=6, lr=2e-2), partial(latin, per_class=60)
+    ),
     "mobilenet_v2": Recipe(
         partial(models.torchvision, name="mobilenet_v2", width_mult=0.35),
         replace(COSINE, epochs=5, batch=128, lr=2e-2),
+        latin,
     ),
-    "resnet18": Recipe(partial(models.resnet18, width=8), replace(COSINE, epochs=3, batch=128, lr=2e-2), per_class=300),
+    "resnet18": Recipe(
+        partial(models.resnet18, width=8), replace(COSINE, epochs=3, batch=128, lr=2e-2), partial(latin, per_class=300)
+    ),
     "vit": Recipe(
-        partial(models.vit, patch=7, dim=64, depth=4), replace(COSINE, epochs=6, batch=64, lr=3e-3, channels_last=False)
+        partial(models.vit, patch=7, dim=64, depth=4),
+        replace(COSINE, epochs=6, batch=64, lr=3e-3, channels_last=False),
+        latin,
     ),
 }
 
@@ -58,8 +49,8 @@ def pretrained(name: str = "mobilenet_v2", *, seed: int = 0) -> nn.Module:
     """A network that has learned Latin glyphs, on the CPU and in training mode, with a head for the 52 letters.
 
     `name` is one of `BACKBONES`: torchvision's MobileNetV2 at 0.35 of its width, `models.resnet18` of width 8,
-    `models.vit`, or, in seconds and less well, `models.convnet`. `seed` sets the initial weights and the order of the
-    data. The network is trained when it is first asked for; what is kept belongs to the data, the architecture, the
+    `models.vit`, or, in seconds and less well, `models.convnet`. `seed` sets the images, their order and the initial
+    weights. The network is trained when it is first asked for; what is kept belongs to the data, the architecture, the
     training, the seed, clkit's code and torch's version, so that a change of any makes another backbone. The caller
     may change the network, which is its own.
     Raises ValueError for an unknown name.
@@ -69,44 +60,12 @@ def pretrained(name: str = "mobilenet_v2", *, seed: int = 0) -> nn.Module:
 
 def untrained(name: str = "mobilenet_v2") -> nn.Module:
     """The network of a backbone with initial weights, to count by; in no time."""
-    recipe = _recipe(name)
-    return recipe.build(data.split(data.glyphs(SCRIPT, per_class=1, size=recipe.size), 1), seed=0)
+    return _recipe(name).build(latin(per_class=1), seed=0)
 
 
 def pretrained_accuracy(name: str = "mobilenet_v2", *, seed: int = 0) -> float:
     """The accuracy on the test glyphs of Latin, in [0, 1], that the backbone reached when it was trained."""
     return restored(_recipe(name), seed)[1]["accuracy"]
-
-
-def restored(recipe: Recipe, seed: int, folder: Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a recipe, read from `folder` or trained now, and its record: accuracy, seconds, configuration.
-
-    A file that was cut off or changed is named in the log, set aside, and made anew.
-    """
-    stream = recipe.stream()
-    model = recipe.build(stream, seed=seed)
-    configuration = {
-        "data": stream.fingerprint,
-        "model": describe(recipe.build),
-        "initial weights": describe(model),
-        "training": plain(asdict(recipe.training)),
-        "seed": seed,
-        "code": source_digest(),
-        "torch": torch.__version__,
-    }
-    store, key = Store(folder or cache_folder() / "backbones"), digest(configuration)
-    with store.lock(key):
-        record = store.read(key, weights=True)
-        if record is None:
-            result = run(stream, recipe.build, None, None, recipe.training, seed=seed, device="cpu", progress=False)
-            record = {
-                "configuration": configuration,
-                "accuracy": float(result.accuracy[0, 0]),
-                "seconds": round(result.seconds, 1),
-            }
-            store.write(key, record, result.weights)
-        set_weights(model, store.weights(key)[0])
-    return model, record
 
 
 def _recipe(name: str) -> Recipe:

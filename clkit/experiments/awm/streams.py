@@ -11,7 +11,7 @@ import torch
 from clkit import data
 from clkit.data import Augment, Dataset, Normalize, Stream
 from clkit.data.core import Scenario
-from clkit.experiments.awm.backbones import BACKBONES
+from clkit.experiments.awm.backbones import latin
 
 SCRIPTS = ("greek", "cyrillic", "armenian", "georgian", "arrows", "math")
 PAPER = ("stanford_cars", "cub200", "flowers102", "food101", "sketches", "wikiart")
@@ -76,4 +76,4 @@ def _pictures(name: str, size: int, limit: int | None) -> Dataset:
 
 
 def _latin() -> Normalize:
-    return BACKBONES["mobilenet_v2"].stream()[0].normalize
+    return latin()[0].normalize

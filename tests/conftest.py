@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 
 from clkit import data
 
@@ -27,6 +28,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def packs() -> Path:
     """The folder of the real data packs; a test says which it needs, as in `@pytest.mark.packs("mnist")`."""
     return PACKS
+
+
+@pytest.fixture(scope="module")
+def one_symmetry():
+    """Runs derive the symmetry of an architecture once in a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clkit.training.loop.alignment.symmetry", toys.derived_once())
+        yield
 
 
 @pytest.fixture(scope="session")

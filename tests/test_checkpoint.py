@@ -17,6 +17,7 @@ from clkit.data import Batch
 from clkit.learners import ER, Learner
 from clkit.training import Result, Training
 
+pytestmark = pytest.mark.usefixtures("one_symmetry")
 TASKS = 3
 SHORT = Training(epochs=2, batch=8, lr=0.05)
 

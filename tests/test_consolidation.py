@@ -1,6 +1,7 @@
 """Every consolidation keeps the contract of the family; then what each one is."""
 
 import copy
+import functools
 import json
 from dataclasses import dataclass
 
@@ -28,8 +29,10 @@ from clkit.consolidation import (
 )
 from clkit.data import Stream
 from clkit.learners import ER, Learner
+from clkit.training import Result
 from clkit.weights import equal, lerp
 
+pytestmark = pytest.mark.usefixtures("one_symmetry")
 SETTINGS = {
     "none": NoConsolidation(),
     "CLeWI": CLeWI(alpha=0.4),
@@ -78,6 +81,12 @@ def convnet(stream, consolidation, learner=None, **more):
     return quick(stream, learner or ER(memory=12), consolidation, model=toys.small_convnet, **more)
 
 
+@functools.cache
+def ran(consolidation, tasks: int = 3) -> Result:
+    """A run that several tests read."""
+    return convnet(toys.images(tasks), consolidation)
+
+
 def test_every_consolidation_is_in_the_contract_suite():
     assert {type(c) for c in SETTINGS.values()} == set(CONSOLIDATIONS.values())
 
@@ -88,13 +97,13 @@ class TestContract:
         assert eval(repr(SETTINGS[name])) == SETTINGS[name]
         assert hash(SETTINGS[name]) == hash(eval(repr(SETTINGS[name])))
 
-    def test_the_first_task_is_that_of_the_base_method(self, toy, name):
+    def test_the_first_task_is_that_of_the_base_method(self, name):
         consolidation = SETTINGS[name]
-        result = convnet(toys.images(tasks=1), consolidation)
+        result = ran(consolidation, tasks=1)
         same = equal(result.weights[0], result.trained[0])
         assert same == (name not in FROM_THE_FIRST)
         if not consolidation.holdout and same:
-            assert equal(result.weights[0], convnet(toys.images(tasks=1), None).weights[0])
+            assert equal(result.weights[0], ran(None, tasks=1).weights[0])
 
     def test_only_ends_of_tasks_after_the_first_are_due_at_most(self, name):
         due = SETTINGS[name].due
@@ -102,10 +111,10 @@ class TestContract:
         assert bool(within) == (name in WITHIN and name != "SFA at the end" and "equal parts" not in name)
         assert name in FROM_THE_FIRST or not any(due(Progress(0, step, 6, False)) for step in range(1, 7))
 
-    def test_training_is_left_alone_where_it_is_said_to_be(self, toy, name):
+    def test_training_is_left_alone_where_it_is_said_to_be(self, name):
         if SETTINGS[name].holdout:
             pytest.skip("training replays less of the memory")
-        plain, result = convnet(toy, None), convnet(toy, SETTINGS[name])
+        plain, result = ran(None), ran(SETTINGS[name])
         same = all(equal(a, b) for a, b in zip(plain.trained, result.trained, strict=True))
         assert same == (name in DEPLOY_ONLY)
 
@@ -120,12 +129,12 @@ class TestContract:
         path = tmp_path / "run"
         with pytest.raises(KeyboardInterrupt):
             convnet(toy, SETTINGS[name], Stop(memory=12), checkpoint=path)
-        resumed, whole = convnet(toy, SETTINGS[name], Stop(memory=12), checkpoint=path), convnet(toy, SETTINGS[name])
+        resumed, whole = convnet(toy, SETTINGS[name], Stop(memory=12), checkpoint=path), ran(SETTINGS[name])
         assert all(equal(a, b) for a, b in zip(resumed.weights, whole.weights, strict=True))
         assert resumed.reports == whole.reports and not equal(whole.weights[1], whole.weights[2])
 
-    def test_a_report_can_be_written_as_json(self, toy, name):
-        for report in convnet(toy, SETTINGS[name]).reports:
+    def test_a_report_can_be_written_as_json(self, name):
+        for report in ran(SETTINGS[name]).reports:
             assert json.loads(json.dumps(report)) == report
 
 
@@ -174,7 +183,7 @@ class TestCLeWI:
                 assert torch.equal(tensor, result.weights[t][name]) == ("running" not in name), name
 
     def test_alpha_0_without_re_estimation_is_no_consolidation(self, toy):
-        plain, zero = convnet(toy, None), convnet(toy, CLeWI(alpha=0, refresh=False))
+        plain, zero = ran(None), convnet(toy, CLeWI(alpha=0, refresh=False))
         assert all(equal(a, b) for a, b in zip(plain.weights, zero.weights, strict=True))
 
     def test_alpha_1_is_the_old_function(self, toy):

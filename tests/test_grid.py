@@ -11,14 +11,13 @@ import test_learners
 import toys
 from toys import quick
 
-from clkit import alignment
 from clkit.consolidation import Merged
 from clkit.data import Examples, Stream
 from clkit.learners import PerTask
-from clkit.modulation import Modulated, Modulation
 from clkit.training import Result, Training
 from clkit.weights import combine, equal, lerp
 
+pytestmark = pytest.mark.usefixtures("one_symmetry")
 LEARNERS = test_learners.SETTINGS
 FINE_TUNE_FIRST = {
     "fine-tuning",
@@ -77,21 +76,6 @@ def brief(consolidation):
 
 CONSOLIDATIONS = {name: brief(c) for name, c in test_consolidation.SETTINGS.items()}
 CONSOLIDATIONS |= {"averaged": Averaged(), "independent": Independent()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_symmetry():
-    """All runs here share one architecture, modulated or not, so two symmetries are derived."""
-    net = toys.small_convnet(toys.images())
-    derived = {type(m): alignment.symmetry(m, prepared()) for m in (net, Modulated(net, Modulation(2, 2)))}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clkit.training.loop.alignment.symmetry", lambda model, example: derived[type(model)])
-        yield
-
-
-def prepared():
-    task = toys.images()[0]
-    return task.prepare(task.train.x[:2])
 
 
 def grid_run(learner: str, consolidation: str, stream: Stream | None = None) -> Result:

@@ -213,7 +213,7 @@ def test_decisions_ahead_run_out_and_are_made_anew(monkeypatch):
 
 
 def test_a_slot_is_taken_until_a_later_row_takes_it():
-    slots, until = reservoir_slots(3, 5, 1000, torch.Generator().manual_seed(0))
+    slots, until = (t.tolist() for t in reservoir_slots(3, 5, 1000, torch.Generator().manual_seed(0)))
     for i in range(1000):
         later = [3 + j + 1 for j in range(i + 1, 1000) if slots[j] == slots[i]]
         assert until[i] == (later[0] if later else torch.iinfo(torch.int64).max)

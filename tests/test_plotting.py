@@ -273,3 +273,120 @@ def test_style_is_left_behind():
 def test_bad_input_names_itself(ax, call, error, message):
     with pytest.raises(error, match=message):
         call(ax)
+
+
+def clouds(models=("old", "new"), classes=(4, 7), examples=5):
+    rng = np.random.default_rng(0)
+    points = [
+        {"model": m, "class": c, "example": e, "x": rng.normal(), "y": rng.normal()}
+        for m in models
+        for c in classes
+        for e in range(examples)
+    ]
+    pairs = [(a, b) for i, a in enumerate(models) for b in models[i + 1 :]]
+    agreement = [
+        {"first": a, "second": b, "class": c, "examples": 5, "cka": 0.5 + i / 10, "l1": 1, "l2": 0.25, "cosine": 0.1}
+        for i, (a, b) in enumerate(pairs)
+        for c in ("all", *classes)
+    ]
+    return pd.DataFrame(points), pd.DataFrame(agreement)
+
+
+def shown(ax):
+    return [line for line in ax.lines if len(line.get_xdata())]
+
+
+def test_an_embedding_has_a_marker_a_model_a_colour_a_class_and_its_numbers(ax):
+    points, agreement = clouds()
+    plotting.embedding(ax, points, agreement, title="t-SNE", names="abcdefgh")
+    drawn = [(line.get_marker(), line.get_color(), len(line.get_xdata())) for line in shown(ax)]
+    one, other = plotting.PALETTE[:2]
+    assert drawn == [("o", one, 5), ("o", other, 5), ("^", one, 5), ("^", other, 5)]
+    np.testing.assert_array_equal(shown(ax)[2].get_xdata(), points.x[10:15])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["old", "new", "e", "h"]
+    assert ax.get_title() == "t-SNE\nCKA 0.50, mean distance 0.25"
+
+
+def test_an_embedding_of_one_class_colours_models_and_writes_all_pairs(ax):
+    points, agreement = clouds(("old", "new", "merged"), classes=(3,))
+    plotting.embedding(ax, points, agreement, measures=["cka"], joined=True)
+    marks = [line for line in shown(ax) if line.get_marker() != "None"]
+    assert [line.get_marker() for line in marks] == ["o", "^", "s"] and len({line.get_color() for line in marks}) == 3
+    ways = [line for line in shown(ax) if line.get_marker() == "None"]
+    assert len(ways) == 5 and list(ways[1].get_xdata()) == list(points.x[points.example == 1])
+    assert ax.get_title() == "old – new: CKA 0.50\nold – merged: CKA 0.60\nnew – merged: CKA 0.70"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["old", "new", "merged"]
+
+
+def test_similarities_begin_below_at_the_input(ax):
+    table = pd.DataFrame([[1.0, 0.5], [0.25, 0.75], [0.0, 0.1]], index=["in", "mid", "out"], columns=["a", "b"])
+    plotting.similarities(ax, table)
+    assert ax.images[0].origin == "lower" and [t.get_text() for t in ax.get_yticklabels()] == ["in", "mid", "out"]
+    assert [t.get_text() for t in ax.texts] == ["1.00", "0.50", "0.25", "0.75", "0.00", "0.10"]
+    assert len(ax.figure.axes) == 1
+
+
+def test_many_layers_have_a_colour_bar_instead(ax):
+    plotting.similarities(ax, pd.DataFrame(np.zeros((9, 9))))
+    assert not ax.texts and len(ax.figure.axes) == 2
+
+
+def test_layers_keep_their_order_and_seeds_are_thin(ax):
+    rows = [
+        {"layer": layer, "variant": v, "seed": s, "ratio": 0.1 * i + s + 0.5 * (v == "aligned")}
+        for s in (0, 1)
+        for i, layer in enumerate(("norm2", "norm10", "linear"))
+        for v in ("plain", "aligned")
+    ]
+    plotting.along_layers(ax, pd.DataFrame(rows))
+    thick, thin = by_width(ax)
+    plain, aligned, level = [*thick, *[line for line in ax.lines if line.get_linewidth() == 1]]
+    np.testing.assert_allclose(plain.get_ydata(), [0.5, 0.6, 0.7])
+    np.testing.assert_allclose(aligned.get_ydata(), [1.0, 1.1, 1.2])
+    assert len(thin) == 4 and list(level.get_ydata()) == [1, 1]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["norm2", "norm10", "linear"]
+    assert aligned.get_color() == plotting.COLOURS["aligned"]
+
+
+def test_layers_need_no_seeds(ax):
+    plotting.along_layers(ax, pd.DataFrame({"layer": ["a", "b"], "variant": "merged", "ratio": [1, 0.5]}), level=None)
+    assert len(ax.lines) == 1 and list(ax.lines[0].get_ydata()) == [1, 0.5] and ax.get_legend() is None
+
+
+def test_spectra_show_both_kinds_of_partners(ax):
+    table = pd.DataFrame(
+        {"kind": ["as they are"] * 2 + ["matched"] * 2, "rank": [0, 1] * 2, "correlation": [0.2, -0.1, 0.9, 0.8]}
+    )
+    plotting.spectra(ax, {"independent": table})
+    matched, as_they_are = ax.lines
+    assert list(matched.get_ydata()) == [0.9, 0.8] and list(as_they_are.get_ydata()) == [0.2, -0.1]
+    assert list(matched.get_xdata()) == [25, 75] and as_they_are.get_linestyle() == "--"
+
+
+def test_before_is_hollow_and_after_filled(ax):
+    rows = pd.DataFrame({"by": ["weak", "weak", "strong"], "b": [1.0, 2.0, 3.0], "a": [0.9, 1.8, 0.5]})
+    plotting.before_after(ax, rows, "b", "a", by="by", label="mismatch")
+    hollow = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
+    filled = [line for line in ax.lines if line.get_markerfacecolor() != "white"]
+    assert [list(line.get_xdata()) for line in hollow] == [[1, 2], [3]]
+    assert [list(line.get_xdata()) for line in filled] == [[0.9, 1.8], [0.5]]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["weak", "strong"] and ax.yaxis_inverted()
+    assert hollow[0].get_ydata()[0] < hollow[0].get_ydata()[1] < 0.5 < hollow[1].get_ydata()[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda ax, p, a: plotting.embedding(ax, p, a[a["first"] == "none"]), ValueError, "no rows"),
+        (lambda ax, p, a: plotting.embedding(ax, p, a[a["class"] != "all"]), ValueError, "agreement: .*'old', 'new'"),
+        (lambda ax, p, a: plotting.embedding(ax, p, a, measures=["r2"]), KeyError, "no column r2"),
+        (lambda ax, p, a: plotting.embedding(ax, p, a, measures=["examples"]), ValueError, "measures: 'examples'"),
+        (lambda ax, p, a: plotting.embedding(ax, p[p.model == "old"], a), ValueError, "points: 1 models"),
+        (lambda ax, p, a: plotting.along_layers(ax, a), KeyError, "no column layer"),
+        (lambda ax, p, a: plotting.spectra(ax, {"x": a}), KeyError, "no column kind"),
+        (lambda ax, p, a: plotting.before_after(ax, a, "b", "l1", by="class", label=""), KeyError, "no column b"),
+    ],
+)
+def test_bad_features_name_themselves(ax, call, error, message):
+    with pytest.raises(error, match=message):
+        call(ax, *clouds())

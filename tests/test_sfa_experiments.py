@@ -163,7 +163,14 @@ def test_real_mnist_even_then_odd_on_one_plane(packs, monkeypatch, tmp_path):
     chosen = ["fine-tuning", "SFA p=0.25 β=0.5", "SFA p=1 β=0.3", "L2 λ=0.3", "EWC λ=30", "buffer 10%, half"]
     methods, stream = {name: grid.methods[name] for name in chosen}, sfa.even_odd("mnist", "shared", limit=80)
     table = sweep(
-        stream, sfa.small_mlp, methods, training=Training(15, 32, 0.1), measure=sfa.ends, progress=False, store=tmp_path
+        stream,
+        sfa.small_mlp,
+        methods,
+        training=Training(15, 32, 0.1),
+        measure=sfa.ends,
+        jobs=1,
+        progress=False,
+        store=tmp_path,
     )
     found = table.set_index("method")[["old", "new"]]
     plain = found.loc["fine-tuning"]

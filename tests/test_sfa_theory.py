@@ -117,7 +117,7 @@ class Decoupled(OnlyLater, DecoupledL2):
     """Decoupled L2 that trains from the second task on."""
 
 
-STEPS = 1000
+STEPS = 400
 
 
 def precise(dtype=torch.float64) -> Stream:
@@ -133,7 +133,7 @@ def precise(dtype=torch.float64) -> Stream:
 
 
 def trained(learner, consolidation, lr, dtype=torch.float64, **options):
-    """The weights after a task of 1,000 steps."""
+    """The weights after a task of `STEPS` steps."""
     stream = precise(dtype)
     training = Training(epochs=STEPS // 5, batch=8, lr=lr, **options)
     model = models.mlp(stream, hidden=(12,), seed=0).to(dtype)
@@ -157,7 +157,7 @@ def averaged():
 
 
 class TestAgainstL2:
-    """SFA with a merge after every step, through the loop: 1,000 steps on the same batches."""
+    """SFA with a merge after every step, through the loop, on the same batches."""
 
     @pytest.mark.parametrize("rule", [Coupled, Decoupled])
     def test_with_gradient_descent_it_is_l2(self, averaged, rule):

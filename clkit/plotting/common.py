@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 
 def one_of(argument: str, value: str, known: Sequence[str]) -> None:
+    """Raises ValueError, with the choices, for a value that is not known."""
     if value not in known:
         raise ValueError(f"{argument}: {value!r} is unknown; choose one of {', '.join(known)}")
 
 
 def check_columns(table: "DataFrame", *wanted: str) -> None:
+    """Raises KeyError for columns that a table lacks, ValueError for one without rows."""
     missing = [name for name in wanted if name not in table]
     if missing:
         raise KeyError(f"table: it has no column {', '.join(missing)}, only {', '.join(map(str, table.columns))}")
@@ -26,6 +28,7 @@ def check_columns(table: "DataFrame", *wanted: str) -> None:
 
 
 def by_method(table: "DataFrame") -> Iterator[tuple[str, str, Any]]:
+    """The methods of a table in their order: name, colour and rows; a table without the column is one method."""
     if "method" not in table:
         yield "mean over seeds", BLUE, table
         return
@@ -39,6 +42,7 @@ def scaled(value: str, numbers: Any) -> Any:
 
 
 def thin_and_mean(ax: "Axes", x: Any, lines: list[np.ndarray], colour: Any, name: str, **mark: Any) -> None:
+    """Draws a thin line a seed, where there are several, and their mean."""
     if len(lines) > 1:
         for line in lines:
             ax.plot(x, line, color=colour, **THIN)
@@ -46,11 +50,13 @@ def thin_and_mean(ax: "Axes", x: Any, lines: list[np.ndarray], colour: Any, name
 
 
 def legend(ax: "Axes") -> None:
+    """Adds a legend where there is more than one thing to name."""
     if len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend()
 
 
 def shades(count: int) -> list[Any]:
+    """So many colours from dark to light."""
     import matplotlib as mpl
 
     return [mpl.colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]

@@ -31,7 +31,7 @@ def interpolation(
     """
     one_of("value", value, ("accuracy", "loss"))
     for name, colour in colours(curves).items():
-        seeds = seeds_of(curves[name])
+        seeds = _seeds(curves[name])
         lines = [scaled(value, getattr(c, value)).mean(1) for c in seeds]
         thin_and_mean(ax, seeds[0].ts, lines, colour, name)
     _path_axis(ax, ends, label)
@@ -49,7 +49,7 @@ def interpolation_by_task(
 ) -> None:
     """Accuracy (or `value="loss"`) on each task against the position on a path; the first task is the darkest."""
     one_of("value", value, ("accuracy", "loss"))
-    seeds = seeds_of(curve)
+    seeds = _seeds(curve)
     for task, colour in enumerate(shades(seeds[0].accuracy.shape[1])):
         lines = [scaled(value, getattr(c, value))[:, task] for c in seeds]
         thin_and_mean(ax, seeds[0].ts, lines, colour, f"task {task + 1}")
@@ -222,7 +222,7 @@ def stages(
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def seeds_of(curves: "Curve | Sequence[Curve]") -> "list[Curve]":
+def _seeds(curves: "Curve | Sequence[Curve]") -> "list[Curve]":
     seeds = list(curves) if isinstance(curves, Sequence) else [curves]
     if not seeds or any(not np.array_equal(c.ts, seeds[0].ts) for c in seeds):
         raise ValueError("curves: the seeds of one name need one curve each, all at the same positions ts")

@@ -60,6 +60,8 @@ COLOURS: Mapping[str, str] = {
     "aligned": ORANGE,
     "plain, re-estimated": SKY,
     "aligned, re-estimated": BLUE,
+    "plain, repaired": SKY,
+    "aligned, repaired": BLUE,
 }
 
 LABELS: Mapping[str, str] = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from clkit.plotting.common import check_columns, legend, scaled
+from clkit.plotting.common import check_columns, scaled
 from clkit.plotting.style import BLACK, BLUE, GREY, LABELS, RED, colours
 
 if TYPE_CHECKING:

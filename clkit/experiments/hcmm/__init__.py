@@ -1,1 +1,76 @@
-"""The experiments of HCMM."""
+"""The experiments of holistic continual model merging, HCMM (arXiv 2509.23592), at a laptop's scale and the paper's.
+
+```python
+grid = hcmm.table("glyphs")
+table = page.results(grid.matrices, grid.config, "glyphs-runs", commit=True)
+net = hcmm.model(stream, "glyphs", linearized=True)     # a pretrained encoder under a head that knows every class
+```
+"""
+
+from clkit.experiments.hcmm import published
+from clkit.experiments.hcmm.grids import (
+    CHOSEN,
+    MODES,
+    TRAINING,
+    alphas,
+    baselines,
+    corrections,
+    grid,
+    importances,
+    joint,
+    lengths,
+    method,
+    packs,
+    paper,
+    rates,
+    stages,
+    table,
+    tuning,
+)
+from clkit.experiments.hcmm.settings import SETTINGS, Setting, alphabet, fonts, glyphs, model, rendered
+from clkit.experiments.hcmm.studies import (
+    CORRECTIONS,
+    along,
+    compared,
+    corrected,
+    kept,
+    mismatches,
+    paths,
+    two_tasks,
+)
+
+__all__ = [
+    "CHOSEN",
+    "CORRECTIONS",
+    "MODES",
+    "SETTINGS",
+    "TRAINING",
+    "Setting",
+    "along",
+    "alphabet",
+    "alphas",
+    "baselines",
+    "compared",
+    "corrected",
+    "corrections",
+    "fonts",
+    "glyphs",
+    "grid",
+    "importances",
+    "joint",
+    "kept",
+    "lengths",
+    "method",
+    "mismatches",
+    "model",
+    "packs",
+    "paper",
+    "paths",
+    "published",
+    "rates",
+    "rendered",
+    "stages",
+    "table",
+    "tuning",
+    "two_tasks",
+]

@@ -24,9 +24,9 @@ RELEASED = HCMM(alpha=0.4, importance="raw", correction_lr=1e-7)
 TUNING_SEEDS = (100, 101)
 CORRECTION = {"correction": "ridge", "ridge": 100.0}
 CHOSEN: dict[str, tuple[float, float]] = {
-    "ordinary": (3e-4, 0.0), "ordinary + linear": (1e-3, 0.35), "ordinary + importance": (1e-3, 0.35),
-    "tangent": (3e-4, 0.0), "tangent + linear": (1e-3, 0.35), "tangent + importance": (1e-3, 0.35),
-    "EWC": (1e-3, 100.0), "LwF": (1e-3, 1.0), "average, sequential": (1e-3, 0.0), "average, independent": (1e-3, 0.0),
+    "ordinary": (1e-3, 0.0), "ordinary + linear": (1e-3, 0.5), "ordinary + importance": (1e-3, 0.5),
+    "tangent": (3e-4, 0.0), "tangent + linear": (1e-3, 0.35), "tangent + importance": (1e-3, 0.2),
+    "EWC": (1e-3, 10.0), "LwF": (3e-4, 0.3), "average, sequential": (1e-3, 0.0), "average, independent": (1e-3, 0.0),
     "MagMax, sequential": (1e-3, 0.5), "MagMax, independent": (1e-3, 0.5),
     "TIES, sequential": (1e-3, 0.5), "TIES, independent": (1e-3, 0.5),
 }  # fmt: skip

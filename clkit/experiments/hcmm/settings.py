@@ -83,7 +83,7 @@ def alphabet(seed: int = 0, classes: int = CLASSES) -> str:
 
 
 def glyphs(seed: int = 0, tasks: int = 20, classes: int = CLASSES) -> Stream:
-    """A hundred characters in `tasks` tasks: of each 40 images to train on, 10 to test on, jittered more than before."""
+    """A hundred characters in `tasks` tasks: 40 images of each to train on, 10 to test on, much jittered."""
     full = data.glyphs(characters=alphabet(seed, classes), per_class=TRAINED, jitter=JITTER, seed=seed)
     return data.split(replace(full, normalize=latin(seed)[0].normalize), tasks)
 

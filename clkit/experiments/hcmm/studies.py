@@ -114,7 +114,7 @@ def corrected(
     net, rule = model(stream, "glyphs", MODES[mode], seed=seed), HCMM(alpha=alpha, correction="none")
     result = run(stream, net, None, rule, replace(TRAINING, lr=lr), seed=seed, device="cpu", progress=False)
     scratch = deepcopy(result.model)
-    for t in range(1, tasks, every):
+    for t in range(1, len(stream), every):
         previous, trained, merged = result.weights[t - 1], result.trained[t], result.weights[t]
         found = {"previous": previous, "trained": trained, "merged": merged}
         for name, options in CORRECTIONS.items():
@@ -142,8 +142,9 @@ def mismatches(
                     y = torch.cat([task.test.y for task in shown])
                     facts = {"mode": mode, "seed": seed, "on": on}
                     rows += [facts | row for row in compared(scratch, found, x, y)]
-    means: pd.DataFrame = pd.DataFrame(rows).groupby(["mode", "seed", "weights", "on"], sort=False).mean()
-    return means.reset_index()
+    return pd.DataFrame(
+        pd.DataFrame(rows).groupby(["mode", "seed", "weights", "on"], sort=False, as_index=False).mean()
+    )
 
 
 def compared(scratch: nn.Module, found: Mapping[str, Weights], x: Tensor, y: Tensor) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,220 @@
+"""The settings, grids and studies of HCMM: what is drawn anew, what is kept apart, and that they run end to end."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from pytest import approx
+from torch.nn import functional as F
+
+from clkit import data, models
+from clkit.data import split
+from clkit.evaluation import evaluate
+from clkit.experiments import statistics
+from clkit.experiments.hcmm import grids, settings, studies
+from clkit.experiments.pretraining import Recipe
+from clkit.tangent import Linearized
+from clkit.weights import equal, get_weights, lerp
+
+TINY = Recipe(
+    partial(models.encoder, widths=(8, 16), dim=16),
+    replace(settings.PRETRAINING, epochs=6, batch=32),
+    lambda seed: split(data.glyphs(characters="abcdefghkmnrstuw", per_class=24, seed=seed), 1),
+)
+
+
+def small(seed: int = 0, tasks: int = 3, classes: int = 9):
+    full = data.glyphs(characters=settings.alphabet(seed, classes), per_class=12, seed=seed)
+    return split(replace(full, normalize=TINY.source(seed)[0].normalize), min(tasks, 3))
+
+
+def small_fonts(seed: int = 0):
+    sets = {
+        f: data.glyphs(characters=settings.alphabet(seed, 4), fonts=f, per_class=8, seed=seed) for f in ("sans", "mono")
+    }
+    return data.domains(sets)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setenv("CLKIT_CACHE", str(tmp_path))
+    network = partial(settings.pretrained, recipe=TINY, support=settings.rendered)
+    monkeypatch.setitem(settings.SETTINGS, "glyphs", settings.Setting(small, network))
+    monkeypatch.setitem(settings.SETTINGS, "fonts", settings.Setting(small_fonts, network))
+    for module in (studies, settings):
+        monkeypatch.setattr(module, "glyphs", small)
+
+
+class TestSettings:
+    def test_glyphs_are_a_hundred_characters_in_tasks_that_a_seed_draws_anew(self, monkeypatch):
+        monkeypatch.undo()
+        one, other = settings.glyphs(0), settings.glyphs(1, 10)
+        assert (len(one), len(other), len(one.classes)) == (20, 10, 100) and set(one.classes) != set(other.classes)
+        assert sorted(c for task in one for c in task.classes) == list(range(100))
+        assert all(task.train.y.bincount()[list(task.classes)].tolist() == [40] * 5 for task in one)
+        assert sum(len(task.test) for task in one) == 1000
+        assert not set(one.classes) & set(data.glyphs(("latin", "digits"), per_class=1).classes)
+
+    def test_support_is_apart_from_every_task(self, monkeypatch):
+        monkeypatch.undo()
+        stream = settings.glyphs(0)
+        shown = settings.rendered(stream, 0)
+        assert shown.y.bincount().tolist() == [settings.SHOTS] * 100
+        known = {row.numpy().tobytes() for task in stream for row in torch.cat([task.train.x, task.test.x])}
+        assert not known & {row.numpy().tobytes() for row in shown.x}
+
+    def test_fonts_have_fewer_images_from_task_to_task_and_equal_tests(self, monkeypatch):
+        monkeypatch.undo()
+        stream = settings.fonts(0)
+        assert [task.name for task in stream] == list(settings.FONTS) and stream.scenario == "domain"
+        assert [len(task.train) // 60 for task in stream] == [40, 20, 10, 5]
+        assert [len(task.test) for task in stream] == [600] * 4
+        assert len({row.numpy().tobytes() for task in stream for row in task.train.x}) == 60 * 75
+
+    @pytest.mark.parametrize(("count", "skip"), [(1, 0), (2, 1), (9, 0)])
+    def test_the_first_examples_of_every_class_in_their_order(self, count, skip):
+        examples = data.Examples(torch.arange(12.0).unsqueeze(1), torch.tensor([0, 1, 0, 2, 1, 0, 2, 2, 0, 1, 1, 0]))
+        by_hand = [r for c in range(3) for r in (examples.y == c).nonzero().flatten().tolist()[skip : skip + count]]
+        assert settings.first(examples, count, skip).x.flatten().tolist() == sorted(by_hand)
+
+    def test_both_networks_of_a_setting_are_one_function_at_first_and_share_names(self):
+        stream = small()
+        plain, tangent = (settings.model(stream, "glyphs", linearized=lin, seed=1) for lin in (False, True))
+        x = stream[0].prepare(stream[0].test.x)
+        assert isinstance(tangent.encoder, Linearized) and equal(get_weights(plain), get_weights(tangent))
+        torch.testing.assert_close(plain.eval()(x), tangent.eval()(x))
+        assert not any(p.requires_grad for p in plain.head.parameters())
+        assert all(p.requires_grad for p in tangent.encoder.parameters())
+
+    def test_the_head_has_the_mean_direction_of_the_support(self):
+        stream = small()
+        net = settings.model(stream, "glyphs", seed=2).eval()
+        shown = settings.rendered(stream, 2)
+        with torch.no_grad():
+            features = F.normalize(net.encoder(stream[0].prepare(shown.x)))
+        mean = F.normalize(torch.stack([features[shown.y == c].mean(0) for c in range(9)]))
+        torch.testing.assert_close(net.head.weight.detach(), mean)
+
+    def test_zero_shot_is_far_above_chance(self, monkeypatch):
+        shown = settings.rendered(small(), 0)
+        assert len(shown) == 27
+        assert evaluate(settings.model(small(), "glyphs"), small()).accuracy.mean() > 2 / 9
+
+    def test_an_unknown_setting_is_named_with_close_ones(self):
+        with pytest.raises(ValueError, match=r"setting: 'glyph' is unknown; did you mean \['glyphs'\]"):
+            settings.model(small(), "glyph")
+
+    def test_packs_that_are_not_there_are_named(self, monkeypatch):
+        monkeypatch.delenv("CLKIT_DATA", raising=False)
+        with pytest.raises(ValueError, match=r"needs pacs48\.zip in the folder that CLKIT_DATA names"):
+            settings.pacs()
+
+    @pytest.fixture
+    def real(self, packs, monkeypatch):
+        """The packs, with few images of the set that is only pretrained on."""
+        monkeypatch.setenv("CLKIT_DATA", str(packs))
+        few = lambda seed=0: split(settings.pack("cifar10", limit=5), 1)  # noqa: E731
+        monkeypatch.setattr(settings, "cifar10", few)
+
+    @pytest.mark.packs("cifar100", "cifar10")
+    def test_cifar100_in_twenty_tasks(self, real):
+        stream = settings.cifar100(1)
+        assert (len(stream), len(stream.classes)) == (20, 100) and stream.shape == (3, 32, 32)
+        assert {tuple(t.train.y.bincount()[list(t.classes)].tolist()) for t in stream} == {(60,) * 5}
+        spare = settings.spare(stream, 0, "cifar100")
+        known = {row.numpy().tobytes() for task in stream for row in task.train.x}
+        assert (
+            len(spare) == 1000 and sum(row.numpy().tobytes() in known for row in spare.x) < 10
+        )  # a few are twice there
+
+    @pytest.mark.packs("pacs48", "cifar10", "mnist", "usps")
+    def test_domains_of_real_images(self, real):
+        pacs, digits = settings.pacs(), settings.mnist_usps()
+        assert [task.name for task in pacs] == list(settings.DOMAINS) and pacs.shape == (3, 48, 48)
+        assert [task.name for task in digits] == ["mnist", "usps"] and digits.shape == (1, 28, 28)
+        assert len(settings.spare(pacs, 0, "pacs48", domain="photo")) == 70
+
+
+class TestGrids:
+    def test_every_grid_is_plain_to_record_and_pairs_its_methods(self):
+        made = [grids.tuning(), grids.table(), grids.table("fonts"), grids.joint(), grids.joint("fonts")]
+        made += [grids.corrections(), grids.alphas(), grids.rates(), grids.importances(), grids.lengths(3)]
+        made += [grids.packs("pacs"), grids.paper()]
+        for one in made:
+            assert json.dumps(one.config) and len({repr(m) for m in one.methods.values()}) == len(one.methods)
+
+    def test_the_stages_are_all_eight_combinations_and_fine_tuning_itself(self):
+        made = grids.stages()
+        assert len(made) == 10
+        for name, row in made.items():
+            rule = row.consolidation
+            assert row.model.keywords["linearized"] == name.startswith("tangent")
+            assert (rule is None) == ("+" not in name)
+            if rule is not None:
+                assert (rule.importance == "none") == ("linear" in name)
+                assert (rule.correction == "none") == (not name.endswith("correction"))
+
+    def test_tuning_has_seeds_of_its_own(self):
+        reported = {seed for one in (grids.table(), grids.rates(), grids.paper()) for seed in one.seeds}
+        assert not reported & set(grids.tuning().seeds)
+
+    @pytest.mark.parametrize("setting", ["glyphs", "fonts"])
+    def test_stages_run_and_learn(self, setting, monkeypatch):
+        monkeypatch.setattr(grids, "TRAINING", replace(grids.TRAINING, epochs=1, batch=8))
+        names = ("ordinary", "tangent + linear", "tangent + importance + correction")
+        made = {name: row for name, row in grids.stages(setting).items() if name in names}
+        table = grids.grid(made, (0,), setting).matrices(jobs=1)
+        assert list(table.method) == list(names) and table.acc.between(0.1, 1).all()
+        assert np.array(table.matrix.iloc[0]).shape == (len(settings.known(setting).stream(0)),) * 2
+
+
+class TestStudies:
+    def test_a_path_begins_and_ends_at_the_two_networks(self):
+        stream, result, importances = studies.two_tasks("tangent", 3e-3, epochs=1)
+        curves = studies.along(stream, result, importances, points=5)
+        for end, weights in ((0, result.weights[0]), (-1, result.weights[1])):
+            result.model.load_state_dict({**result.model.state_dict(), **weights})
+            at = evaluate(result.model, stream)
+            for curve in curves.values():
+                assert curve.loss[end] == approx(at.loss, rel=1e-5) and (curve.accuracy[end] == at.accuracy).all()
+        assert not np.allclose(curves["linear"].loss[2], curves["importance"].loss[2])
+        assert len(importances) == 2 and all((v >= 0).all() for part in importances for v in part.values())
+
+    def test_paths_have_a_row_for_every_position(self, monkeypatch):
+        monkeypatch.setattr(grids, "TRAINING", replace(grids.TRAINING, batch=16))
+        monkeypatch.setattr(studies, "two_tasks", partial(studies.two_tasks, epochs=1))
+        table = studies.paths((1e-3,), seeds=(0,))
+        assert len(table) == 2 * 2 * 21 and table.groupby(["mode", "merge"]).barrier.nunique().max() == 1
+        sagging = table.groupby(["mode", "merge"]).gap.first()
+        chord = table[table["alpha"].isin([0, 1])].groupby(["mode", "merge"]).loss.mean()
+        assert (table.groupby(["mode", "merge"]).loss.mean() - chord).to_numpy() == approx(sagging.to_numpy(), abs=1e-9)
+
+    def test_corrections_bring_features_closer_in_the_order_of_their_strength(self):
+        table = studies.mismatches(("ordinary",), 3e-3, every=1, seeds=(0,)).set_index(["on", "weights"])
+        here = table.loc["this task"].l2
+        assert here["previous"] == 0 and table.loc["this task"].cka["previous"] == approx(1)
+        order = ["merged", "ridge 1000", "ridge 100", "ridge 10", "ridge 1"]
+        assert list(here[order]) == sorted(here[order], reverse=True) and here["released"] == approx(
+            here["merged"], rel=0.01
+        )
+        assert set(table.index.get_level_values("weights")) == {"previous", "trained", "merged", *studies.CORRECTIONS}
+
+    def test_every_correction_changes_the_projection_alone(self):
+        for _, _, scratch, found in studies.corrected("tangent", 3e-3, every=1):
+            assert isinstance(scratch.encoder, Linearized)
+            for name in studies.CORRECTIONS:
+                changed = [k for k, v in found[name].items() if not torch.equal(v, found["merged"][k])]
+                assert changed == ["encoder.projection.weight"]
+            assert not equal(found["merged"], lerp(found["previous"], found["trained"], 0.5))
+
+    def test_what_hcmm_keeps_does_not_grow_and_task_vectors_do(self):
+        table = studies.kept((2, 3)).pivot(index="method", columns="tasks", values="networks")
+        assert table.loc["linear average"].tolist() == [1, 1] and table.loc["MagMax"].tolist() == [3, 4]
+        assert table.loc["HCMM", 2] == table.loc["HCMM", 3] and 1.8 < table.loc["HCMM", 2] < 2
+
+    def test_differences_of_methods_are_paired_by_seed(self):
+        gaps = statistics.difference([0.1, 0.2, 0.3])
+        assert gaps.mean == approx(0.2) and gaps.n == 3

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,19 +169,6 @@ class TestGrids:
         table = small.run(store=tmp_path, jobs=1).set_index("method")
         assert table.loc["AWM 4", "forgetting"] == 0
         assert set(table.index) == {"AWM 4", "fine-tuning", "EWC", "LwF", "EWC, frozen", "LwF, frozen"}
-
-
-def test_pace_counts_steps_until_the_loss_has_fallen():
-    class Stub:
-        training_loss = [np.r_[np.full(5, 4.0), np.full(20, 0.5)], np.full(30, 2.0)]
-        accuracy = np.array([[0.9, 0.1], [0.8, 0.7]])
-
-    assert grids.pace(SimpleNamespace(training_loss=[np.ones(4)], accuracy=np.eye(1)))["steps"] == [-1]
-    found = grids.pace(Stub())
-    assert found["own"] == [0.9, 0.7] and found["end"] == [0.8, 0.7]
-    assert found["steps"][1] == -1
-    smooth = [np.mean(Stub.training_loss[0][i : i + 10]) for i in range(16)]
-    assert found["steps"][0] == next(i for i, value in enumerate(smooth) if value < 1.0) + 10
 
 
 @pytest.mark.packs("mnist")

@@ -59,7 +59,7 @@ def test_metrics_and_plotting_do_not_know_torch():
 
 def test_importing_clkit_loads_no_heavy_package():
     heavy = {"torchvision", "pandas", "matplotlib", "seaborn", "sklearn", "scipy", "IPython", "ipywidgets", "nbclient"}
-    heavy |= {"transformers", "tokenizers"}
+    heavy |= {"transformers", "tokenizers", "open_clip", "timm"}
     code = (
         "import sys, torch; before = set(sys.modules); import clkit; "
         f"print(sorted({heavy} & (set(sys.modules) - before)))"

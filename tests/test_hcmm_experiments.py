@@ -166,9 +166,14 @@ class TestGrids:
         monkeypatch.setattr(grids, "TRAINING", replace(grids.TRAINING, epochs=1, batch=8))
         names = ("ordinary", "tangent + linear", "tangent + importance + correction")
         made = {name: row for name, row in grids.stages(setting).items() if name in names}
-        table = grids.grid(made, (0,), setting).matrices(jobs=1)
-        assert list(table.method) == list(names) and table.acc.between(0.1, 1).all()
-        assert np.array(table.matrix.iloc[0]).shape == (len(settings.known(setting).stream(0)),) * 2
+        one = grids.grid(made, (0, 1), setting)
+        table, whole = studies.courses(one, jobs=1), one.matrices(jobs=1)
+        assert list(table.method) == [n for n in names for _ in (0, 1)] and table.acc.between(0.1, 1).all()
+        assert np.array(table.course.tolist()) == approx(np.array(whole.matrix.tolist()).mean(2))
+        for seed in (0, 1):
+            stream = settings.known(setting).stream(seed)
+            before = evaluate(settings.model(stream, setting, seed=seed), stream).accuracy.mean()
+            assert table[table.seed == seed].zero_shot.to_numpy() == approx([before] * 3, abs=1e-6)
 
 
 class TestStudies:

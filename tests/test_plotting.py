@@ -390,3 +390,11 @@ def test_before_is_hollow_and_after_filled(ax):
 def test_bad_features_name_themselves(ax, call, error, message):
     with pytest.raises(error, match=message):
         call(ax, *clouds())
+
+
+def test_dots_lie_one_against_the_other(ax):
+    rows = pd.DataFrame({"method": ["ER", "SFA", "ER"], "l2": [0.1, 0.2, 0.3], "forgetting": [0.4, 0.5, 0.6]})
+    plotting.against(ax, rows, "l2", "forgetting")
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0.1, 0.3], [0.2]]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [40, 60])
+    assert ax.lines[1].get_color() == plotting.COLOURS["SFA"]

@@ -73,6 +73,7 @@ def statistics(net):
 FACTORIES = {
     "mlp": (partial(models.mlp, hidden=(7, 5)), VECTORS),
     "convnet": (toys.small_convnet, PICTURES),
+    "encoder": (partial(models.encoder, widths=(4, 8), dim=5), PICTURES),
     "resnet18": (partial(models.resnet18, width=2), "8x8"),
     "vit": (partial(models.vit, patch=3, dim=8, heads=2), PICTURES),
     "gpt": (partial(models.gpt, width=8, heads=2), TOKENS),
@@ -89,6 +90,10 @@ LAYERS = {
         (4, 6),
     ),
     "group norm": (sequence(partial(nn.Conv2d, 1, 4, 3), partial(nn.GroupNorm, 2, 4), nn.Tanh), (1, 5, 5)),
+    "group norm, plain": (
+        sequence(partial(nn.Conv2d, 1, 4, 3), partial(nn.GroupNorm, 2, 4, affine=False), nn.Tanh),
+        (1, 5, 5),
+    ),
     "instance norm": (sequence(partial(nn.Conv2d, 1, 4, 3), partial(nn.InstanceNorm2d, 4, affine=True)), (1, 5, 5)),
     "batch norm of the batch": (
         sequence(partial(nn.Conv2d, 1, 4, 3), partial(nn.BatchNorm2d, 4, track_running_stats=False)),

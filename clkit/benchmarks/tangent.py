@@ -28,6 +28,7 @@ ROWS, REPEATS = 64, 11
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "mlp": (models.mlp, 100),
     "convnet": (models.convnet, 2),
+    "encoder": (models.encoder, 4),
     "resnet18 of width 16": (partial(models.resnet18, width=16), 1),
     "vit": (models.vit, 2),
 }

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from clkit.experiments.grid import Grid
 from clkit.experiments.plan import Method
 from clkit.learners import EWC, Learner, LwF, PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, Rule, modulated
-from clkit.training import Result, Training
+from clkit.training import Training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -242,7 +241,7 @@ def long() -> Grid:
     methods = modulations("mobilenet_v2", (4,)) | {"fine-tuning": sequential(Learner())}
     short = {name: replace(m, training=replace(m.training or TRAINING, epochs=5)) for name, m in methods.items()}
     streams = {"forwards": forty, "backwards": partial(forty, backwards=True)}
-    return Grid(streams, NETS, short, TRAINING, (0,), pace)
+    return Grid(streams, NETS, short, TRAINING, (0,))
 
 
 def _rates(net: str) -> Mapping[str, float]:
@@ -271,16 +270,6 @@ def forty(seed: int, backwards: bool = False) -> Stream:
     stream = characters(40)
     tasks = stream.tasks[::-1] if backwards else stream.tasks
     return replace(stream, tasks=tuple(replace(task, index=i) for i, task in enumerate(tasks)))
-
-
-def pace(result: Result) -> dict[str, Any]:
-    """How many steps each task took until the mean loss of ten steps was below a quarter of its first; -1 for never."""
-    steps = []
-    for loss in result.training_loss:
-        smooth = np.convolve(loss, np.ones(10) / 10, "valid") if len(loss) >= 10 else np.array([loss.mean()])
-        below = np.flatnonzero(smooth < loss[0] / 4)
-        steps.append(int(below[0]) + 10 if len(below) else -1)
-    return {"steps": steps, "own": np.diag(result.accuracy).tolist(), "end": result.accuracy[-1].tolist()}
 
 
 def costs(grid: Grid) -> "pd.DataFrame":

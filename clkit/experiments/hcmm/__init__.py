@@ -10,6 +10,7 @@ net = hcmm.model(stream, "glyphs", linearized=True)     # a pretrained encoder u
 from clkit.experiments.hcmm import published
 from clkit.experiments.hcmm.grids import (
     CHOSEN,
+    GRIDS,
     MODES,
     TRAINING,
     alphas,
@@ -30,9 +31,11 @@ from clkit.experiments.hcmm.grids import (
 from clkit.experiments.hcmm.settings import SETTINGS, Setting, alphabet, fonts, glyphs, model, rendered
 from clkit.experiments.hcmm.studies import (
     CORRECTIONS,
+    STUDIES,
     along,
     compared,
     corrected,
+    courses,
     kept,
     mismatches,
     paths,
@@ -42,8 +45,10 @@ from clkit.experiments.hcmm.studies import (
 __all__ = [
     "CHOSEN",
     "CORRECTIONS",
+    "GRIDS",
     "MODES",
     "SETTINGS",
+    "STUDIES",
     "TRAINING",
     "Setting",
     "along",
@@ -53,6 +58,7 @@ __all__ = [
     "compared",
     "corrected",
     "corrections",
+    "courses",
     "fonts",
     "glyphs",
     "grid",

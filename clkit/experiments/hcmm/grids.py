@@ -1,6 +1,6 @@
 """HCMM's experiments as grids of runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -196,3 +196,21 @@ def tuning(setting: str = "glyphs") -> Grid:
                 made[f"MagMax, {kind} lr={lr:g} s={scale:g}"] = row(Merging("magmax", {"scale": scale}, kind), lr=lr)
                 made[f"TIES, {kind} lr={lr:g} s={scale:g}"] = row(Merging("ties", {"scale": scale}, kind), lr=lr)
     return grid(made, TUNING_SEEDS, setting)
+
+
+GRIDS: dict[str, Callable[[], Grid]] = {
+    "glyphs": table,
+    "fonts": partial(table, "fonts"),
+    "joint-glyphs": joint,
+    "joint-fonts": partial(joint, "fonts"),
+    "corrections": corrections,
+    "alphas": alphas,
+    "rates": rates,
+    "importances": importances,
+    "lengths-10": partial(lengths, 10),
+    "lengths-50": partial(lengths, 50),
+    "cifar100": partial(packs, "cifar100"),
+    "pacs": partial(packs, "pacs"),
+    "mnist-usps": partial(packs, "mnist, usps"),
+}
+"""Every comparison by name, but for the paper's own scale and the tuning."""

@@ -1,6 +1,6 @@
 """HCMM's studies that are no grids: the path between two tasks, what a merge does to features, and what is kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from clkit import landscape, representation
 from clkit.consolidation import HCMM, Consolidation, Context, Merged, Merging, Progress, correct, importance_merge
 from clkit.data import Stream
+from clkit.experiments.grid import Grid, accuracies
 from clkit.experiments.hcmm.grids import LINEAR, MODES, TRAINING
 from clkit.experiments.hcmm.settings import glyphs, model
+from clkit.experiments.statistics import AXES
 from clkit.training import Result, run
 from clkit.weights import Weights, get_weights, set_weights
 
@@ -50,6 +52,17 @@ class Remembering:
         merged = self.inner(context)
         self.memos[context.progress.task] = merged.memo
         return merged
+
+
+def courses(grid: Grid, **options: Any) -> "pd.DataFrame":
+    """The runs of a grid, with what they read of all classes: "zero_shot", before any task, and "course", after each.
+
+    Both are means over all tasks, those still to come among them; `options` are those of `Grid.run`.
+    """
+    table = grid.run(**options)
+    means = accuracies(table).groupby([*AXES, "after_task"], sort=False).accuracy.mean().unstack()
+    rows = means.loc[list(table[list(AXES)].itertuples(index=False, name=None))].sort_index(axis=1)
+    return table.assign(zero_shot=rows.pop(-1).to_numpy(), course=rows.to_numpy().tolist())
 
 
 def two_tasks(mode: str, lr: float, *, epochs: int = 15, seed: int = 0) -> tuple[Stream, Result, list[Weights]]:
@@ -194,3 +207,5 @@ KEPT: dict[str, Consolidation] = {
     "MagMax": Merging("magmax", {"scale": 0.5}),
     "TIES": Merging("ties"),
 }
+
+STUDIES: dict[str, "Callable[[], pd.DataFrame]"] = {"paths": paths, "mismatches": mismatches, "kept": kept}

@@ -13,7 +13,7 @@ from clkit.experiments.pages import Claims, Laws, Page, page, repository
 from clkit.experiments.plan import Method
 from clkit.experiments.ratios import bench, benchmarks
 from clkit.experiments.single import Option, about, choices, options, run_single
-from clkit.experiments.statistics import Difference, paired_difference, summarise
+from clkit.experiments.statistics import Difference, difference, paired_difference, summarise
 
 __all__ = [
     "Claims",
@@ -29,6 +29,7 @@ __all__ = [
     "bench",
     "benchmarks",
     "choices",
+    "difference",
     "execute",
     "find",
     "options",

@@ -15,7 +15,7 @@ from clkit.plotting.curves import (
     stages,
     tradeoff,
 )
-from clkit.plotting.features import along_layers, before_after, embedding, similarities, spectra
+from clkit.plotting.features import against, along_layers, before_after, embedding, similarities, spectra
 from clkit.plotting.planes import examples_grid, plane
 from clkit.plotting.style import (
     BLACK,
@@ -59,6 +59,7 @@ __all__ = [
     "WINE",
     "YELLOW",
     "accuracy_matrix",
+    "against",
     "along_layers",
     "alpha_sweep",
     "bars",

@@ -36,7 +36,8 @@ def embedding(
     `points` and `agreement` are those of `representation.embed`. A marker for each model (circles, triangles, squares,
     ..., as in HCMM, arXiv 2509.23592, figure 5); a colour for each class, named by `names`, or for each model if there
     is one class. Distances in such a picture prove nothing, so the `measures` of each pair of models over all examples
-    shown stand above it, below the `title`. `joined` draws a line from each example under a model to the same example under the next one.
+    shown stand above it, below the `title`. `joined` draws a line from each example under a model to the same example
+    under the next one.
     """
     check_columns(points, "model", "class", "example", "x", "y")
     check_columns(agreement, "first", "second", "class", *measures)
@@ -153,3 +154,11 @@ def before_after(ax: "Axes", table: "DataFrame", before: str, after: str, *, by:
     ax.invert_yaxis()
     ax.grid(False, axis="y")
     ax.set_xlabel(label)
+
+
+def against(ax: "Axes", table: "DataFrame", x: str, y: str, *, by: str = "method", scale: float = 100.0) -> None:
+    """`y` times `scale`, by default in percent, against `x`: a dot a row, a colour for each of `by`."""
+    check_columns(table, x, y, by)
+    for name, colour in colours(table[by]).items():
+        rows = table[table[by] == name]
+        ax.plot(rows[x], scale * rows[y], "o", color=colour, label=name)

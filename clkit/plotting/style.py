@@ -60,8 +60,8 @@ COLOURS: Mapping[str, str] = {
     "aligned": ORANGE,
     "plain, re-estimated": SKY,
     "aligned, re-estimated": BLUE,
-    "plain, repaired": SKY,
-    "aligned, repaired": BLUE,
+    "plain, restored": SKY,
+    "aligned, restored": BLUE,
 }
 
 LABELS: Mapping[str, str] = {

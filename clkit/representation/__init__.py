@@ -6,7 +6,7 @@ prepared tensors on the model's device.
 """
 
 from clkit.representation.embedding import Embedding, embed
-from clkit.representation.features import activations, features
+from clkit.representation.features import activations, features, with_weights
 from clkit.representation.similarity import cka, cka_by_layer, cka_in_batches, distances, hsic, mismatch
 from clkit.representation.units import collapse, correlations, matched, variance_ratio
 
@@ -25,4 +25,5 @@ __all__ = [
     "matched",
     "mismatch",
     "variance_ratio",
+    "with_weights",
 ]

@@ -318,3 +318,10 @@ class TestLinearisedEncoder:
         old, new, merged = (read(weights=w) for w in (result.weights[0], result.trained[1], result.weights[1]))
         torch.testing.assert_close(merged, 0.7 * old + 0.3 * new, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(old, new, rtol=1e-2)
+
+
+def test_features_of_a_network_with_a_linearised_part_are_those_of_evaluation_mode():
+    net = nn.Sequential(Linearized(nn.Linear(6, 4)), nn.Dropout(0.5), nn.Linear(4, 2)).train()
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(representation.features(net, x), net[0](x).detach())
+    assert net.training and net[1].training

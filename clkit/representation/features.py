@@ -85,7 +85,8 @@ def _last_inputs(model: nn.Module, x: Tensor) -> Tensor:
         raise ValueError("model: it has no nn.Linear, whose inputs would be its features; name a layer")
     hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(value(args[0]).clone())) for m in linears]
     try:
-        model(x)
+        with evaluation_mode(model):
+            model(x)
     finally:
         for hook in hooks:
             hook.remove()

@@ -160,7 +160,7 @@ def lengths(tasks: int, seeds: Sequence[int] = range(3)) -> Grid:
     return grid({name: made[name] for name in SHORT}, seeds, tasks=tasks)
 
 
-def packs(setting: str, seeds: Sequence[int] = range(3)) -> Grid:
+def packs(setting: str, seeds: Sequence[int] = range(2)) -> Grid:
     """Real images, "cifar100", "pacs" or "mnist, usps", with the settings that were chosen on the glyphs."""
     made = stages(setting) | baselines(setting)
     return grid({name: made[name] for name in (*SHORT, "EWC", "LwF")}, seeds, setting)
@@ -207,8 +207,8 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "alphas": alphas,
     "rates": rates,
     "importances": importances,
+    "lengths-5": partial(lengths, 5),
     "lengths-10": partial(lengths, 10),
-    "lengths-50": partial(lengths, 50),
     "cifar100": partial(packs, "cifar100"),
     "pacs": partial(packs, "pacs"),
     "mnist-usps": partial(packs, "mnist, usps"),

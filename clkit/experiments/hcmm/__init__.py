@@ -39,6 +39,7 @@ from clkit.experiments.hcmm.studies import (
     kept,
     mismatches,
     paths,
+    steps,
     two_tasks,
 )
 
@@ -76,6 +77,7 @@ __all__ = [
     "rates",
     "rendered",
     "stages",
+    "steps",
     "table",
     "tuning",
     "two_tasks",

@@ -15,13 +15,14 @@ from clkit.data import Stream
 from clkit.experiments.grid import Grid, accuracies
 from clkit.experiments.hcmm.grids import LINEAR, MODES, TRAINING
 from clkit.experiments.hcmm.settings import glyphs, model
-from clkit.experiments.statistics import AXES
+from clkit.experiments.statistics import AXES, paired_difference
 from clkit.training import Result, run
 from clkit.weights import Weights, get_weights, set_weights
 
 if TYPE_CHECKING:
     import pandas as pd
 
+BASELINES = ("TIES, sequential", "MagMax, sequential", "average, sequential", "EWC", "LwF")
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "released": {"lr": 1e-7},
     "ten steps": {"lr": 1e-4},
@@ -63,6 +64,27 @@ def courses(grid: Grid, **options: Any) -> "pd.DataFrame":
     means = accuracies(table).groupby([*AXES, "after_task"], sort=False).accuracy.mean().unstack()
     rows = means.loc[list(table[list(AXES)].itertuples(index=False, name=None))].sort_index(axis=1)
     return table.assign(zero_shot=rows.pop(-1).to_numpy(), course=rows.to_numpy().tolist())
+
+
+def steps(table: "pd.DataFrame", value: str = "acc") -> "pd.DataFrame":
+    """What each stage adds to a table of `grids.table`, and HCMM to each baseline, paired by seed, Student's interval.
+
+    Columns: step ("importance, tangent", "tangent space, linear", "over EWC", ...), gain, lower, upper, verdict.
+    """
+    import pandas as pd
+
+    ends = {"no merge": "", "linear": " + linear", "importance": " + importance"}
+    full = "tangent + importance + correction"
+    pairs = {f"merging, {m}": (f"{m} + linear", m) for m in MODES}
+    pairs |= {f"importance, {m}": (f"{m} + importance", f"{m} + linear") for m in MODES}
+    pairs |= {f"correction, {m}": (f"{m} + importance + correction", f"{m} + importance") for m in MODES}
+    pairs |= {f"tangent space, {name}": (f"tangent{end}", f"ordinary{end}") for name, end in ends.items()}
+    pairs |= {f"HCMM over {name}": (full, name) for name in BASELINES}
+    found = {step: paired_difference(table, *pair, value) for step, pair in pairs.items()}
+    return pd.DataFrame(
+        {"step": step, "gain": d.mean, "lower": d.lower, "upper": d.upper, "verdict": d.verdict}
+        for step, d in found.items()
+    )
 
 
 def two_tasks(mode: str, lr: float, *, epochs: int = 15, seed: int = 0) -> tuple[Stream, Result, list[Weights]]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from pytest import approx
@@ -13,7 +14,6 @@ from torch.nn import functional as F
 from clkit import data, models
 from clkit.data import split
 from clkit.evaluation import evaluate
-from clkit.experiments import statistics
 from clkit.experiments.hcmm import grids, settings, studies
 from clkit.experiments.pretraining import Recipe
 from clkit.tangent import Linearized
@@ -220,6 +220,19 @@ class TestStudies:
         assert table.loc["linear average"].tolist() == [1, 1] and table.loc["MagMax"].tolist() == [3, 4]
         assert table.loc["HCMM", 2] == table.loc["HCMM", 3] and 1.8 < table.loc["HCMM", 2] < 2
 
-    def test_differences_of_methods_are_paired_by_seed(self):
-        gaps = statistics.difference([0.1, 0.2, 0.3])
-        assert gaps.mean == approx(0.2) and gaps.n == 3
+    def test_steps_are_what_each_stage_adds_seed_by_seed(self):
+        names = [*grids.stages(), *studies.BASELINES]
+        rows = [
+            {"method": n, "seed": seed, "acc": 0.1 * seed + 0.01 * k} for k, n in enumerate(names) for seed in (0, 1, 2)
+        ]
+        found = studies.steps(pd.DataFrame(rows)).set_index("step")
+        assert len(found) == 3 * 2 + 3 + len(studies.BASELINES)
+        for step, a, b in (
+            ("importance, tangent", "tangent + importance", "tangent + linear"),
+            ("correction, ordinary", "ordinary + importance + correction", "ordinary + importance"),
+            ("tangent space, no merge", "tangent", "ordinary"),
+            ("HCMM over EWC", "tangent + importance + correction", "EWC"),
+        ):
+            gap = 0.01 * (names.index(a) - names.index(b))
+            assert found.gain[step] == approx(gap) == approx(found.lower[step]) == approx(found.upper[step])
+            assert found.verdict[step] == ("gains" if gap > 0 else "loses")

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import matplotlib as mpl
+import matplotlib.colors
 import numpy as np
 import pandas as pd
 import pytest
@@ -134,6 +135,13 @@ def test_bars_reach_to_the_mean_with_students_interval(ax):
     low, high = interval[2][0].get_segments()[0][:, 0]
     assert (high - low) / 2 == pytest.approx(4.303 * 10 / 3**0.5, rel=1e-3)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["ER", "joint"]
+
+
+def test_bars_of_a_kind_may_share_a_colour(ax):
+    runs = pd.DataFrame({"method": ["ER", "mine", "joint"], "acc": [0.5, 0.6, 0.7]})
+    plotting.bars(ax, runs, shades={"ER": plotting.RED, "mine": plotting.RED})
+    faces = [mpl.colors.to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    assert faces == [plotting.RED, plotting.RED, plotting.COLOURS["joint"]]
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, torch.uint8), (3, torch.uint8), (1, torch.float32)])

@@ -44,17 +44,25 @@ def accuracy_matrix(ax: "Axes", matrix: ArrayLike, *, names: Sequence[str] | Non
         ax.text(column, row, f"{number:.0f}", ha="center", va="center", color=ink, fontsize=8)
 
 
-def bars(ax: "Axes", table: "DataFrame", value: str = "acc", *, by: str = "method", level: float = 0.95) -> None:
+def bars(
+    ax: "Axes",
+    table: "DataFrame",
+    value: str = "acc",
+    *,
+    by: str = "method",
+    level: float = 0.95,
+    shades: Mapping[str, str] = {},
+) -> None:
     """Compares methods: a bar to the mean over seeds, a dot a seed, and Student's `level` confidence interval.
 
     The table has a row for each seed of each method. Methods keep the order of the table, first on top. One seed
-    gets no interval.
+    gets no interval. `shades` gives methods other colours than their own, kinds of them one colour, say.
     """
     from scipy.stats import t as student
 
     check_columns(table, by, value)
     names = list(dict.fromkeys(table[by]))
-    for place, (name, colour) in enumerate(colours(names).items()):
+    for place, (name, colour) in enumerate((colours(names) | dict(shades)).items()):
         points = np.asarray(scaled(value, table.loc[table[by] == name, value]), dtype=float)
         ax.barh(place, points.mean(), color=colour, alpha=0.55, height=0.7)
         spread = np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else [0]

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from clkit import representation, weights
+from clkit import data, models, representation, weights
 from clkit.experiments import representations as studies
+from clkit.experiments.representations.studies import _merged, _readout
 
 SHORT = replace(studies.TRAINING, epochs=1)
 
@@ -87,7 +88,7 @@ def test_a_merge_on_the_way_keeps_all_at_its_ends(two):
 
 
 def test_merging_aligns_restores_and_scores(two):
-    rows = pd.DataFrame(studies._merged(two, ("norm1", "linear")))
+    rows = pd.DataFrame(_merged(two, ("norm1", "linear")))
     assert len(rows) == 2 * 3 * 2
     mean = rows[rows.layer == "norm1"].set_index(["ends", "variant"])
     assert mean.ratio["aligned", "merged"] > mean.ratio["plain", "merged"]
@@ -119,9 +120,9 @@ def test_the_gap_is_in_radii():
 
 
 def test_a_readout_finds_what_features_hold():
-    stream = studies.data.split(studies.data.digits(), studies.TASKS)
-    net = studies.models.convnet(stream, seed=0)
-    readout = studies._readout(net, stream, 2)
+    stream = data.split(data.digits(), studies.TASKS)
+    net = models.convnet(stream, seed=0)
+    readout = _readout(net, stream, 2)
     x = stream[1].prepare(stream[1].test.x)
     found = readout(representation.features(net, x))
     assert (found == stream[1].test.y).double().mean() > 0.9

@@ -542,9 +542,13 @@ class TestCorrection:
             (partial(models.mlp, hidden=()), None, r"comes before the head; name one of \['linear.weight'\], or use"),
         ],
     )
-    def test_a_projection_that_is_not_there_is_named(self, toy, model, projection, message):
+    def test_a_projection_that_is_not_there_is_named_before_training(self, toy, model, projection, message):
+        class Unused(Learner):
+            def begin_task(self, model, task):
+                raise AssertionError("training began")
+
         with pytest.raises(ValueError, match=message):
-            train(toy, HCMM(projection=projection), model=model)
+            train(toy, HCMM(projection=projection), Unused(), model=model)
 
     def test_an_empty_memory_is_named(self, toy):
         class Amnesiac(ER):

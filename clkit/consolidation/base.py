@@ -75,7 +75,9 @@ class Merged(NamedTuple):
 class Consolidation(Protocol):
     """The two questions that the loop asks, and what a consolidation needs to answer them.
 
-    One that reads Adam's second moments has a true `uses_moments` besides; another optimizer is then refused.
+    One that reads Adam's second moments has a true `uses_moments` besides; another optimizer is then refused. One that
+    not every network suits has a `check(model, x)`, which raises ValueError: it is called with a scratch copy and one
+    prepared input before anything is trained.
     """
 
     @property

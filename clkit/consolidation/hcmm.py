@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clkit import curvature, normalization
 from clkit.consolidation.base import Context, Merged, Progress, share
-from clkit.consolidation.correction import correct
+from clkit.consolidation.correction import correct, projection
 from clkit.weights import Weights, check_same, set_weights
 
 MOMENTS = ("corrected", "raw", "normalised")
@@ -109,8 +109,8 @@ class HCMM:
     The report has the mean `share` of the new weights over the numbers with an importance, and the `mismatch` before
     and after the correction.
 
-    Raises ValueError for other settings than these, and at the end of a task where there is nothing to work on: no
-    second moments, no inputs, no such projection.
+    Raises ValueError for other settings than these, before training for a network without such a projection, and at the
+    end of a task where there is nothing to work on: no second moments, no inputs.
     """
 
     alpha: float = 0.4
@@ -145,6 +145,11 @@ class HCMM:
     def uses_moments(self) -> bool:
         """Whether it reads Adam's second moments."""
         return self.importance in MOMENTS
+
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Raises ValueError unless the network has the projection that is to be corrected, if one is."""
+        if self.correction != "none":
+            projection(model, x, self.projection)
 
     def due(self, progress: Progress) -> bool:
         """At the end of every task; of the first only to keep its importance."""

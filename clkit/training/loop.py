@@ -188,6 +188,8 @@ class _Loop:
         self.scratch = copy.deepcopy(model).eval() if not isinstance(consolidation, NoConsolidation) else model
         self.optimizer = training.make_optimizer(model.parameters())
         self.seed, self.started = seed, started
+        if len(stream) > 1 and (check := getattr(consolidation, "check", None)) is not None:
+            check(self.scratch, stream[0].prepare(stream[0].train.x[:1]))
 
     def run(self, file: Checkpoint | None) -> _Past:
         """The tasks that are not in the checkpoint, one after another."""

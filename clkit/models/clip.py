@@ -4,6 +4,7 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,7 +25,7 @@ PROMPTS = 256  # that the text tower reads at once
 def clip(
     stream: Stream,
     name: str = "ViT-B-16-quickgelu",
-    weights: Path | str = "openai",
+    weights: str | PathLike[str] = "openai",
     *,
     templates: Sequence[str] = TEMPLATES,
     classes: Sequence[str] | None = None,
@@ -107,7 +108,7 @@ def _patch(open_clip: Any, name: str) -> int:
     return tower.get("patch_size", 16)
 
 
-def _source(open_clip: Any, name: str, weights: Path | str) -> dict[str, Any]:
+def _source(open_clip: Any, name: str, weights: str | PathLike[str]) -> dict[str, Any]:
     """What open_clip is told about the weights: a file, or a tag with the activation that its weights need."""
     if Path(weights).is_file():
         return {"pretrained": str(Path(weights).resolve())}  # no tag, whatever the file is called

@@ -23,14 +23,26 @@ IMPORTANCE = HCMM(correction="none")
 RELEASED = HCMM(alpha=0.4, importance="raw", correction_lr=1e-7)
 TUNING_SEEDS = (100, 101)
 CORRECTION = {"correction": "ridge", "ridge": 100.0}
-CHOSEN: dict[str, tuple[float, float]] = {
-    "ordinary": (1e-3, 0.0), "ordinary + linear": (1e-3, 0.5), "ordinary + importance": (1e-3, 0.5),
-    "tangent": (3e-4, 0.0), "tangent + linear": (1e-3, 0.35), "tangent + importance": (1e-3, 0.2),
-    "EWC": (1e-3, 10.0), "LwF": (3e-4, 0.3), "average, sequential": (1e-3, 0.0), "average, independent": (1e-3, 0.0),
-    "MagMax, sequential": (1e-3, 0.5), "MagMax, independent": (1e-3, 0.5),
-    "TIES, sequential": (1e-3, 0.5), "TIES, independent": (1e-3, 0.5),
+CHOSEN: dict[str, dict[str, tuple[float, float]]] = {
+    "glyphs": {
+        "ordinary": (1e-3, 0.0), "ordinary + linear": (1e-3, 0.5), "ordinary + importance": (1e-3, 0.5),
+        "tangent": (3e-4, 0.0), "tangent + linear": (1e-3, 0.35), "tangent + importance": (1e-3, 0.2),
+        "EWC": (1e-3, 10.0), "LwF": (3e-4, 0.3),
+        "average, sequential": (1e-3, 0.0), "average, independent": (1e-3, 0.0),
+        "MagMax, sequential": (1e-3, 0.5), "MagMax, independent": (1e-3, 0.5),
+        "TIES, sequential": (1e-3, 0.5), "TIES, independent": (1e-3, 0.5),
+    },
+    "fonts": {
+        "ordinary": (1e-3, 0.0), "ordinary + linear": (1e-3, 0.5), "ordinary + importance": (1e-3, 0.5),
+        "tangent": (3e-4, 0.0), "tangent + linear": (1e-3, 0.35), "tangent + importance": (1e-3, 0.2),
+        "EWC": (1e-3, 10.0), "LwF": (3e-4, 0.3),
+        "average, sequential": (1e-3, 0.0), "average, independent": (1e-3, 0.0),
+        "MagMax, sequential": (1e-3, 0.5), "MagMax, independent": (1e-3, 0.5),
+        "TIES, sequential": (1e-3, 0.5), "TIES, independent": (1e-3, 0.5),
+    },
 }  # fmt: skip
-"""The learning rate, and alpha, the strength or the scale, with the highest accuracy in `tuning` on the glyphs."""
+"""The learning rate, and alpha, the strength or the scale, with the highest accuracy in `tuning`; other settings take
+those of the glyphs."""
 
 
 def method(
@@ -57,12 +69,12 @@ def stages(setting: str = "glyphs") -> dict[str, Method]:
     """Every combination of the three stages: fine-tuning "ordinary" or in the "tangent" space, alone or with a merge
     ("linear" or by "importance"), with or without a correction; tangent + importance + correction is HCMM.
     """
-    made = {}
+    made, best = {}, CHOSEN.get(setting, CHOSEN["glyphs"])
     for mode in MODES:
-        lr, _ = CHOSEN[mode]
+        lr, _ = best[mode]
         made[mode] = method(setting=setting, mode=mode, lr=lr)
         for name, merge in (("linear", LINEAR), ("importance", IMPORTANCE)):
-            lr, alpha = CHOSEN[f"{mode} + {name}"]
+            lr, alpha = best[f"{mode} + {name}"]
             for end, correction in (("", {}), (" + correction", CORRECTION)):
                 rule = replace(merge, alpha=alpha, **correction)
                 made[f"{mode} + {name}{end}"] = method(rule, setting=setting, mode=mode, lr=lr)
@@ -71,13 +83,13 @@ def stages(setting: str = "glyphs") -> dict[str, Method]:
 
 def baselines(setting: str = "glyphs") -> dict[str, Method]:
     """What HCMM is compared with: regularised fine-tuning, and merges of the weights after every task."""
-    row, made = partial(method, setting=setting), {}
+    row, made, best = partial(method, setting=setting), {}, CHOSEN.get(setting, CHOSEN["glyphs"])
     for name, learner in (("EWC", EWC), ("LwF", LwF)):
-        lr, strength = CHOSEN[name]
+        lr, strength = best[name]
         made[name] = row(None, learner(strength), lr=lr)
     for kind in ("sequential", "independent"):
         for name in ("average", "MagMax", "TIES"):
-            lr, scale = CHOSEN[f"{name}, {kind}"]
+            lr, scale = best[f"{name}, {kind}"]
             options = {"scale": scale} if scale else {}
             made[f"{name}, {kind}"] = row(Merging(name.lower(), options, kind), lr=lr)
     return made
@@ -100,7 +112,7 @@ def corrections(seeds: Sequence[int] = range(5)) -> Grid:
 
     "steps" are ten full-batch steps of Adam at a rate, "ridge" a closed form; "both" has both parents as the target.
     """
-    lr, alpha = CHOSEN["tangent + importance"]
+    lr, alpha = CHOSEN["glyphs"]["tangent + importance"]
     rules = {
         "none": {"correction": "none"},
         "steps, 1e-7 (released)": {"correction": "steps", "correction_lr": 1e-7},
@@ -118,7 +130,9 @@ def alphas(seeds: Sequence[int] = range(3)) -> Grid:
     """Accuracy over alpha: both merges, both ways to fine-tune, and importances added up instead of averaged."""
     rules = {"linear": LINEAR, "importance": IMPORTANCE, "importance, sum": replace(IMPORTANCE, accumulate="sum")}
     made = {
-        f"{mode} + {name} α={alpha:g}": method(replace(rule, alpha=alpha), mode=mode, lr=CHOSEN[f"{mode} + linear"][0])
+        f"{mode} + {name} α={alpha:g}": method(
+            replace(rule, alpha=alpha), mode=mode, lr=CHOSEN["glyphs"][f"{mode} + linear"][0]
+        )
         for mode in MODES
         for name, rule in rules.items()
         for alpha in (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -129,7 +143,7 @@ def alphas(seeds: Sequence[int] = range(3)) -> Grid:
 
 def rates(seeds: Sequence[int] = range(3)) -> Grid:
     """Accuracy over the learning rate: with and without a merge, in both spaces."""
-    merges = {"": None, " + importance": replace(IMPORTANCE, alpha=CHOSEN["tangent + importance"][1])}
+    merges = {"": None, " + importance": replace(IMPORTANCE, alpha=CHOSEN["glyphs"]["tangent + importance"][1])}
     made = {
         f"{mode}{name} lr={lr:g}": method(rule, mode=mode, lr=lr)
         for mode in MODES
@@ -145,7 +159,7 @@ def importances(seeds: Sequence[int] = range(5)) -> Grid:
     The exact Fisher information, a backward pass for each of sixty classes, takes ten times as long as all the rest and
     is carried in one way alone.
     """
-    lr, alpha = CHOSEN["tangent + importance"]
+    lr, alpha = CHOSEN["glyphs"]["tangent + importance"]
     made = {"linear": method(replace(LINEAR, alpha=alpha), setting="fonts", mode="tangent", lr=lr)}
     for kind in ("raw", "corrected", "normalised", "fisher"):
         for carry in ("ema", "sum") if kind != "fisher" else ("ema",):
@@ -183,7 +197,8 @@ def paper(seeds: Sequence[int] = range(3)) -> Grid:
 
 def tuning(setting: str = "glyphs") -> Grid:
     """Learning rate, alpha and strengths, on seeds that no other grid has: other images, classes, orders, networks."""
-    row, made, rates = partial(method, setting=setting), {}, (3e-4, 1e-3)
+    row, made = partial(method, setting=setting), {}
+    rates = (1e-3, 3e-3) if setting == "fonts" else (3e-4, 1e-3)
     for mode in MODES:
         for lr in rates:
             made[f"{mode} lr={lr:g}"] = row(mode=mode, lr=lr)

@@ -33,12 +33,12 @@ CHOSEN: dict[str, dict[str, tuple[float, float]]] = {
         "TIES, sequential": (1e-3, 0.5), "TIES, independent": (1e-3, 0.5),
     },
     "fonts": {
-        "ordinary": (1e-3, 0.0), "ordinary + linear": (1e-3, 0.5), "ordinary + importance": (1e-3, 0.5),
-        "tangent": (3e-4, 0.0), "tangent + linear": (1e-3, 0.35), "tangent + importance": (1e-3, 0.2),
-        "EWC": (1e-3, 10.0), "LwF": (3e-4, 0.3),
-        "average, sequential": (1e-3, 0.0), "average, independent": (1e-3, 0.0),
-        "MagMax, sequential": (1e-3, 0.5), "MagMax, independent": (1e-3, 0.5),
-        "TIES, sequential": (1e-3, 0.5), "TIES, independent": (1e-3, 0.5),
+        "ordinary": (3e-3, 0.0), "ordinary + linear": (3e-3, 0.5), "ordinary + importance": (3e-3, 0.5),
+        "tangent": (1e-3, 0.0), "tangent + linear": (3e-3, 0.5), "tangent + importance": (3e-3, 0.5),
+        "EWC": (3e-3, 100.0), "LwF": (3e-3, 1.0),
+        "average, sequential": (3e-3, 0.0), "average, independent": (3e-3, 0.0),
+        "MagMax, sequential": (3e-3, 1.0), "MagMax, independent": (3e-3, 1.0),
+        "TIES, sequential": (3e-3, 1.0), "TIES, independent": (3e-3, 1.0),
     },
 }  # fmt: skip
 """The learning rate, and alpha, the strength or the scale, with the highest accuracy in `tuning`; other settings take

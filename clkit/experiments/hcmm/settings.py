@@ -7,7 +7,6 @@ of a few examples that no task has. A seed draws everything anew: pretraining, c
 """
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -48,9 +47,9 @@ def model(stream: Stream, setting: str, linearized: bool = False, *, seed: int =
     The encoder alone is linearised: features are affine in the weights, and the head normalises them (paper's code).
     """
     net = known(setting).network(stream, seed=seed)
-    encoder = net.get_submodule("encoder")
-    made = Linearized(encoder) if linearized else encoder
-    return nn.Sequential(OrderedDict(encoder=made, head=net.get_submodule("head")))
+    if linearized:
+        net.set_submodule("encoder", Linearized(net.get_submodule("encoder")))
+    return net
 
 
 def known(setting: str) -> Setting:

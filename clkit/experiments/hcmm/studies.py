@@ -69,7 +69,7 @@ def courses(grid: Grid, **options: Any) -> "pd.DataFrame":
 def steps(table: "pd.DataFrame", value: str = "acc") -> "pd.DataFrame":
     """What each stage adds to a table of `grids.table`, and HCMM to each baseline, paired by seed, Student's interval.
 
-    Columns: step ("importance, tangent", "tangent space, linear", "over EWC", ...), gain, lower, upper, verdict.
+    Columns: step ("importance, tangent", "tangent space, linear", "HCMM over EWC", ...), gain, lower, upper, verdict.
     """
     import pandas as pd
 
@@ -199,8 +199,8 @@ def compared(scratch: nn.Module, found: Mapping[str, Weights], x: Tensor, y: Ten
 def kept(tasks: Sequence[int] = (2, 5, 10, 20), rules: Mapping[str, Consolidation] | None = None) -> "pd.DataFrame":
     """Bytes that a consolidation needs from one task to the next, by the number of tasks learned, over a network's.
 
-    The weights that it is given again (before the first task and deployed last), all trained ones where it uses them,
-    and its memo. Columns: method, tasks, networks.
+    The weights deployed last, all trained ones where it uses them, and its memo; those before the first task are not
+    counted. Columns: method, tasks, networks.
     """
     import pandas as pd
 

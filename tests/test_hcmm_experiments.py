@@ -116,7 +116,7 @@ class TestSettings:
     def real(self, packs, monkeypatch):
         """The packs, with few images of the set that is only pretrained on."""
         monkeypatch.setenv("CLKIT_DATA", str(packs))
-        few = lambda seed=0: split(settings.pack("cifar10", limit=5), 1)  # noqa: E731
+        few = lambda seed=0: split(settings.images("cifar10", limit=5), 1)  # noqa: E731
         monkeypatch.setattr(settings, "cifar10", few)
 
     @pytest.mark.packs("cifar100", "cifar10")

@@ -1,10 +1,8 @@
 """The tasks of AWM's experiments: scripts of glyphs, long sequences of characters, and real image sets."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -12,6 +10,7 @@ from clkit import data
 from clkit.data import Augment, Dataset, Normalize, Stream
 from clkit.data.core import Scenario
 from clkit.experiments.awm.backbones import latin
+from clkit.experiments.packs import pack
 
 SCRIPTS = ("greek", "cyrillic", "armenian", "georgian", "arrows", "math")
 PAPER = ("stanford_cars", "cub200", "flowers102", "food101", "sketches", "wikiart")
@@ -60,11 +59,9 @@ def pictures(names: Sequence[str] = PAPER, *, size: int = 224, limit: int | None
 def _pictures(name: str, size: int, limit: int | None) -> Dataset:
     digits = name.startswith(("mnist", "usps"))
     augment = Augment(crop=size // 8, flip=not digits)
-    pack, _, domain = name.partition("/")
-    folder = Path(os.environ.get("CLKIT_DATA", "")) / pack
-    for path in (folder.with_name(f"{pack}.zip"), folder):
-        if os.environ.get("CLKIT_DATA") and path.exists():
-            return data.folder(path, domain=domain or None, size=size, limit=limit, grey=False, augment=augment)
+    folder, _, domain = name.partition("/")
+    if path := pack(folder):
+        return data.folder(path, domain=domain or None, size=size, limit=limit, grey=False, augment=augment)
     if name not in data.TORCHVISION:
         raise ValueError(
             f"names: {name!r} is neither in $CLKIT_DATA nor a set of torchvision; put a folder or zip {name} with "

@@ -6,18 +6,17 @@ has learned other images (Latin letters and digits; CIFAR-10) and the head compa
 of a few examples that no task has. A seed draws everything anew: pretraining, classes, their order, images, support.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from clkit import data, models
 from clkit.data import Dataset, Examples, Normalize, Stream
+from clkit.experiments.packs import pack
 from clkit.experiments.pretraining import Recipe, restored
 from clkit.tangent import Linearized
 from clkit.training import Training
@@ -115,43 +114,42 @@ def first(examples: Examples, count: int, skip: int = 0) -> Examples:
     return examples[(number > skip) & (number <= skip + count)]
 
 
-def pack(name: str, **options: object) -> Dataset:
+def images(name: str, **options: object) -> Dataset:
     """A pack of real images in the folder $CLKIT_DATA; ValueError where there is none."""
-    path = Path(os.environ.get("CLKIT_DATA", "")) / f"{name}.zip"
-    if not os.environ.get("CLKIT_DATA") or not path.is_file():
+    if (path := pack(name)) is None:
         raise ValueError(f"setting: it needs {name}.zip in the folder that CLKIT_DATA names, and there is none")
     return data.folder(path, **options)  # type: ignore[arg-type]
 
 
 def cifar10(seed: int = 0) -> Stream:
     """What encoders of photographs are pretrained on: CIFAR-10, 600 images a class, as one task."""
-    return data.split(pack("cifar10", limit=600), 1)
+    return data.split(images("cifar10", limit=600), 1)
 
 
 def cifar100(seed: int = 0, tasks: int = 20) -> Stream:
     """CIFAR-100 in a random order of the classes: 60 images of each to train on, 20 to test on."""
-    full = pack("cifar100", limit=100)
+    full = images("cifar100", limit=100)
     chosen = replace(full, train=first(full.train, 60), test=first(full.test, 20), normalize=cifar10()[0].normalize)
     return data.split(chosen, tasks, order=seed)
 
 
 def pacs(seed: int = 0) -> Stream:
     """Photographs, paintings, cartoons, sketches of seven classes, 60 images of each to train on, 48 pixels square."""
-    sets = {name: pack("pacs48", domain=name, limit=100) for name in DOMAINS}
+    sets = {name: images("pacs48", domain=name, limit=100) for name in DOMAINS}
     sets = {name: replace(full, train=first(full.train, 60)) for name, full in sets.items()}
     return data.domains(sets, normalize=cifar10()[0].normalize)
 
 
 def mnist_usps(seed: int = 0) -> Stream:
     """MNIST's digits, 200 of each, then those of USPS, 100 of each, at 28 x 28 pixels."""
-    sets = {"mnist": pack("mnist", limit=300), "usps": pack("usps", limit=100, size=28)}
+    sets = {"mnist": images("mnist", limit=300), "usps": images("usps", limit=100, size=28)}
     sets["mnist"] = replace(sets["mnist"], train=first(sets["mnist"].train, 200), test=first(sets["mnist"].test, 100))
     return data.domains(sets, normalize=latin(seed)[0].normalize)
 
 
 def spare(stream: Stream, seed: int, name: str, **options: object) -> Examples:
     """Ten images a class of a pack that none of its tasks has."""
-    return first(pack(name, limit=100, **options).train, 10, skip=60)
+    return first(images(name, limit=100, **options).train, 10, skip=60)
 
 
 def photographs(seed: int = 0, tasks: int = 10) -> Stream:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import toys
 
+import toys
 from clkit import data
 
 PACKS = Path(os.environ.get("CLKIT_DATA") or Path(__file__).parents[2] / "shared" / "data")

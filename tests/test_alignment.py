@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_alignment_zoo import randomise
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -16,6 +15,7 @@ from clkit import alignment, models
 from clkit.alignment.points import Points
 from clkit.data import Examples, Normalize, Stream, Task
 from clkit.weights import get_weights
+from test_alignment_zoo import randomise
 
 SEEDS = st.integers(0, 2**31 - 1)
 

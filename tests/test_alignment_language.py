@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_alignment_zoo import randomise
 
 from clkit import alignment, data, models
 from clkit.weights import get_weights
+from test_alignment_zoo import randomise
 
 
 def reader():

@@ -9,13 +9,13 @@ import torch
 import torchvision.models as zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_alignment import NETS, example, stream
-from test_alignment_zoo import SMALL, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clkit import alignment, models
 from clkit.weights import get_weights, lerp
+from test_alignment import NETS, example, stream
+from test_alignment_zoo import SMALL, randomise
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -13,8 +13,8 @@ import torch
 from clkit import models, run, weights
 from clkit.consolidation import Merging
 from clkit.evaluation import evaluate
-from clkit.experiments import atlas
 from clkit.merging import MERGES
+from studies import atlas
 
 SHORT = replace(atlas.ADAM, epochs=1, lr=0.003)
 SMALL = {"training": SHORT, "earlier": replace(atlas.EARLIER, epochs=2), "per_class": 10,

@@ -7,12 +7,12 @@ from torch import nn
 
 from clkit import models
 from clkit.data import characters
-from clkit.experiments import pretraining
-from clkit.experiments.awm import BACKBONES, pretrained, pretrained_accuracy
-from clkit.experiments.awm.backbones import latin
-from clkit.experiments.pretraining import Recipe, restored
 from clkit.training import Training, evaluate, run
 from clkit.weights import equal, get_weights
+from studies import pretraining
+from studies.awm import BACKBONES, pretrained, pretrained_accuracy
+from studies.awm.backbones import latin
+from studies.pretraining import Recipe, restored
 
 TINY = Recipe(partial(models.convnet, widths=(4, 8)), Training(epochs=1, lr=0.1), partial(latin, per_class=3, size=10))
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from clkit import data, models
-from clkit.experiments.awm import backbones, grids, streams
 from clkit.learners import PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, modulated
 from clkit.training import Training, run
+from studies.awm import backbones, grids, streams
 
 GRIDS = (
     "tuning",

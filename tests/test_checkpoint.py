@@ -6,16 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import toys
-from test_learners import SETTINGS
 from torch import nn
-from toys import quick
 
+import toys
 from clkit import checkpoint, data, models, weights
 from clkit.consolidation import CLeWI, Merged
 from clkit.data import Batch
 from clkit.learners import ER, Learner
 from clkit.training import Result, Training
+from test_learners import SETTINGS
+from toys import quick
 
 pytestmark = pytest.mark.usefixtures("one_symmetry")
 TASKS = 3

@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import toys
 
+import toys
 from clkit import models
 from clkit.consolidation import CLeWI
-from clkit.experiments import clewi
-from clkit.experiments.clewi.published import PUBLISHED
 from clkit.learners import LEARNERS, MemoryOnly, Sum
 from clkit.training import Result, Training
+from studies import clewi
+from studies.clewi.published import PUBLISHED
 
 FAST = {
     "main": clewi.main,

@@ -9,11 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
-import toys
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+import toys
 from clkit import data, models, representation
 from clkit.consolidation import HCMM
 from clkit.consolidation.correction import projections

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-import toys
-from toys import quick
 
+import toys
 from clkit import alignment, normalization
 from clkit.consolidation import (
     CONSOLIDATIONS,
@@ -31,6 +30,7 @@ from clkit.data import Stream
 from clkit.learners import ER, Learner
 from clkit.training import Result
 from clkit.weights import equal, lerp
+from toys import quick
 
 pytestmark = pytest.mark.usefixtures("one_symmetry")
 SETTINGS = {

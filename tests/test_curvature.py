@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import toys
 from torch import nn
 
+import toys
 from clkit import curvature, models
 from clkit.curvature import fisher, grams, sensitivity, trace
 from clkit.weights import equal, evaluation_mode, get_weights, set_weights

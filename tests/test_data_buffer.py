@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import toys
-from toys import quick
 
+import toys
 from clkit import data
 from clkit.consolidation import CLeWI
 from clkit.data import Augment
 from clkit.learners import Criterion, DataBuffer, Joint, Learner, Setting, Sum
 from clkit.training import Training
 from clkit.weights import equal
+from toys import quick
 
 
 @pytest.fixture(scope="module")

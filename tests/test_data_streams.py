@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import toys
 from clkit import data
 from clkit.data import Augment, Dataset, Examples, Normalize, Stream
 

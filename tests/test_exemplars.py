@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import toys
 from torch.nn.functional import cross_entropy, normalize
-from toys import domains, quick
 
+import toys
 from clkit import models
 from clkit.consolidation import CLeWI, Merged
 from clkit.data import Augment, Examples, Stream
@@ -19,6 +18,7 @@ from clkit.learners.icarl import BEYOND, ICaRL
 from clkit.memory import Memory, herding
 from clkit.training import Training
 from clkit.weights import equal, get_weights, lerp, set_weights
+from toys import domains, quick
 
 RULES = {"GDumb": GDumb(memory=12, fit_epochs=4), "iCaRL": ICaRL(memory=12), "BiC": BiC(memory=12)}
 NO_STEPS = Training(epochs=0, batch=8)

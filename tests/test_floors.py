@@ -8,12 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "clkit"
 FLOORS = [
-    {"weights", "data", "memory", "metrics"},
-    {"models", "evaluation", "merging", "alignment", "normalization", "curvature", "tangent", "modulation"},
+    {"weights", "store", "checks", "data", "memory", "metrics"},
+    {"models", "symmetry", "alignment", "merging"}
+    | {"normalization", "curvature", "tangent", "modulation", "evaluation"},
     {"learners", "consolidation", "checkpoint"},
     {"training", "landscape", "representation"},
-    {"experiments", "plotting", "interact", "benchmarks"},
-    {"cli"},
+    {"experiments", "plotting"},
+    {"interact", "cli", "benchmarks"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TORCHLESS = {"metrics", "plotting", "interact"}
@@ -49,6 +50,11 @@ def test_imports_go_down_only():
             parts = name.split(".")
             if parts[0] == "clkit" and parts[1] != own:
                 assert FLOOR[parts[1]] < FLOOR[own], f"{path} imports {name}"
+
+
+def test_the_kernel_knows_no_study():
+    for path in FILES:
+        assert not any(name.split(".")[0] in ("studies", "notebooks") for name in imports(path)), path
 
 
 def test_metrics_and_plotting_do_not_know_torch():

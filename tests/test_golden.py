@@ -9,9 +9,10 @@ After a wanted change of a method, `python tests/golden.py` makes the numbers an
 
 import json
 
-import golden
 import numpy as np
 import pytest
+
+import golden
 
 ACCURACY, LOSS, TIGHT = 0.05, 0.2, 0.02
 GOLDEN = json.loads(golden.FILE.read_text())

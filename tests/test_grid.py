@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+
 import test_consolidation
 import test_learners
 import toys
-from toys import quick
-
 from clkit.consolidation import Merged
 from clkit.data import Examples, Stream
 from clkit.learners import PerTask
 from clkit.training import Result, Training
 from clkit.weights import combine, equal, lerp
+from toys import quick
 
 pytestmark = pytest.mark.usefixtures("one_symmetry")
 LEARNERS = test_learners.SETTINGS

@@ -7,12 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import quick
 
+import toys
 from clkit import checkpoint, curvature, merging, models, normalization
 from clkit.consolidation import HCMM, Context, Progress, importance_merge
 from clkit.consolidation.correction import descend, mismatch, projections, ridge
@@ -22,6 +21,7 @@ from clkit.representation import activations
 from clkit.tangent import Linearized
 from clkit.training import Training
 from clkit.weights import equal, get_weights, lerp, set_weights
+from toys import quick
 
 ADAM = Training(epochs=2, batch=8, lr=0.01, optimizer="adamw")
 SMALL = partial(models.mlp, hidden=(7, 5))

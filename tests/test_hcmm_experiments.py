@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from clkit import data, models
 from clkit.data import split
 from clkit.evaluation import evaluate
-from clkit.experiments.hcmm import grids, settings, studies
-from clkit.experiments.pretraining import Recipe
 from clkit.tangent import Linearized
 from clkit.weights import equal, get_weights, lerp
+from studies.hcmm import grids, settings, studies
+from studies.pretraining import Recipe
 
 TINY = Recipe(
     partial(models.encoder, widths=(8, 16), dim=16),

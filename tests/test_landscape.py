@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-import toys
 
+import toys
 from clkit import ER, CLeWI, alignment, landscape, models, normalization
 from clkit import weights as W
 from clkit.data import Examples, Stream, Task

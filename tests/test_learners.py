@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-import toys
-from toys import quick
 
+import toys
 from clkit import data
 from clkit.data import Examples, Normalize, Stream, Task
 from clkit.learners import (
@@ -37,6 +36,7 @@ from clkit.learners import (
     Sum,
 )
 from clkit.weights import equal
+from toys import quick
 
 SETTINGS = {
     "fine-tuning": Learner(),

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merging_toys import SHAPES, apart, close, needed, options, permuted, run, several, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clkit import weights as W
 from clkit.merging import MERGES, merge
+from merging_toys import SHAPES, apart, close, needed, options, permuted, run, several, weights
 
 rows = pytest.mark.parametrize("name", sorted(MERGES))
 seeds = st.integers(0, 2**20)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merging_toys import close, near, several, target, weights
 
 from clkit import merging as M
 from clkit import weights as W
 from clkit.merging import MERGES, pieces, vectors
 from clkit.merging.spectral import decompose, polar
 from clkit.merging.straight import stock_ratio
+from merging_toys import close, near, several, target, weights
 
 law = settings(max_examples=8, deadline=None)
 seeds = st.integers(0, 2**20)

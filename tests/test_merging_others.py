@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from merging_toys import weights
 
 from clkit import merging as M
+from merging_toys import weights
 
 TASKS = [weights(i, torch.float32) for i in range(3)]
 BASE = weights(99, torch.float32)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import toys
 from clkit import data, models, weights
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, interpolation, listed, load, network, save
 from clkit.training import describe

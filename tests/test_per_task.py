@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import toys
-from test_checkpoint import Interrupted, assert_same_run, interrupted
 
+import toys
 from clkit import data, models
 from clkit.consolidation import WiSEFT
 from clkit.data import Examples, Normalize, Stream, Task
@@ -20,6 +19,7 @@ from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, load, mo
 from clkit.training import Result, Training, run
 from clkit.training.loop import _Loop
 from clkit.weights import equal, evaluation_mode
+from test_checkpoint import Interrupted, assert_same_run, interrupted
 
 SHORT = Training(epochs=3, batch=8, lr=0.03, optimizer="adamw")
 LONG = replace(SHORT, epochs=12)

@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import toys
 from clkit import data, models, representation, tangent
 from clkit.consolidation import HCMM
 from clkit.consolidation.correction import projections

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import toys
-from toys import quick
 
+import toys
 from clkit import curvature, models
 from clkit.consolidation import Merged, NoConsolidation
 from clkit.evaluation import outputs
@@ -17,6 +16,7 @@ from clkit.learners.anchored import Anchored, own_data, values
 from clkit.learners.er import ER
 from clkit.training import Training
 from clkit.weights import equal, get_weights, lerp, norm, set_weights, sub
+from toys import quick
 
 RULES = {
     "L2": L2(0.5),

@@ -5,11 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import QUICK, domains, quick
 
+import toys
 from clkit.consolidation import CLeWI
 from clkit.data import Stream
 from clkit.learners import AGEM, DER, ER, ERACE, GEM, MIR, DERpp, Joint, Learner, MemoryOnly, Setting
@@ -17,6 +16,7 @@ from clkit.learners.agem import flat_gradient, projected, set_gradient
 from clkit.learners.base import Criterion
 from clkit.learners.gem import projected as projected_on_all
 from clkit.weights import equal
+from toys import QUICK, domains, quick
 
 laws = settings(max_examples=50, deadline=None)
 vectors = st.integers(0, 10**6).map(lambda s: torch.Generator().manual_seed(s))

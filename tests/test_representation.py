@@ -7,11 +7,11 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import toys
 from clkit import alignment, models, normalization
 from clkit import representation as R
 from clkit import weights as W

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from clkit import data, models, representation, weights
-from clkit.experiments import representations as studies
-from clkit.experiments.representations.studies import _merged, _readout
+from studies import representations as studies
+from studies.representations.studies import _merged, _readout
 
 SHORT = replace(studies.TRAINING, epochs=1)
 

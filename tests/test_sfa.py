@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import QUICK, quick
 
+import toys
 from clkit import merging
 from clkit.consolidation import (
     EMA,
@@ -27,6 +26,7 @@ from clkit.consolidation.triggers import Since, distance
 from clkit.learners import ER, Learner
 from clkit.training import Training
 from clkit.weights import add, combine, equal, lerp, norm, sub
+from toys import QUICK, quick
 
 EPOCHS = Training(epochs=3, batch=8, lr=0.05, momentum=0.9)
 

@@ -7,14 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import toys
-from toys import quick
 
+import toys
 from clkit.consolidation import SFA, merge_steps
-from clkit.experiments import sfa, sweep
-from clkit.experiments.sfa.grids import LETTERS
+from clkit.experiments import sweep
 from clkit.training import Training
 from clkit.weights import norm, sub
+from studies import sfa
+from studies.sfa.grids import LETTERS
+from toys import quick
 
 GRIDS = {
     "digits": sfa.frontier,
@@ -144,7 +145,7 @@ def test_costs_are_counted():
 
 
 def test_a_pretrained_transformer_keeps_its_body_and_gets_a_fresh_head(monkeypatch):
-    from clkit.experiments.sfa import grids
+    from studies.sfa import grids
 
     stream = next(iter(sfa.streams().streams.values()))(0)
     body = {n: t + 1 for n, t in grids.weights.get_weights(grids._vit(stream, seed=9)).items()}

@@ -10,10 +10,10 @@ import torch
 
 from clkit import data, models, plotting, run
 from clkit.evaluation import exact_match
-from clkit.experiments import sfa
-from clkit.experiments.sfa import language
 from clkit.training import Training
 from clkit.weights import equal, get_weights
+from studies import sfa
+from studies.sfa import language
 
 GRIDS = {
     "three domains": sfa.three_domains,

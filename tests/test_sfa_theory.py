@@ -5,16 +5,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import quick
 
+import toys
 from clkit import models
 from clkit.consolidation import SFA
 from clkit.data import Examples, Stream
-from clkit.experiments.sfa.theory import (
+from clkit.learners import L2, DecoupledL2, Learner
+from clkit.training import Training
+from clkit.weights import equal, get_weights, norm, set_weights, sub
+from studies.sfa.theory import (
     effective_strength,
     kept_l2,
     kept_sfa,
@@ -23,9 +25,7 @@ from clkit.experiments.sfa.theory import (
     measured_sfa,
     top_curvature,
 )
-from clkit.learners import L2, DecoupledL2, Learner
-from clkit.training import Training
-from clkit.weights import equal, get_weights, norm, set_weights, sub
+from toys import quick
 
 LAWS = settings(max_examples=60, deadline=None)
 BETAS, RATES = st.floats(0.05, 1.0), st.floats(0.001, 0.5)
@@ -283,7 +283,7 @@ class TestCurvature:
 
     def test_portions_add_up(self, net, examples, monkeypatch):
         whole = top_curvature(net, get_weights(net), examples)
-        monkeypatch.setattr("clkit.experiments.sfa.theory.EVALUATION_BATCH", 7)
+        monkeypatch.setattr("studies.sfa.theory.EVALUATION_BATCH", 7)
         assert top_curvature(net, get_weights(net), examples) == pytest.approx(whole, rel=1e-9)
 
     def test_targets_without_a_loss_count_for_nothing(self):

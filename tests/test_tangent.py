@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-import toys
 from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
+import toys
 from clkit import ER, SFA, Learner, Training, WiSEFT, alignment, merging, models, normalization, run
 from clkit import weights as W
 from clkit.curvature import fisher

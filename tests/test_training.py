@@ -4,12 +4,11 @@ import json
 import numpy as np
 import pytest
 import torch
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import quick
 
+import toys
 from clkit import data, models
 from clkit.consolidation import Merged, Progress
 from clkit.data import Examples, Normalize, Stream, Task
@@ -17,6 +16,7 @@ from clkit.evaluation import evaluate
 from clkit.learners import ER, Learner
 from clkit.training import Training, describe, run
 from clkit.weights import equal, get_weights
+from toys import quick
 
 
 @pytest.fixture(scope="module")

@@ -4,33 +4,6 @@ from clkit.alignment.activations import STATISTICS, Similarities, similarities
 from clkit.alignment.derivation import symmetry
 from clkit.alignment.matching import Alignment, align, assign
 from clkit.alignment.permutation import (
-    Permutations,
-    compose,
-    identity,
-    invert,
-    permute,
-    random_permutations,
-)
+    Permutations, compose, identity, invert, permute, random_permutations,
+)  # fmt: skip
 from clkit.alignment.structure import Axis, Group, Proof, Row, Symmetry, Table
-
-__all__ = [
-    "STATISTICS",
-    "Alignment",
-    "Axis",
-    "Group",
-    "Permutations",
-    "Proof",
-    "Row",
-    "Similarities",
-    "Symmetry",
-    "Table",
-    "align",
-    "assign",
-    "compose",
-    "identity",
-    "invert",
-    "permute",
-    "random_permutations",
-    "similarities",
-    "symmetry",
-]

@@ -22,27 +22,3 @@ CONSOLIDATIONS: dict[str, type[Consolidation]] = {
     "merging": Merging,
     "EMA": EMA,
 }
-
-__all__ = [
-    "CONSOLIDATIONS",
-    "EMA",
-    "HCMM",
-    "SFA",
-    "CLeWI",
-    "Consolidation",
-    "Context",
-    "Cosine",
-    "Drift",
-    "Merged",
-    "Merging",
-    "NoConsolidation",
-    "Plateau",
-    "Progress",
-    "Score",
-    "Trigger",
-    "Velocity",
-    "WiSEFT",
-    "correct",
-    "importance_merge",
-    "merge_steps",
-]

@@ -7,49 +7,6 @@ from clkit.data.corpora import TEXTS, Problem
 from clkit.data.folders import folder, folders
 from clkit.data.sets import TORCHVISION, digits, load
 from clkit.data.streams import (
-    conflicting,
-    cumulative,
-    domains,
-    permutations,
-    permuted,
-    rotated,
-    series,
-    shared_head,
-    split,
-)
+    conflicting, cumulative, domains, permutations, permuted, rotated, series, shared_head, split,
+)  # fmt: skip
 from clkit.data.texts import Text, text_file, texts
-
-__all__ = [
-    "BYTES",
-    "FONTS",
-    "NO_AUGMENT",
-    "SCRIPTS",
-    "TEXTS",
-    "TORCHVISION",
-    "Augment",
-    "Batch",
-    "Dataset",
-    "Examples",
-    "Normalize",
-    "Problem",
-    "Scenario",
-    "Stream",
-    "Task",
-    "Text",
-    "conflicting",
-    "cumulative",
-    "digits",
-    "domains",
-    "folder",
-    "folders",
-    "glyphs",
-    "load",
-    "permutations",
-    "permuted",
-    "rotated",
-    "series",
-    "shared_head",
-    "split",
-    "text_file",
-    "texts",
-]

@@ -14,30 +14,3 @@ from clkit.experiments.plan import Method
 from clkit.experiments.ratios import bench, benchmarks
 from clkit.experiments.single import Option, about, choices, options, run_single
 from clkit.experiments.statistics import Difference, difference, paired_difference, summarise
-
-__all__ = [
-    "Claims",
-    "Difference",
-    "Laws",
-    "Method",
-    "Option",
-    "Outcome",
-    "Page",
-    "SweepError",
-    "about",
-    "accuracies",
-    "bench",
-    "benchmarks",
-    "choices",
-    "difference",
-    "execute",
-    "find",
-    "options",
-    "page",
-    "paired_difference",
-    "repository",
-    "run_single",
-    "stored_weights",
-    "summarise",
-    "sweep",
-]

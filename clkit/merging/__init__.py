@@ -12,29 +12,3 @@ from clkit.merging.spectral import iso_c, opcm, tsv
 from clkit.merging.statistical import fisher, regmean
 from clkit.merging.straight import average, greedy_soup, interpolate, model_stock, slerp, task_arithmetic, wise_ft
 from clkit.merging.table import MERGES, Merge, merge
-
-__all__ = [
-    "MERGES",
-    "Merge",
-    "average",
-    "breadcrumbs",
-    "dare",
-    "dare_ties",
-    "della",
-    "emr",
-    "fisher",
-    "greedy_soup",
-    "interpolate",
-    "iso_c",
-    "magmax",
-    "merge",
-    "model_stock",
-    "opcm",
-    "pcb",
-    "regmean",
-    "slerp",
-    "task_arithmetic",
-    "ties",
-    "tsv",
-    "wise_ft",
-]

@@ -14,28 +14,6 @@ from clkit.models.images import BasicBlock, convnet, mlp, resnet18
 from clkit.models.transformers import Attention, Block, Embedding, MeanTokens, TokenEmbedding, gpt, vit
 from clkit.models.zoo import torchvision
 
-__all__ = [
-    "Attention",
-    "BasicBlock",
-    "Block",
-    "CausalLM",
-    "CosineHead",
-    "Embedding",
-    "MeanTokens",
-    "TokenEmbedding",
-    "clip",
-    "convnet",
-    "encoder",
-    "features",
-    "gpt",
-    "huggingface",
-    "mlp",
-    "prototypes",
-    "resnet18",
-    "torchvision",
-    "vit",
-    "with_prototypes",
-]
 
 for _factory in (clip, convnet, encoder, gpt, huggingface, mlp, resnet18, torchvision, vit):
     _factory.__module__ = __name__  # the record of a run names a factory by where users find it

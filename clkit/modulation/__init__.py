@@ -13,20 +13,3 @@ from clkit.modulation.expansion import interpolation
 from clkit.modulation.files import listed, load, network, save
 from clkit.modulation.modulated import Modulated, TaskState, modulated
 from clkit.modulation.rules import RULES, LowRank, Mask, Modulation, Own, Rule
-
-__all__ = [
-    "RULES",
-    "LowRank",
-    "Mask",
-    "Modulated",
-    "Modulation",
-    "Own",
-    "Rule",
-    "TaskState",
-    "interpolation",
-    "listed",
-    "load",
-    "modulated",
-    "network",
-    "save",
-]

@@ -9,21 +9,3 @@ from clkit.representation.embedding import Embedding, embed
 from clkit.representation.features import activations, features, with_weights
 from clkit.representation.similarity import cka, cka_by_layer, cka_in_batches, distances, hsic, mismatch
 from clkit.representation.units import collapse, correlations, matched, variance_ratio
-
-__all__ = [
-    "Embedding",
-    "activations",
-    "cka",
-    "cka_by_layer",
-    "cka_in_batches",
-    "collapse",
-    "correlations",
-    "distances",
-    "embed",
-    "features",
-    "hsic",
-    "matched",
-    "mismatch",
-    "variance_ratio",
-    "with_weights",
-]

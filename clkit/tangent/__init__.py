@@ -5,5 +5,3 @@ f_lin is affine in theta: an average of linearised models' weights is the averag
 """
 
 from clkit.tangent.linearized import Linearized, layers, value
-
-__all__ = ["Linearized", "layers", "value"]

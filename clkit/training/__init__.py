@@ -4,5 +4,3 @@ from clkit.evaluation import Evaluation, evaluate
 from clkit.training.loop import ModelFactory, describe, run
 from clkit.training.result import Result
 from clkit.training.settings import Training
-
-__all__ = ["Evaluation", "ModelFactory", "Result", "Training", "describe", "evaluate", "run"]

@@ -16,10 +16,10 @@ from torch import nn
 
 from clkit import data, models
 from clkit.data import Dataset, Examples, Normalize, Stream
-from clkit.experiments.packs import pack
-from clkit.experiments.pretraining import Recipe, restored
 from clkit.tangent import Linearized
 from clkit.training import Training
+from studies.packs import pack
+from studies.pretraining import Recipe, restored
 
 SCRIPTS = ("greek", "cyrillic", "armenian", "georgian")
 CLASSES, TRAINED, SHOTS, JITTER = 100, 40, 3, 1.5

@@ -13,11 +13,11 @@ from clkit import landscape, representation
 from clkit.consolidation import HCMM, Consolidation, Context, Merged, Merging, Progress, correct, importance_merge
 from clkit.data import Stream
 from clkit.experiments.grid import Grid, accuracies
-from clkit.experiments.hcmm.grids import LINEAR, MODES, TRAINING
-from clkit.experiments.hcmm.settings import glyphs, model
 from clkit.experiments.statistics import AXES, paired_difference
 from clkit.training import Result, run
 from clkit.weights import Weights, get_weights, set_weights
+from studies.hcmm.grids import LINEAR, MODES, TRAINING
+from studies.hcmm.settings import glyphs, model
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,8 +9,8 @@ import torch
 
 from clkit import alignment, data, landscape, models
 from clkit.data import Dataset
-from clkit.experiments.clewi.grids import main
 from clkit.training import Training, run
+from studies.clewi.grids import main
 
 if TYPE_CHECKING:
     import pandas as pd

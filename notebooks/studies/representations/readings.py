@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from clkit import normalization, representation, weights
-from clkit.experiments.representations.networks import (
+from clkit.experiments.statistics import paired_difference
+from clkit.training import Result, Training
+from clkit.weights import Weights
+from studies.representations.networks import (
     ENCODING,
     TASKS,
     TUNING,
@@ -18,9 +21,6 @@ from clkit.experiments.representations.networks import (
     encoder,
     letters,
 )
-from clkit.experiments.statistics import paired_difference
-from clkit.training import Result, Training
-from clkit.weights import Weights
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,9 +10,7 @@ import torch
 from clkit import curvature, data, models, weights
 from clkit.consolidation import CLeWI
 from clkit.data import Dataset
-from clkit.experiments.clewi.published import ALPHA, DATASETS, PAIRS, RATE
 from clkit.experiments.grid import Grid
-from clkit.experiments.named import stream
 from clkit.experiments.plan import Method, Model
 from clkit.learners import (
     AGEM,
@@ -37,6 +35,8 @@ from clkit.learners import (
     Sum,
 )
 from clkit.training import Result, Training
+from studies.clewi.published import ALPHA, DATASETS, PAIRS, RATE
+from studies.named import stream
 
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # of ten classes each, in bytes
 GENTLE = 0.03  # the learning rate, at a laptop's scale, of rules with a penalty or a projection; of others it is 0.1

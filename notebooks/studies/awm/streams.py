@@ -9,8 +9,8 @@ import torch
 from clkit import data
 from clkit.data import Augment, Dataset, Normalize, Stream
 from clkit.data.core import Scenario
-from clkit.experiments.awm.backbones import latin
-from clkit.experiments.packs import pack
+from studies.awm.backbones import latin
+from studies.packs import pack
 
 SCRIPTS = ("greek", "cyrillic", "armenian", "georgian", "arrows", "math")
 PAPER = ("stanford_cars", "cub200", "flowers102", "food101", "sketches", "wikiart")

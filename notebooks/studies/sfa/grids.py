@@ -13,12 +13,12 @@ from clkit import data, models, weights
 from clkit.consolidation import SFA, Cosine, Drift, Merging, Plateau, Velocity
 from clkit.data import Stream
 from clkit.experiments.grid import Grid
-from clkit.experiments.named import dataset
 from clkit.experiments.pages import Page
 from clkit.experiments.plan import Method
 from clkit.experiments.statistics import Difference, paired_difference
 from clkit.learners import EWC, L2, LEARNERS, DataBuffer, Joint, Learner, OnlineEWC
 from clkit.training import Result, Training, run
+from studies.named import dataset
 
 if TYPE_CHECKING:
     import pandas as pd

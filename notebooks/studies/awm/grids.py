@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from clkit import models
 from clkit.data import Stream
 from clkit.data.core import Scenario
-from clkit.experiments.awm.backbones import pretrained, untrained
-from clkit.experiments.awm.streams import CLASSES, SCRIPTS, characters, pictures, scripts
 from clkit.experiments.grid import Grid
 from clkit.experiments.plan import Method
 from clkit.learners import EWC, Learner, LwF, PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, Rule, modulated
 from clkit.training import Training
+from studies.awm.backbones import pretrained, untrained
+from studies.awm.streams import CLASSES, SCRIPTS, characters, pictures, scripts
 
 if TYPE_CHECKING:
     import pandas as pd

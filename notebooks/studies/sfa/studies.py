@@ -11,10 +11,10 @@ from clkit.consolidation import SFA, Context, Merged, merge_steps
 from clkit.data import Stream
 from clkit.experiments.grid import Grid
 from clkit.experiments.plan import Method
-from clkit.experiments.sfa.grids import conflict, even_odd, frontier, small_mlp
-from clkit.experiments.sfa.theory import effective_strength
 from clkit.learners import L2, Learner
 from clkit.training import Training, run
+from studies.sfa.grids import conflict, even_odd, frontier, small_mlp
+from studies.sfa.theory import effective_strength
 
 if TYPE_CHECKING:
     import pandas as pd

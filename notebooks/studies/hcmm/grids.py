@@ -6,10 +6,10 @@ from functools import partial
 
 from clkit.consolidation import HCMM, Consolidation, Merging
 from clkit.experiments.grid import Grid
-from clkit.experiments.hcmm.settings import known, model
 from clkit.experiments.plan import Method
 from clkit.learners import EWC, Joint, Learner, LwF
 from clkit.training import Training
+from studies.hcmm.settings import known, model
 
 TRAINING = Training(
     epochs=5, batch=64, lr=1e-3, optimizer="adamw", schedule="cosine", warmup=0.1, clip=1.0, labels="task"

@@ -15,8 +15,8 @@ from functools import partial
 from torch import nn
 
 from clkit import data, models
-from clkit.experiments.pretraining import Recipe, restored
 from clkit.training import Training
+from studies.pretraining import Recipe, restored
 
 
 def latin(seed: int = 0, *, per_class: int = 480, size: int = 28) -> data.Stream:

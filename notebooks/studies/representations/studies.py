@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from clkit import alignment, data, models, normalization, representation, weights
 from clkit.data import Stream
 from clkit.evaluation import evaluate
-from clkit.experiments.representations.networks import (
+from clkit.representation import with_weights
+from clkit.training import Training
+from clkit.weights import Weights
+from studies.representations.networks import (
     ENCODING,
     LAYERS,
     METHODS,
@@ -27,9 +30,6 @@ from clkit.experiments.representations.networks import (
     letters,
     pair,
 )
-from clkit.representation import with_weights
-from clkit.training import Training
-from clkit.weights import Weights
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,9 +17,9 @@ from clkit.data import Examples, Stream, Text
 from clkit.evaluation import bits_per_byte, exact_match
 from clkit.experiments.grid import Grid
 from clkit.experiments.plan import Method
-from clkit.experiments.sfa.grids import knobs
 from clkit.learners import ER, EWC, L2, DataBuffer, Joint, Learner
 from clkit.training import Result, Training, run
+from studies.sfa.grids import knobs
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,0 +1,213 @@
+"""Settings checked from their annotations, in one place; and what to say of a name that is not known.
+
+A dataclass of settings says what each field may be, and asks for the check once:
+
+```python
+@dataclass(frozen=True)
+class Blend:
+    alpha: Share = 0.3                        # a number in [0, 1]
+    align: Literal["activations", "weights"] | None = "activations"
+    rounds: Annotated[int, Range(1)] = 10     # a whole number, at least 1
+    __post_init__ = checks.fields
+```
+
+`arguments` does the same for the parameters of a function. What is annotated otherwise, tensors and modules for
+example, passes unchecked. Numbers of numpy become Python's, and lists become tuples where a tuple is asked for.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, both among them unless `open` names "low", "high" or "both".
+
+    `means` says what a number stands for, where the name of the setting does not: it ends the error.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open: Literal["", "low", "high", "both"] = ""
+    means: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.open in ("low", "both") else self.low <= value
+        below = value < self.high if self.open in ("high", "both") else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        text = f", {self.means}" if self.means else ""
+        if self.high == math.inf:
+            least = f", {'above' if self.open in ('low', 'both') else 'at least'} {self.low:g}"
+            return ("" if self.low == -math.inf else least) + text
+        ends = "(" if self.open in ("low", "both") else "[", ")" if self.open in ("high", "both") else "]"
+        return f" in {ends[0]}{self.low:g}, {self.high:g}{ends[1]}{text}"
+
+
+Share = Annotated[float, Range(0, 1)]
+Part = Annotated[float, Range(0, 1, "high")]
+Positive = Annotated[float, Range(0, open="low")]
+NotNegative = Annotated[float, Range(0)]
+Count = Annotated[int, Range(1)]
+Index = Annotated[int, Range(0)]
+
+_NO = object()  # what does not fit
+
+
+def fields(settings: Any) -> None:
+    """Checks every field of a dataclass against its annotation: made to be its `__post_init__`.
+
+    Raises ValueError that names the field, its value and what to give instead.
+    """
+    for name, hint in _hints(type(settings)).items():
+        old = getattr(settings, name, _NO)
+        if old is not _NO and (new := value(name, old, hint)) is not old:
+            object.__setattr__(settings, name, new)
+
+
+def arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function check its arguments against their annotations before it begins; ValueError as in `fields`."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound, hints = signature.bind(*args, **kwargs), _hints(function)
+        for name, old in bound.arguments.items():
+            if name in hints:
+                bound.arguments[name] = value(name, old, hints[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return checked
+
+
+def value(name: str, given: Any, hint: Any) -> Any:
+    """The value of a setting, in Python's own types, or a ValueError that says what the annotation `hint` allows."""
+    found = _fit(given, hint)
+    if found is not _NO:
+        return found
+    words = [word for part in _parts(hint) if get_origin(part) is Literal for word in get_args(part)]
+    if words and isinstance(given, str):
+        raise unknown(name, given, words, others=[_words(p) for p in _parts(hint) if get_origin(p) is not Literal])
+    raise ValueError(f"{name}: {given!r}; give {expects(hint)}")
+
+
+def choice(name: str, given: Any, known: Iterable[Any]) -> Any:
+    """The value, if it is one of those known when the program runs (a table's keys, say); else a ValueError."""
+    options = list(known)
+    if given not in options:
+        raise unknown(name, given, options)
+    return given
+
+
+def unknown(
+    name: str, given: object, known: Iterable[Any], *, others: Sequence[str] = (), cutoff: float = 0.5
+) -> ValueError:
+    """Builds the error for a name that is not known: the close matches, and the first twenty that are known."""
+    options = list(dict.fromkeys(map(str, known)))
+    lower = {option.lower(): option for option in options}
+    close = [lower[match] for match in get_close_matches(str(given).lower(), lower, cutoff=cutoff)]
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    shown = ", ".join(options[:20]) + (", ..." if len(options) > 20 else "")
+    return ValueError(f"{name}: {given!r} is unknown; choose one of {' or '.join([shown, *others])}{hint}")
+
+
+def expects(hint: Any) -> str:
+    """What an annotation allows, in words: "a whole number, at least 1, or none"."""
+    return " or ".join(dict.fromkeys(_words(part) for part in _parts(hint)))
+
+
+@functools.cache
+def _hints(thing: Any) -> dict[str, Any]:
+    """The annotations that can be checked, by name."""
+    hints = get_type_hints(thing, include_extras=True)
+    wanted = {name: hint for name, hint in hints.items() if name != "return" and _checkable(hint)}
+    if isinstance(thing, type):
+        own = {name for name, field in getattr(thing, "__dataclass_fields__", {}).items() if field.init}
+        return {name: hint for name, hint in wanted.items() if name in own}
+    return wanted
+
+
+def _parts(hint: Any) -> list[Any]:
+    return [p for a in get_args(hint) for p in _parts(a)] if get_origin(hint) in (Union, UnionType) else [hint]
+
+
+def _checkable(hint: Any) -> bool:
+    """Whether every part of an annotation is a number, a word, a path, None, or a tuple of such."""
+    for part in _parts(hint):
+        base = get_args(part)[0] if get_origin(part) is Annotated else part
+        if get_origin(base) is tuple:
+            if not all(_checkable(inner) for inner in get_args(base) if inner is not ...):
+                return False
+        elif get_origin(base) is not Literal and base not in (bool, int, float, str, Path, NoneType, None):
+            return False
+    return True
+
+
+def _fit(given: Any, hint: Any) -> Any:
+    """The value in Python's own types if it fits the annotation, else `_NO`."""
+    for part in _parts(hint):
+        ranges: tuple[Any, ...] = ()
+        if get_origin(part) is Annotated:
+            part, *rest = get_args(part)
+            ranges = tuple(r for r in rest if isinstance(r, Range))
+        found = _plain(given, part)
+        if found is not _NO and all(found in r for r in ranges):
+            return found
+    return _NO
+
+
+def _plain(given: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        return next((word for word in get_args(kind) if word == given and type(word) is type(given)), _NO)
+    if get_origin(kind) is tuple:
+        return _tuple(given, get_args(kind))
+    if kind in (NoneType, None):
+        return None if given is None else _NO
+    if kind is bool:
+        return bool(given) if isinstance(given, bool) or str(getattr(given, "dtype", "")) == "bool" else _NO
+    if kind in (int, float):
+        if isinstance(given, bool) or not isinstance(given, Integral if kind is int else Real):
+            return _NO
+        number: Any = given
+        return given if type(given) in (int, float) else kind(number)
+    return given if isinstance(given, kind) else _NO
+
+
+def _tuple(given: Any, kinds: tuple[Any, ...]) -> Any:
+    if hasattr(given, "tolist") and getattr(given, "ndim", 0) == 1:
+        given = given.tolist()
+    if not isinstance(given, tuple | list | range):
+        return _NO
+    inner = [kinds[0]] * len(given) if kinds[-1:] == (...,) else list(kinds)
+    if len(inner) != len(given):
+        return _NO
+    found = tuple(_fit(item, kind) for item, kind in zip(given, inner, strict=True))
+    same = isinstance(given, tuple) and all(a is b for a, b in zip(found, given, strict=True))
+    return _NO if _NO in found else given if same else found
+
+
+def _words(hint: Any) -> str:
+    """What one part of an annotation allows."""
+    ranges = ""
+    if get_origin(hint) is Annotated:
+        hint, *rest = get_args(hint)
+        ranges = "".join(str(r) for r in rest if isinstance(r, Range))
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(word) for word in get_args(hint))
+    if get_origin(hint) is tuple:
+        inner = list(dict.fromkeys(_words(kind) for kind in get_args(hint) if kind is not ...))
+        return f"several, each {' or '.join(inner)}"
+    words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    return words.get(hint, "None") + ranges

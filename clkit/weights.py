@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False) -> Iterator[None]:
+    """Calls each module's own hook whenever the module runs, as torch calls forward hooks, and takes all away again.
+
+    A hook is called as `hook(module, inputs, output)`, with `before` as `hook(module, inputs)` before the module runs.
+    What it returns, if not None, takes the place of the output (or of the inputs).
+    """
+    handles = []
+    try:
+        for module, hook in hooks:
+            handles.append(module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def get_weights(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:

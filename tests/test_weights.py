@@ -183,3 +183,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(OSError, match="disk"):
         weights.write_atomically(path, write)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_hooks_are_called_and_taken_away_even_after_an_error():
+    net, seen = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), []
+    with weights.hooked([(net[0], lambda _, __, out: seen.append(out.shape)), (net[1], lambda _, __, out: out + 1)]):
+        doubled = net(torch.ones(4, 2))
+    assert seen == [(4, 3)] and torch.equal(doubled, net(torch.ones(4, 2)) + 1)
+    with pytest.raises(RuntimeError), weights.hooked([(net[0], lambda _, args: seen.append(args))], before=True):
+        net(torch.ones(4, 5))
+    assert len(seen) == 2 and not net[0]._forward_hooks and not net[0]._forward_pre_hooks

@@ -139,6 +139,20 @@ def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     return x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
 
 
+def ridge(design: Tensor, targets: Tensor, strength: float) -> Tensor:
+    """The M (in, out) of least ||X M - Y||^2 + strength m ||M||^2, for a design X (N, in) and targets Y (N, out).
+
+    m is the mean eigenvalue of X^T X, which makes `strength` a number without a unit. There is no bias: append a column
+    of ones to X for one. M is 0 for a design of zeros.
+    """
+    gram = design.T @ design
+    scale = gram.diagonal().mean()
+    if not scale:
+        return targets.new_zeros(design.shape[1], targets.shape[1])
+    gram.diagonal().add_(strength * scale)
+    return torch.linalg.solve(gram, design.T @ targets)
+
+
 def trace(diagonal: Mapping[str, Tensor]) -> float:
     """The sum of all entries, in double precision; of the Fisher information it is a measure of plasticity."""
     return float(torch.stack([t.double().sum() for t in diagonal.values()]).sum()) if diagonal else 0.0

@@ -14,8 +14,9 @@ from torch import nn
 import toys
 from clkit import checkpoint, curvature, merging, models, normalization
 from clkit.consolidation import HCMM, Context, Progress, importance_merge
-from clkit.consolidation.correction import descend, mismatch, projections, ridge
+from clkit.consolidation.correction import descend, mismatch, projections
 from clkit.consolidation.hcmm import carried, shares
+from clkit.curvature import ridge
 from clkit.learners import ER, Learner
 from clkit.representation import activations
 from clkit.tangent import Linearized

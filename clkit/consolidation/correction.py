@@ -18,19 +18,6 @@ Targets = Sequence[tuple[float, Tensor]]
 Layer = nn.Linear | nn.Conv2d
 
 
-def ridge(design: Tensor, residual: Tensor, strength: float) -> Tensor:
-    """The M (in, out) of least ||X M - Y||^2 + strength m ||M||^2, for a design X (N, in) and a residual Y (N, out).
-
-    m is the mean eigenvalue of X^T X, which makes `strength` a number without a unit. M is 0 for a design of zeros.
-    """
-    gram = design.T @ design
-    scale = gram.diagonal().mean()
-    if not scale:
-        return residual.new_zeros(design.shape[1], residual.shape[1])
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + strength * scale * eye, design.T @ residual)
-
-
 def mismatch(features: Tensor, targets: Targets, loss: str) -> Tensor:
     """How far features (N, F) are from each of the targets, times the target's share, added up: a scalar.
 
@@ -115,7 +102,7 @@ def correct(
     design, features = read(model, merged, inputs, layer)
     if by == "ridge":
         wanted = torch.stack([part * target for part, target in targets]).sum(0)
-        move = ridge(design, wanted - features, strength)
+        move = curvature.ridge(design, wanted - features, strength)
     else:
         move = descend(design, features, targets, loss, lr=lr, steps=steps)
     both = [mismatch(f, targets, loss) for f in (features, features + design @ move)]

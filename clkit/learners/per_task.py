@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clkit import curvature
 from clkit.data import Batch, Task
 from clkit.learners.base import Learner, Setting, named, under
 from clkit.models import features
@@ -139,9 +140,7 @@ class PerTask(Learner):
         for number in (None, *self.trained):
             state = net.initial() if number is None else self.trained[number]
             f = F.pad(features(net.folded(state), x).double().flatten(0, -2), (0, 1), value=1.0)
-            gram = f[:half].T @ f[:half]
-            gram.diagonal().add_(0.01 * gram.diagonal().mean())
-            fit = torch.linalg.solve(gram, f[:half].T @ answers[:half])
+            fit = curvature.ridge(f[:half], answers[:half], 0.01)
             errors[number] = float((f[half:] @ fit - answers[half:]).square().mean())
         best = min(errors, key=lambda number: errors[number])
         return None if best is None else self.trained[best]

@@ -19,6 +19,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -64,6 +65,7 @@ Count = Annotated[int, Range(1)]
 Index = Annotated[int, Range(0)]
 
 _NO = object()  # what does not fit
+_MANY = (tuple, list, Sequence)
 
 
 def fields(settings: Any) -> None:
@@ -123,6 +125,21 @@ def unknown(
     return ValueError(f"{name}: {given!r} is unknown; choose one of {' or '.join([shown, *others])}{hint}")
 
 
+def parse(name: str, text: str, hint: Any) -> Any:
+    """The value that a text stands for under an annotation, in a shell for example; several are written with commas.
+
+    Raises ValueError, as `value` does, where it stands for none.
+    """
+    found = _read(text, hint)
+    return value(name, text, hint) if found is _NO else found
+
+
+def readable(hint: Any) -> Any:
+    """The parts of an annotation whose values a text can stand for; None if there is none."""
+    parts = tuple(part for part in _parts(hint) if _checkable(part))
+    return Union[parts] if any(part is not NoneType for part in parts) else None  # noqa: UP007
+
+
 def expects(hint: Any) -> str:
     """What an annotation allows, in words: "a whole number, at least 1, or none"."""
     return " or ".join(dict.fromkeys(_words(part) for part in _parts(hint)))
@@ -147,7 +164,7 @@ def _checkable(hint: Any) -> bool:
     """Whether every part of an annotation is a number, a word, a path, None, or a tuple of such."""
     for part in _parts(hint):
         base = get_args(part)[0] if get_origin(part) is Annotated else part
-        if get_origin(base) is tuple:
+        if get_origin(base) in _MANY:
             if not all(_checkable(inner) for inner in get_args(base) if inner is not ...):
                 return False
         elif get_origin(base) is not Literal and base not in (bool, int, float, str, Path, NoneType, None):
@@ -171,8 +188,8 @@ def _fit(given: Any, hint: Any) -> Any:
 def _plain(given: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return next((word for word in get_args(kind) if word == given and type(word) is type(given)), _NO)
-    if get_origin(kind) is tuple:
-        return _tuple(given, get_args(kind))
+    if get_origin(kind) in _MANY:
+        return _tuple(given, get_args(kind) + (...,) * (get_origin(kind) is not tuple))
     if kind in (NoneType, None):
         return None if given is None else _NO
     if kind is bool:
@@ -183,6 +200,27 @@ def _plain(given: Any, kind: Any) -> Any:
         number: Any = given
         return given if type(given) in (int, float) else kind(number)
     return given if isinstance(given, kind) else _NO
+
+
+def _read(text: str, hint: Any) -> Any:
+    """What a text stands for, `_NO` if nothing: None before numbers, numbers before words, a list if it has commas."""
+    order = [NoneType, bool, int, float, Literal, str, Path, tuple]
+    found: list[tuple[int, Any]] = []
+    for part in _parts(hint):
+        kind = get_args(part)[0] if get_origin(part) is Annotated else part
+        if get_origin(kind) in _MANY:
+            items = [_read(item.strip(), get_args(kind)[0]) for item in text.split(",") if item.strip()]
+            if _NO not in items:
+                found.append((0 if "," in text else order.index(tuple), tuple(items)))
+        elif get_origin(kind) is Literal:
+            found += [(order.index(Literal), word) for word in get_args(kind) if str(word) == text]
+        elif kind in (NoneType, bool):
+            words = {"none": None} if kind is NoneType else {"true": True, "false": False}
+            found += [(order.index(kind), words[text.lower()])] if text.lower() in words else []
+        elif kind in order:
+            with suppress(ValueError):
+                found.append((order.index(kind), kind(text)))
+    return min(found, key=lambda pair: pair[0])[1] if found else _NO
 
 
 def _tuple(given: Any, kinds: tuple[Any, ...]) -> Any:
@@ -206,7 +244,7 @@ def _words(hint: Any) -> str:
         ranges = "".join(str(r) for r in rest if isinstance(r, Range))
     if get_origin(hint) is Literal:
         return " or ".join(repr(word) for word in get_args(hint))
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in _MANY:
         inner = list(dict.fromkeys(_words(kind) for kind in get_args(hint) if kind is not ...))
         return f"several, each {' or '.join(inner)}"
     words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from clkit import experiments
+from clkit import benchmarks, checks, experiments
 
 GROUPS = ("training", "stream", "model", "rule", "learner", "consolidation")
 
@@ -115,9 +115,11 @@ def run(argv: Sequence[str]) -> int:
         for destination, (part, option) in destinations.items():
             text = getattr(parsed, destination)
             if text is not None:
-                settings[part][option.name] = option.parse(text)
+                settings[part][option.name] = checks.parse(option.name, text, option.hint)
             elif option.required and not (part == "stream" and parsed.data is not None):
-                raise ValueError(f"{parts[part]} needs --{destination.replace('_', '-')}, {option.expects}")
+                raise ValueError(
+                    f"{parts[part]} needs --{destination.replace('_', '-')}, {checks.expects(option.hint)}"
+                )
         if parsed.data is not None:
             settings["stream"]["path"] = parsed.data
         result = experiments.run_single(
@@ -159,10 +161,10 @@ def bench(argv: Sequence[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     chosen = parser.parse_all(argv)
     if chosen.list:
-        print("\n".join(experiments.benchmarks()))
+        print("\n".join(benchmarks.benchmarks()))
         return 0
     try:
-        rows = list(experiments.bench(chosen.names, progress=not chosen.quiet))
+        rows = list(benchmarks.rows(chosen.names, progress=not chosen.quiet))
     except ValueError as error:
         return _complain(error)
     except (RuntimeError, OSError) as error:
@@ -210,10 +212,8 @@ def _add_settings(parser: argparse.ArgumentParser, parts: dict[str, str]) -> dic
         for option in experiments.options(part, parts[part]):
             destination = option.name if option.name not in taken else f"{part}_{option.name}"
             taken.add(destination)
-            default = "required" if option.required else f"default: {option.shown}".replace("%", "%%")
-            group.add_argument(
-                f"--{destination.replace('_', '-')}", metavar="VALUE", help=f"{option.expects}; {default}"
-            )
+            takes = f"{checks.expects(option.hint)}; " + ("required" if option.required else f"default: {option.shown}")
+            group.add_argument(f"--{destination.replace('_', '-')}", metavar="VALUE", help=takes.replace("%", "%%"))
             destinations[destination] = (part, option)
     return destinations
 

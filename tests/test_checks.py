@@ -92,3 +92,20 @@ def test_a_choice_known_when_the_program_runs():
     assert checks.choice("name", "a", {"a": 1}) == "a"
     with pytest.raises(ValueError, match="name: 'z' is unknown; choose one of a, b"):
         checks.choice("name", "z", ["a", "b"])
+
+
+def test_a_text_stands_for_the_most_special_value_that_fits():
+    hint = bool | int | float | tuple[int | float, ...] | Literal["search"] | None
+    texts = {"none": None, "TRUE": True, "3": 3, "0.5": 0.5, "1e-3": 1e-3, "1,0.5": (1, 0.5), "search": "search"}
+    found = {text: checks.parse("x", text, hint) for text in texts}
+    assert found == texts and [type(found[text]) for text in ("TRUE", "3")] == [bool, int]
+    assert checks.parse("x", "4", tuple[int, ...]) == (4,) and checks.parse("x", "any", str | None) == "any"
+    for text, words in (("y", "x: 'y' is unknown; choose one of search"), ("1,a", "x: '1,a' is unknown")):
+        with pytest.raises(ValueError, match=words):
+            checks.parse("x", text, hint)
+    with pytest.raises(ValueError, match="x: 'y'; give a whole number, at least 1 or None"):
+        checks.parse("x", "y", Count | None)
+
+
+def test_what_no_text_can_stand_for_is_left_out():
+    assert checks.readable(int | np.ndarray) is int and checks.readable(np.ndarray | None) is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clkit import cli, experiments
+from clkit import checks, cli, experiments
 from clkit.learners import LEARNERS, PerTask
 
 QUICK = [
@@ -114,10 +114,10 @@ def test_run_reads_a_folder_of_images(capsys, tmp_path):
     ("argv", "message"),
     [
         (["rum"], "invalid choice: 'rum'"),
-        (["run", "--learner", "EWK"], "learner='EWK' is unknown"),
+        (["run", "--learner", "EWK"], "learner: 'EWK' is unknown"),
         (["run", "--stream", "digit"], "did you mean 'digits'"),
         (["run", "--learner", "ER", "--memroy", "5"], "did you mean --memory?"),
-        (["run", "--lr", "fast"], "lr: 'fast' is not a number"),
+        (["run", "--lr", "fast"], "lr: 'fast'; give a number"),
         (["run", "--lr", "-1"], "lr"),
         (["run", "--tasks", "0"], "--tasks: '0' is not a whole number from 1 on"),
         (["run", "--tasks", "99"], "tasks=99"),
@@ -126,7 +126,7 @@ def test_run_reads_a_folder_of_images(capsys, tmp_path):
         (["run", "--model", "torchvision"], "torchvision needs --name"),
         (["run", "--data", "nowhere"], "nowhere"),
         (["run", "--device", "abacus"], "abacus"),
-        (["bench", "sleep"], "benchmark='sleep' is unknown"),
+        (["bench", "sleep"], "benchmark: 'sleep' is unknown"),
         (["figures", "--jobs", "many"], "'many' is not a whole number"),
         (["figures", "--profile", "paper", "--write"], "--write"),
     ],
@@ -142,15 +142,6 @@ def test_a_diverging_run_is_one_line_and_status_1(capsys):
     assert status == 1 and err.count("\n") == 1 and "smaller lr" in err
 
 
-def test_options_turn_text_into_values():
-    option = experiments.Option("x", 0, (type(None), bool, int, float, (tuple, (int, float)), str))
-    texts = {"none": None, "true": True, "3": 3, "0.5": 0.5, "1e-3": 1e-3, "1,0.5": (1, 0.5), "search": "search"}
-    assert {text: option.parse(text) for text in texts} == texts
-    assert [type(option.parse(text)) for text in ("true", "3")] == [bool, int]
-    with pytest.raises(ValueError, match="x: 'y' is not a whole number or none"):
-        experiments.Option("x", 0, (int, type(None))).parse("y")
-
-
 @pytest.mark.parametrize("part", ["stream", "model", "learner", "consolidation"])
 def test_every_choice_has_options_that_take_their_own_defaults(part):
     names = experiments.choices(part)
@@ -158,13 +149,13 @@ def test_every_choice_has_options_that_take_their_own_defaults(part):
     for name in names:
         for option in experiments.options(part, name):
             if isinstance(option.default, int | float | str | None):
-                assert option.parse(option.shown) == option.default, (name, option)
+                assert checks.parse(option.name, option.shown, option.hint) == option.default, (name, option)
 
 
 def test_bench_prints_ratios(capsys, monkeypatch):
     row = {"name": "merge", "ours": 4.0, "theirs": 2.0, "ratio": 2.0}
-    found = {"one": lambda: row, "many": lambda: [row, row | {"unit": "images a second"}]}
-    monkeypatch.setattr("clkit.experiments.ratios.benchmarks", lambda: found)
+    found = {"one": lambda: [row], "many": lambda: [row, row | {"unit": "images a second"}]}
+    monkeypatch.setattr("clkit.benchmarks.benchmarks", lambda: found)
     status, out, _ = call(capsys, "bench", "--quiet")
     assert status == 0 and out.count("2.00") == 3 and "images a second" in out
     assert json.loads(call(capsys, "bench", "one", "--quiet", "--json")[1]) == [row]
@@ -198,4 +189,4 @@ def test_the_program_itself(tmp_path):
     command = [sys.executable, "-m", "clkit.cli", "run", *QUICK, "--learner", "nothing-like-it"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("clkit: learner='nothing-like-it' is unknown") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("clkit: learner: 'nothing-like-it' is unknown") and "Traceback" not in done.stderr

@@ -7,18 +7,13 @@ weights into every shortcut before.
 """
 
 import copy
-import json
-import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from clkit import alignment, data, models
-from clkit.benchmarks import interleaved
+from clkit.benchmarks import Row, apart, interleaved, row
 from clkit.weights import get_weights
 
 IMAGES, BATCH, REPEATS = 200, 25, 3
@@ -63,8 +58,8 @@ def correlation(first: nn.Module, second: nn.Module, batches: list[Tensor]) -> T
 
 
 @torch.no_grad()
-def measure() -> dict[str, list[float]]:
-    """Seconds of each way, `REPEATS` times, interleaved, in this process as it stands."""
+def measure() -> dict[str, float]:
+    """Seconds of each way, interleaved, in this process as it stands."""
     from scipy.optimize import linear_sum_assignment
 
     g = torch.Generator().manual_seed(0)
@@ -96,18 +91,11 @@ def measure() -> dict[str, list[float]]:
     return interleaved(ways, REPEATS)
 
 
-def bench() -> list[dict[str, object]]:
-    """Rows of the table: our rate over each other's, medians of one interleaved run in a process of one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "clkit.benchmarks.alignment"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    ours, forward, prefixed = (statistics.median(values) for values in json.loads(done.stdout).values())
-    rate = {"unit": "alignments a second", "ours": 1 / ours}
+def bench() -> list[Row]:
+    """Our rate over each other's."""
+    seconds = apart(measure)
+    names = {"prefixes": "a prefix network each", "forward": "the two forward passes alone"}
     return [
-        {"name": "alignment / a prefix network each", **rate, "theirs": 1 / prefixed, "ratio": prefixed / ours},
-        {"name": "alignment / the two forward passes alone", **rate, "theirs": 1 / forward, "ratio": forward / ours},
+        row(f"alignment / {words}", "alignments a second", 1 / seconds["ours"], 1 / seconds[way])
+        for way, words in names.items()
     ]
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure()))

@@ -1,19 +1,17 @@
 """Filling a memory: one vectorised write a batch against one row at a time, and against the step that it follows."""
 
 import random
-import statistics
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from clkit.benchmarks import interleaved
+from clkit.benchmarks import Row, interleaved, row
 from clkit.memory import Memory
 
 ROWS, BATCH, CAPACITY, REPEATS = 4096, 64, 500, 7
 
 
-def bench() -> list[dict[str, object]]:
+def bench() -> list[Row]:
     """Rows a second offered to a reservoir of bytes in the format of MNIST; then a write as a share of a step."""
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (ROWS, 1, 28, 28), generator=g, dtype=torch.uint8)
@@ -42,11 +40,9 @@ def bench() -> list[dict[str, object]]:
             nn.functional.cross_entropy(net(inputs), torch.cat([y[start : start + BATCH]] * 2)).backward()
             optimizer.step()
 
-    ways: dict[str, Callable[[], None]] = {"ours": vectorised, "theirs": one_by_one, "steps": steps}
-    seconds = interleaved(ways, REPEATS)
-    ours, theirs, step = (statistics.median(seconds[name]) for name in ways)
-    rate = {"unit": "rows a second", "ours": ROWS / ours}
+    seconds = interleaved({"ours": vectorised, "theirs": one_by_one, "steps": steps}, REPEATS)
+    ours, theirs, step = (ROWS / s for s in seconds.values())
     return [
-        {"name": "memory write, a batch / a row at a time", **rate, "theirs": ROWS / theirs, "ratio": theirs / ours},
-        {"name": "memory write / the perceptron's training step", **rate, "theirs": ROWS / step, "ratio": step / ours},
+        row("memory write, a batch / a row at a time", "rows a second", ours, theirs),
+        row("memory write / the perceptron's training step", "rows a second", ours, step),
     ]

@@ -3,17 +3,14 @@
 Five networks of ResNet-18's shapes, one CPU thread, each way in processes of its own.
 """
 
-import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
 from torch import Tensor
 
+from clkit.benchmarks import Row, apart, row
 from clkit.benchmarks.weights import resnet18
 from clkit.merging import ties
 from clkit.weights import Weights
@@ -47,27 +44,14 @@ def measure(way: str) -> dict[str, float]:
     return {"seconds": seconds, "networks": TASKS + 1 + grown}
 
 
-def bench() -> list[dict[str, object]]:
+def bench() -> list[Row]:
     """Merges a second, and networks in memory at most; medians over processes, taking turns."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    found: dict[str, list[dict[str, float]]] = {"pieces": [], "sorting": []}
-    for _ in range(PROCESSES):
-        for way, results in found.items():
-            command = [sys.executable, "-m", "clkit.benchmarks.merging", way]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            results.append(json.loads(done.stdout))
-    ours, theirs = (
-        {key: statistics.median(r[key] for r in results) for key in ("seconds", "networks")}
-        for results in found.values()
+    found = [(apart(measure, "pieces"), apart(measure, "sorting")) for _ in range(PROCESSES)]
+    (ours, most), (theirs, their_most) = (
+        [statistics.median(results[key] for results in way) for key in ("seconds", "networks")]
+        for way in zip(*found, strict=True)
     )
-    rate = {"ours": 1 / ours["seconds"], "theirs": 1 / theirs["seconds"]}
-    space = {"ours": ours["networks"], "theirs": theirs["networks"]}
-    name, memory = "TIES of 5, pieces / sorting", f"TIES of {TASKS}, memory with inputs and base"
     return [
-        {"name": name, "unit": "merges a second", **rate, "ratio": theirs["seconds"] / ours["seconds"]},
-        {"name": memory, "unit": "networks", **space, "ratio": theirs["networks"] / ours["networks"]},
+        row(f"TIES of {TASKS}, pieces / sorting", "merges a second", 1 / ours, 1 / theirs),
+        row(f"memory of TIES of {TASKS}, pieces / sorting", "networks at most", most, their_most),
     ]
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1])))

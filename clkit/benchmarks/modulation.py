@@ -4,7 +4,6 @@ A step is what `training.run` does: forward, backward and AdamW; the plain one t
 of 28 x 28 pixels on the device that torch has, with one CPU thread.
 """
 
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from clkit import models
-from clkit.benchmarks import interleaved
+from clkit.benchmarks import Row, interleaved, row
 from clkit.benchmarks.training import digits_like
 from clkit.modulation import Modulated, Modulation
 
@@ -62,9 +61,9 @@ def inference(net: nn.Module) -> Callable[[], None]:
     return run
 
 
-def bench() -> list[dict[str, object]]:
+def bench() -> list[Row]:
     """Seconds a step and a pass: ours is the modulated one, so a ratio above 1 says how much slower it is."""
-    rows = []
+    table = []
     with threadpool_limits(1):
         for name, backbone in networks().items():
             made = Modulated(backbone, Modulation(4, 4))
@@ -75,9 +74,8 @@ def bench() -> list[dict[str, object]]:
             }
             for title, (ours, theirs) in pairs.items():
                 seconds = interleaved({"ours": ours, "theirs": theirs}, REPEATS)
-                a, b = (statistics.median(seconds[way]) / STEPS for way in ("ours", "theirs"))
-                rows.append({"name": title, "unit": "seconds", "ours": a, "theirs": b, "ratio": a / b})
-    return rows
+                table.append(row(title, "seconds", seconds["ours"] / STEPS, seconds["theirs"] / STEPS))
+    return table
 
 
 def _batch(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

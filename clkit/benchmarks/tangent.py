@@ -6,11 +6,6 @@ through every layer twice: its rate can be 0.6 of the ordinary one. The perceptr
 which a hundred calls from Python add as much.
 """
 
-import json
-import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -20,7 +15,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clkit import models
-from clkit.benchmarks import interleaved
+from clkit.benchmarks import Row, apart, interleaved, row
 from clkit.benchmarks.training import digits_like
 from clkit.tangent import Linearized
 
@@ -47,8 +42,8 @@ class ByJvp(Linearized):
         return pair[0] + pair[1]
 
 
-def measure(name: str) -> dict[str, list[float]]:
-    """The seconds of a step of one network in each way, `REPEATS` times, interleaved, in this process as it stands."""
+def measure(name: str) -> dict[str, float]:
+    """The seconds of a step of one network in each way, interleaved, in this process as it stands."""
     factory, steps = NETWORKS[name]
     net = factory(digits_like(ROWS))
     x = torch.randn(ROWS, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -67,22 +62,15 @@ def measure(name: str) -> dict[str, list[float]]:
         return go
 
     ways = {"ours": train(Linearized(net)), "ordinary": train(net), "jvp": train(ByJvp(net))}
-    return {way: [s / steps for s in seconds] for way, seconds in interleaved(ways, REPEATS).items()}
+    return {way: seconds / steps for way, seconds in interleaved(ways, REPEATS).items()}
 
 
-def bench() -> list[dict[str, object]]:
-    """Rows of the table: our steps a second over each other's, medians of one interleaved run a network."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def bench() -> list[Row]:
+    """Our steps a second over each other's, one process a network."""
     table = []
     for name in NETWORKS:
-        command = [sys.executable, "-m", "clkit.benchmarks.tangent", name]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        seconds = {way: statistics.median(values) for way, values in json.loads(done.stdout).items()}
+        seconds = apart(measure, name)
         for way, words in (("ordinary", "an ordinary step"), ("jvp", "by torch.func.jvp")):
-            rates = {"ours": 1 / seconds["ours"], "theirs": 1 / seconds[way], "ratio": seconds[way] / seconds["ours"]}
-            table.append({"name": f"tangent step of {name} / {words}", "unit": "steps a second", **rates})
+            title = f"tangent step of {name} / {words}"
+            table.append(row(title, "steps a second", 1 / seconds["ours"], 1 / seconds[way]))
     return table
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1])))

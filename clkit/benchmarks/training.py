@@ -5,19 +5,14 @@ one epoch, one CPU thread. The DataLoader loops hold the memory as most replay c
 row.
 """
 
-import json
-import os
 import random
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from clkit import data, models
-from clkit.benchmarks import interleaved
+from clkit.benchmarks import Row, apart, interleaved, row
 from clkit.learners import ER
 from clkit.training import Training, run
 
@@ -54,11 +49,11 @@ def loaded(stream: data.Stream, dataset: torch.utils.data.Dataset) -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(inputs), labels).backward()
         optimizer.step()
-        for row in zip(x, y, strict=True):
+        for pair in zip(x, y, strict=True):
             if len(memory) < MEMORY:
-                memory.append(row)
+                memory.append(pair)
             elif (slot := random.randrange(seen + 1)) < MEMORY:
-                memory[slot] = row
+                memory[slot] = pair
             seen += 1
 
 
@@ -80,8 +75,8 @@ class Images(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.x[row].numpy())), self.y[row]
 
 
-def measure() -> dict[str, list[float]]:
-    """Rows a second of each loop, `REPEATS` times, interleaved, in this process as it stands."""
+def measure() -> dict[str, float]:
+    """Rows a second of each loop, interleaved, in this process as it stands."""
     stream = digits_like(ROWS)
     task = stream[0]
     tensors = torch.utils.data.TensorDataset(task.prepare(task.train.x), task.train.y)
@@ -92,27 +87,11 @@ def measure() -> dict[str, list[float]]:
         "DataLoader over images": lambda: loaded(stream, images),
     }
     resident(digits_like(BATCH))
-    return {name: [ROWS / s for s in seconds] for name, seconds in interleaved(loops, REPEATS).items()}
+    return {name: ROWS / seconds for name, seconds in interleaved(loops, REPEATS).items()}
 
 
-def bench() -> list[dict[str, object]]:
-    """Rows of the table: our rate over each other's, medians of one interleaved run in a process of one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "clkit.benchmarks.training"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    rates = {name: statistics.median(values) for name, values in json.loads(done.stdout).items()}
+def bench() -> list[Row]:
+    """Our rate over each other's."""
+    rates = apart(measure)
     ours = rates.pop("resident")
-    return [
-        {
-            "name": f"ER training, resident / {name}",
-            "unit": "images a second",
-            "ours": ours,
-            "theirs": r,
-            "ratio": ours / r,
-        }
-        for name, r in rates.items()
-    ]
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure()))
+    return [row(f"ER training, resident / {name}", "images a second", ours, rate) for name, rate in rates.items()]

@@ -4,17 +4,12 @@ Five networks of ResNet-18's shapes, one CPU thread. Traffic is ideal: every inp
 A result that is allocated is written to fresh memory, which the system has to hand out first; so is that of `clone`.
 """
 
-import json
-import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from clkit.benchmarks import interleaved
+from clkit.benchmarks import Row, apart, interleaved, row
 from clkit.merging import average, task_arithmetic
 from clkit.weights import lerp
 
@@ -34,8 +29,8 @@ def resnet18(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(s, generator=g) for name, s in (shapes | {"fc": (10, 512), "fc.bias": (10,)}).items()}
 
 
-def measure() -> dict[str, list[float]]:
-    """Gigabytes a second of each way, `REPEATS` times, interleaved, in this process as it stands."""
+def measure() -> dict[str, float]:
+    """Gigabytes a second of each way, interleaved, in this process as it stands."""
     *ws, base = (resnet18(seed) for seed in range(6))
     out = resnet18(9)
     ways: dict[str, tuple[int, Callable[[], object]]] = {
@@ -58,23 +53,14 @@ def measure() -> dict[str, list[float]]:
         way()
     size = sum(t.nbytes for t in base.values()) / 1e9
     seconds = interleaved({name: way for name, (_, way) in ways.items()}, REPEATS)
-    return {name: [networks * size / s for s in seconds[name]] for name, (networks, _) in ways.items()}
+    return {name: networks * size / seconds[name] for name, (networks, _) in ways.items()}
 
 
-def bench() -> list[dict[str, object]]:
+def bench() -> list[Row]:
     """Each sum against copying into place and, where it allocates its result, against cloning and plain code."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "clkit.benchmarks.weights"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    rates = {name: statistics.median(values) for name, values in json.loads(done.stdout).items()}
+    rates = apart(measure)
     table = []
     for name in ("lerp", "average of 5", "task arithmetic of 5"):
         pairs = [(f"{name} into place", "copy"), (name, "copy"), (name, "clone"), (name, f"{name}, written out")]
-        for ours, theirs in pairs:
-            pair = {"ours": rates[ours], "theirs": rates[theirs], "ratio": rates[ours] / rates[theirs]}
-            table.append({"name": f"{ours} / {theirs}", "unit": "GB a second", **pair})
+        table += [row(f"{a} / {b}", "GB a second", rates[a], rates[b]) for a, b in pairs]
     return table
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure()))

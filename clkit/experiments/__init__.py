@@ -11,6 +11,5 @@ from clkit.experiments.grid import SweepError, accuracies, stored_weights, sweep
 from clkit.experiments.notebooks import Outcome, execute, find
 from clkit.experiments.pages import Claims, Laws, Page, page, repository
 from clkit.experiments.plan import Method
-from clkit.experiments.ratios import bench, benchmarks
 from clkit.experiments.single import Option, about, choices, options, run_single
 from clkit.experiments.statistics import Difference, difference, paired_difference, summarise

@@ -75,7 +75,7 @@ def test_fonts_serve_as_domains():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"script": "lattin"}, "script='lattin' is unknown: did you mean 'latin'"),
+        ({"script": "lattin"}, "script: 'lattin' is unknown; .*did you mean 'latin'"),
         ({"script": "latin+greec"}, "did you mean 'greek'"),
         ({"script": []}, "at least one"),
         ({"fonts": "sans-bald"}, "did you mean 'sans-bold'"),
@@ -340,7 +340,7 @@ def test_every_torchvision_name_exists_and_unknown_ones_are_refused():
     from torchvision import datasets
 
     assert all(hasattr(datasets, source.kind) for source in data.TORCHVISION.values())
-    with pytest.raises(ValueError, match="name='cifar-10' is unknown: did you mean 'cifar10'"):
+    with pytest.raises(ValueError, match=r"name: 'cifar-10' is unknown; .*did you mean 'cifar10'"):
         data.load("cifar-10")
     with pytest.raises(ValueError, match="size=0"):
         data.load("mnist", size=0)

@@ -8,7 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "clkit"
 FLOORS = [
-    {"weights", "store", "checks", "data", "memory", "metrics"},
+    {"checks"},
+    {"store"},
+    {"weights", "data", "memory", "metrics"},
     {"models", "symmetry", "alignment", "merging"}
     | {"normalization", "curvature", "tangent", "modulation", "evaluation"},
     {"learners", "consolidation", "checkpoint"},

@@ -184,7 +184,7 @@ def test_the_real_pack(packs):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: data.texts("low"), "name='low' is unknown: did you mean 'law'"),
+        (lambda path: data.texts("low"), "name: 'low' is unknown; choose one of math, law, code; did you mean 'law'"),
         (lambda path: data.texts("math", context=0), "context=0"),
         (lambda path: data.texts("math", limit=0), "limit=0"),
         (lambda path: data.texts("math", path=path), r"has no gsm8k_train.jsonl .* text_file\(\)"),

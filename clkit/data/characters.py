@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from clkit import checks
 from clkit.data.augment import Normalize
-from clkit.data.core import Dataset, Examples, unknown
+from clkit.data.core import Dataset, Examples
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -81,12 +82,10 @@ def glyphs(
     scripts = script.split("+") if isinstance(script, str) else list(script)
     scripts = list(SCRIPTS) if scripts == ["all"] else scripts
     for name in scripts:
-        if name not in SCRIPTS:
-            raise unknown("script", name, [*SCRIPTS, "all"])
+        checks.choice("script", name, [*SCRIPTS, "all"] if len(scripts) == 1 else SCRIPTS)
     faces = list(FONTS) if fonts is None else [fonts] if isinstance(fonts, str) else list(fonts)
     for name in faces:
-        if name not in FONTS:
-            raise unknown("fonts", name, FONTS)
+        checks.choice("fonts", name, FONTS)
     if not scripts or not faces:
         raise ValueError(f"script={script!r}, fonts={fonts!r}: name at least one of each")
     if per_class < 1 or size < 8 or not 0 <= jitter <= 2:

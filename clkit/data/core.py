@@ -5,9 +5,8 @@ batch where its tensors live. There are no loader processes and there is no per-
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -279,12 +278,3 @@ def check_examples(owner: str, train: Examples, test: Examples, classes: tuple[i
             f"{owner}: train inputs are {tuple(train.x.shape[1:])} {train.x.dtype}, test inputs "
             f"{tuple(test.x.shape[1:])} {test.x.dtype}: convert them alike"
         )
-
-
-def unknown(argument: str, value: object, known: Iterable[str]) -> ValueError:
-    """Build the error for a name that is not known: the close matches, else the first few that are known."""
-    names = {name.lower(): name for name in known}
-    close = [names[match] for match in get_close_matches(str(value).lower(), names)]
-    few = ", ".join(list(names.values())[:20]) + (", ..." if len(names) > 20 else "")
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {few}"
-    return ValueError(f"{argument}={value!r} is unknown: {hint}")

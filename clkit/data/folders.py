@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clkit import checks
 from clkit.data.augment import NO_AUGMENT, Augment, Normalize
-from clkit.data.core import Dataset, Examples, unknown
+from clkit.data.core import Dataset, Examples
 from clkit.data.images import decode, held_out, stored
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -49,7 +50,11 @@ def folder(
     if domain is None and names:
         raise ValueError(f"{path} has domains: pass domain= one of {', '.join(names)}, or use folders()")
     if domain is not None and domain not in names:
-        raise unknown("domain", domain, names) if names else ValueError(f"domain={domain!r}: {path} has none; omit it")
+        raise (
+            checks.unknown("domain", domain, names)
+            if names
+            else ValueError(f"domain={domain!r}: {path} has none; omit it")
+        )
     return _read(Path(path), files, domain, size, limit, grey, augment, seed)
 
 

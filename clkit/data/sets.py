@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clkit import checks
 from clkit.data.augment import NO_AUGMENT, Augment, Normalize
-from clkit.data.core import Dataset, Examples, unknown
+from clkit.data.core import Dataset, Examples
 from clkit.data.images import cache_root, decode, held_out, resize, stored
 
 
@@ -83,8 +84,7 @@ def load(name: str, root: str | Path | None = None, *, size: int | None = None, 
 
     Raises ValueError for an unknown name, with close matches, and where files are missing.
     """
-    if name not in TORCHVISION:
-        raise unknown("name", name, TORCHVISION)
+    checks.choice("name", name, TORCHVISION)
     if size is not None and size < 1:
         raise ValueError(f"size={size}: pass a number of pixels, or None")
     source = TORCHVISION[name]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from clkit import checks
 from clkit.data.augment import NO_AUGMENT, Normalize
-from clkit.data.core import Dataset, Examples, Scenario, Stream, Task, unknown
+from clkit.data.core import Dataset, Examples, Scenario, Stream, Task
 
 
 def split(
@@ -262,9 +263,7 @@ def _order(dataset: Dataset, order: int | Sequence[int | str] | None) -> list[in
     ids = []
     for label in order:
         if isinstance(label, str):
-            if label not in dataset.classes:
-                raise unknown("order", label, dataset.classes)
-            label = dataset.classes.index(label)
+            label = dataset.classes.index(checks.choice("order", label, dataset.classes))
         if not 0 <= label < count:
             raise ValueError(f"order: class {label} is not among the {count} of {dataset.name!r}: use 0 to {count - 1}")
         ids.append(label)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from clkit.data.core import IGNORED, Dataset, Examples, unknown
+from clkit import checks
+from clkit.data.core import IGNORED, Dataset, Examples
 from clkit.data.corpora import TEXTS, Part, Problem, hold_out, rows_of
 
 BYTES = tuple(chr(i) if 32 < i < 127 else f"0x{i:02x}" for i in range(256))  # the names of the byte classes
@@ -80,9 +81,7 @@ def texts(
 
     Raises ValueError for an unknown name, a path without the files, and where a machine has too little to embed.
     """
-    if name not in TEXTS:
-        raise unknown("name", name, TEXTS)
-    embedded, real = TEXTS[name]
+    embedded, real = TEXTS[checks.choice("name", name, TEXTS)]
     part = embedded() if path is None else real(Path(path))
     return _dataset(name, part, context, limit, test_limit, tokenizer)
 

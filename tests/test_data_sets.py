@@ -242,7 +242,7 @@ def test_bad_folders_are_refused(tmp_path: Path):
     refuses(r"folders around 'c\.png' do not fit", plant(tmp_path / "flat", "a/1.png", "b/1.png", "c.png"))
     refuses(r"\['b'\] are in one part", plant(tmp_path / "half", "train/a/1.png", "train/b/1.png", "test/a/1.png"))
     good = plant(tmp_path / "good", *PLAIN)
-    refuses("has none; omit it", good, domain="photo")
+    refuses("has no domains; omit it", good, domain="photo")
     refuses("size=0", good, size=0)
     refuses("limit=0", good, limit=0)
     with pytest.raises(ValueError, match="use folder"):

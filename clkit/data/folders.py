@@ -49,12 +49,10 @@ def folder(
     names = sorted({file.domain for file in files if file.domain is not None}, key=_natural)
     if domain is None and names:
         raise ValueError(f"{path} has domains: pass domain= one of {', '.join(names)}, or use folders()")
-    if domain is not None and domain not in names:
-        raise (
-            checks.unknown("domain", domain, names)
-            if names
-            else ValueError(f"domain={domain!r}: {path} has none; omit it")
-        )
+    if domain is not None and not names:
+        raise ValueError(f"domain: {domain!r}, but {path} has no domains; omit it")
+    if domain is not None:
+        checks.choice("domain", domain, names)
     return _read(Path(path), files, domain, size, limit, grey, augment, seed)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clkit.data.core import IGNORED
-from clkit.weights import Weights, set_weights, uncompiled
+from clkit.weights import Weights, set_weights
 
 LABELS = ("sampled", "true", "exact")
 LARGEST_CHUNK = 512
@@ -20,8 +20,8 @@ NUMBERS_AT_ONCE = 2**28  # of per-example gradients
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own parameters that want a gradient, by name; of a compiled model, those of the original."""
-    return {name: p for name, p in uncompiled(model).named_parameters() if p.requires_grad}
+    """The model's own parameters that want a gradient, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def fisher(
@@ -107,7 +107,7 @@ def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: int = 64) -> 
         raise ValueError("x: it has no rows; pass at least one example")
     if chunk < 1:
         raise ValueError(f"chunk: {chunk!r}; give the number of examples to do at once, at least 1")
-    net = copy.deepcopy(uncompiled(model)).eval()
+    net = copy.deepcopy(model).eval()
     set_weights(net, weights)
     names = {id(p): name for name, p in net.named_parameters()}
     found: dict[str, Tensor] = {}
@@ -164,7 +164,7 @@ def _ready(model: nn.Module, x: Tensor, chunk: int | None) -> tuple[nn.Module, i
         raise ValueError("x: it has no rows; pass at least one example")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: {chunk!r}; give the number of examples to do at once, at least 1, or None")
-    net = copy.deepcopy(uncompiled(model)).eval()
+    net = copy.deepcopy(model).eval()
     count = sum(p.numel() for p in trainable(net).values())
     if not count:
         raise ValueError("model: it has no parameter that requires a gradient; there is nothing to measure")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clkit.data import Stream, Task, Text
 from clkit.data.core import IGNORED
-from clkit.weights import Weights, check_same, evaluation_mode, live_tensors, uncompiled
+from clkit.weights import Weights, check_same, evaluation_mode, live_tensors
 
 EVALUATION_BATCH = 1024
 LOGITS = 2**24  # numbers that the logits of a batch may have, where a row has many targets
@@ -75,14 +75,12 @@ def outputs(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
 
     In evaluation mode and without a gradient; the model's own weights, statistics and training flags stay as they are.
     """
-    model = uncompiled(model)
     with evaluation_mode(model):
         return torch.func.functional_call(model, dict(weights), (x,))
 
 
 def side_pass(model: nn.Module, x: Tensor) -> Tensor:
     """What `model` gives for prepared inputs in the mode it is in, with gradients, its buffers left as they are."""
-    model = uncompiled(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return torch.func.functional_call(model, buffers, (x,))
 
@@ -122,9 +120,9 @@ def exact_match(
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit}; give a number of problems from 1 on, or None for all")
     if weights is not None:
-        check_same(live_tensors(uncompiled(model)), weights, names=("the model", "weights"))
+        check_same(live_tensors(model), weights, names=("the model", "weights"))
     problems = text.problems[:limit]
-    context, model = text.train.x.shape[1], uncompiled(model)
+    context = text.train.x.shape[1]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     own = {} if weights is None else {name: tensor.to(device) for name, tensor in weights.items()}
     length = max(len(text.encode(problem.solution)) for problem in problems)

@@ -7,9 +7,10 @@ holds under several names (tied weights, a module registered twice) appears once
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ PIECE = 2**18  # entries of a running sum on the CPU: a megabyte, which stays in
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own floating parameters and buffers by name, not copied, one entry per storage."""
-    seen, live = set(), {}
+    """The model's own floating parameters and buffers by name, not copied, one entry per storage.
+
+    Of a module that `torch.compile` wrapped, those of the original, by its names.
+    """
+    model, seen, live = getattr(model, "_orig_mod", model), set(), {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
@@ -31,11 +35,6 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(place)
             live[name] = tensor.detach()
     return live
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model itself, or the one that `torch.compile` wrapped: names and buffers are its own there."""
-    return getattr(model, "_orig_mod", model)
 
 
 @contextmanager
@@ -57,14 +56,13 @@ def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: boo
     A hook is called as `hook(module, inputs, output)`, with `before` as `hook(module, inputs)` before the module runs.
     What it returns, if not None, takes the place of the output (or of the inputs).
     """
-    handles = []
-    try:
+    with ExitStack() as stack:
         for module, hook in hooks:
-            handles.append(module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook))
+            add = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.enter_context(add(hook))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; what is, would not see the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def get_weights(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from clkit.data import Examples, Normalize, Stream, Task
 from clkit.evaluation import evaluate
 from clkit.learners import ER, Learner
 from clkit.training import Training, describe, run
-from clkit.weights import equal, get_weights
+from clkit.weights import equal, get_weights, hooked
 from toys import quick
 
 
@@ -246,6 +246,30 @@ def test_channels_last_changes_no_result_beyond_rounding():
     )
     for name, tensor in a.weights[0].items():
         assert torch.allclose(tensor, b.weights[0][name], atol=1e-5)
+
+
+def test_a_compiled_run_is_the_run(toy, monkeypatch):
+    """Hooks that a learner holds on the compiled model are called, and the result's model is not compiled."""
+    compiled, seen = nn.Module.compile, []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="eager"))
+
+    class Looking(ER):
+        def on_consolidated(self, model, task):
+            with hooked([(model.linear, lambda *_: seen.append(task.index))]):
+                model(task.prepare(task.train.x[:3]))
+
+    plain, fast = (quick(toy, Looking(9), Shift(), training=Training(2, 8, compile=c)) for c in (False, True))
+    assert all(equal(a, b) for a, b in zip(plain.weights, fast.weights, strict=True))
+    assert seen == [0, 1, 2] * 2
+    assert fast.model._compiled_call_impl is None
+
+
+def test_a_module_that_was_compiled_is_the_module(toy):
+    net = models.mlp(toy)
+    plain, wrapped = (quick(toy, ER(9), model=m) for m in (net, torch.compile(net, backend="eager")))
+    made = quick(toy, ER(9), model=lambda stream, seed: torch.compile(models.mlp(stream), backend="eager"))
+    assert equal(plain.weights[-1], wrapped.weights[-1]) and equal(plain.weights[-1], made.weights[-1])
+    assert plain.config == wrapped.config
 
 
 @settings(max_examples=50, deadline=None)

@@ -108,12 +108,19 @@ class Task:
         generator: torch.Generator | None = None,
         *,
         device: torch.device | str | None = None,
+        layout: torch.memory_format | None = None,
+        epoch: int = 0,
+        lr: float = 0.0,
     ) -> "Batch":
-        """Prepare training rows as a batch, augmented with a generator, on `device` (default: where the data are)."""
+        """Prepare training rows as a batch, augmented with a generator, on `device` (default: where the data are).
+
+        `layout` is the memory format of the inputs (default: as they come); `epoch` and `lr` are the step's.
+        """
         raw, y = self.train.x[rows], self.train.y[rows]
         if device is not None:
             raw, y = raw.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        return Batch(self.prepare(raw, generator), y, raw, self, generator, rows=rows)
+        x = self.prepare(raw, generator)
+        return Batch(x.contiguous(memory_format=layout) if layout else x, y, raw, self, generator, epoch, rows, lr)
 
 
 @dataclass(eq=False)

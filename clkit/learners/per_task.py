@@ -13,7 +13,6 @@ from clkit.data import Batch, Task
 from clkit.learners.base import Learner, Setting, named, under
 from clkit.models import features
 from clkit.modulation import Modulated, TaskState
-from clkit.weights import uncompiled
 
 INFERENCES = ("entropy", "statistics")
 BEGINNINGS = ("backbone", "previous", "nearest")
@@ -157,10 +156,9 @@ def _tasks(group: str, state: dict[str, Tensor]) -> dict[int, TaskState]:
 
 
 def _modulated(model: nn.Module) -> Modulated:
-    net = uncompiled(model)
-    if not isinstance(net, Modulated):
+    if not isinstance(model, Modulated):
         raise TypeError(
-            f"model: PerTask needs a Modulated and got a {type(net).__name__}; pass modulation.Modulated(model, "
+            f"model: PerTask needs a Modulated and got a {type(model).__name__}; pass modulation.Modulated(model, "
             "Modulation(4, 4)), or partial(modulation.modulated, model=models.convnet); in a shell: --rule Modulation"
         )
-    return net
+    return model

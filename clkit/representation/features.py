@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clkit import models
 from clkit.tangent import Linearized, value
 from clkit.tangent import layers as layers_of
-from clkit.weights import Weights, evaluation_mode, set_weights, uncompiled
+from clkit.weights import Weights, evaluation_mode, set_weights
 
 BATCH = 512
 
@@ -23,7 +23,6 @@ def activations(model: nn.Module, x: Tensor, layers: Sequence[str] | None = None
     one that runs several times the last output counts; one that does not run is missing. Modules that put out no
     tensor raise TypeError, unknown names ValueError.
     """
-    model = uncompiled(model)
     modules = layers_of(model)
     if layers is None:
         layers = [n for n, m in modules.items() if not any(m.children()) and any(True for _ in m.parameters())]
@@ -95,7 +94,6 @@ def _last_inputs(model: nn.Module, x: Tensor) -> Tensor:
 
 def with_weights(model: nn.Module, weights: Weights | None) -> nn.Module:
     """The model itself, or a copy of it that holds other weights."""
-    model = uncompiled(model)
     if weights is None:
         return model
     scratch = copy.deepcopy(model)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 
 from clkit.tangent.rules import Rules
-from clkit.weights import Weights, check_finite, check_same, live_tensors, set_weights, uncompiled
+from clkit.weights import Weights, check_finite, check_same, live_tensors, set_weights
 
 
 class Linearized(nn.Module):
@@ -46,7 +46,6 @@ class Linearized(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: {model!r} is no module; pass a network, for example models.mlp(stream)")
-        model = uncompiled(model)
         if isinstance(model, Linearized):
             raise TypeError("model: it is linearised already; pass the network that it was made of")
         if not any(p.is_floating_point() for p in model.parameters()):

@@ -96,7 +96,7 @@ def run(
     training = training if training is not None else Training()
     _check(stream, model, learner, rule, training, seed, watch)
     started = time.perf_counter()
-    place = _device(device)
+    place, model = _device(device), getattr(model, "_orig_mod", model)  # of a compiled module, the module
     record = {
         "stream": {"name": stream.name, "tasks": len(stream), "scenario": stream.scenario, "data": stream.fingerprint},
         "model": describe(model),
@@ -109,11 +109,13 @@ def run(
     }
     with _reproducible(seed, place):
         net: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(stream, seed=seed)
+        net = getattr(net, "_orig_mod", net)
         options: dict[str, Any] = {"progress": progress, "keep": keep, "watch": watch, "started": started}
         loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, **options)
         own = {"initial weights": describe(net), "device": place.type, "keep": keep, "watch": watch}
         past = loop.run(_file(checkpoint, record, own) if checkpoint is not None else None)
-    return past.result(config=record, model=loop.model, learner=learner)
+    plain = copy.deepcopy(loop.model) if training.compile else loop.model
+    return past.result(config=record, model=plain, learner=learner)
 
 
 def _file(path: Path | str, record: dict[str, Any], own: dict[str, Any]) -> Checkpoint:
@@ -171,13 +173,13 @@ class _Loop:
         self.criterion = Criterion(stream, training.labels, training.label_smoothing, device)
         learner.start(Setting(own, self.criterion, len(stream.classes), training.batch, consolidation.holdout or 0.0))
         channels_last = training.channels_last if training.channels_last is not None else device.type == "cuda"
-        self.layout = torch.channels_last if channels_last and len(stream.shape) == 3 else torch.preserve_format
-        model.to(memory_format=self.layout)
+        self.layout = torch.channels_last if channels_last and len(stream.shape) == 3 else None
+        if self.layout is not None:
+            model.to(memory_format=self.layout)
         bfloat16 = training.precision == "bfloat16" or (
             training.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
-        self.stepped = cast(nn.Module, torch.compile(model)) if training.compile else model
         self.progress = progress
         self.base = get_weights(model)
         self.previous = self.base
@@ -186,6 +188,8 @@ class _Loop:
         self.report: dict[str, Any] = {}
         self.trace = torch.zeros(0, device=device)
         self.scratch = copy.deepcopy(model).eval() if not isinstance(consolidation, NoConsolidation) else model
+        if training.compile:
+            model.compile()  # copies are not compiled
         self.optimizer = training.make_optimizer(model.parameters())
         self.seed, self.started = seed, started
         if len(stream) > 1 and (check := getattr(consolidation, "check", None)) is not None:
@@ -287,12 +291,10 @@ class _Loop:
                 lr = self.training.lr * self.training.rate(step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                batch = task.batch(rows, augmenter, device=self.device)
-                batch.epoch, batch.lr = epoch, lr
-                batch.x = batch.x.contiguous(memory_format=self.layout)
+                batch = task.batch(rows, augmenter, device=self.device, layout=self.layout, epoch=epoch, lr=lr)
                 optimizer.zero_grad(set_to_none=True)
                 with self.autocast():
-                    loss = self.learner.loss(self.stepped, batch)
+                    loss = self.learner.loss(self.model, batch)
                 loss.backward()
                 self.learner.adjust_gradients(self.model, batch)
                 if self.training.clip is not None:

@@ -35,7 +35,7 @@ class Training:
     - `labels`: the label space of a step's loss: "all" classes, those "seen" so far, or the row's own "task"
     - `augment`: use the stream's augmentation
     - `precision`: "auto" is bfloat16 autocast on GPUs that have it, else float32; `channels_last`: None is yes on a GPU
-    - `compile`: run the model's training forward pass through `torch.compile`
+    - `compile`: run the model through `torch.compile`
     """
 
     epochs: int = 10

@@ -17,7 +17,7 @@ from clkit.curvature import trainable
 from clkit.data import Examples
 from clkit.data.core import IGNORED
 from clkit.evaluation import EVALUATION_BATCH
-from clkit.weights import Weights, set_weights, uncompiled
+from clkit.weights import Weights, set_weights
 
 
 def matched_l2(lr: float, beta: float) -> tuple[float, float]:
@@ -110,7 +110,7 @@ def top_curvature(
         raise ValueError("examples: there are none; pass at least one")
     if iterations < 1 or not tolerance > 0:
         raise ValueError(f"iterations={iterations!r}, tolerance={tolerance!r}: give at least 1, and a share above 0")
-    net = copy.deepcopy(uncompiled(model)).to(examples.x.device).eval()
+    net = copy.deepcopy(model).to(examples.x.device).eval()
     set_weights(net, weights)
     parameters = list(trainable(net).values())
     if not parameters:

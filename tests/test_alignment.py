@@ -12,8 +12,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from clkit import alignment, models
-from clkit.alignment.points import Points
 from clkit.data import Examples, Normalize, Stream, Task
+from clkit.symmetry.points import Points
 from clkit.weights import get_weights
 from test_alignment_zoo import randomise
 

@@ -7,10 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from clkit.alignment.points import Ids
-from clkit.alignment.program import Program, trace
-from clkit.alignment.structure import Symmetry
-from clkit.alignment.taps import Tap
+from clkit.symmetry.points import Ids
+from clkit.symmetry.program import Program, trace
+from clkit.symmetry.structure import Symmetry, Tap
 from clkit.weights import Weights
 
 STATISTICS = ("pearson", "clewi2024")

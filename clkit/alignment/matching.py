@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clkit.alignment.activations import STATISTICS, Similarities, similarities
-from clkit.alignment.permutation import check_weights, identity, merge, move
-from clkit.alignment.points import Ids
-from clkit.alignment.structure import Symmetry
+from clkit.symmetry.points import Ids
+from clkit.symmetry.structure import Symmetry, check_weights, element, identity, move
 from clkit.weights import Weights, check_finite
 
 METHODS = ("activations", "weights")
@@ -184,7 +183,7 @@ class _Pair:
         self, symmetry: Symmetry, reference: Weights, moving: Weights, permutations: Mapping[str, Tensor]
     ) -> None:
         self.symmetry, self.reference, self.moving = symmetry, reference, moving
-        self.element = merge(symmetry, permutations)
+        self.element = element(symmetry, permutations)
 
     def products(self, name: str, rows: Ids | None = None, columns: Ids | None = None) -> NDArray[np.float64]:
         """Of each two units of a group (or some of them), with all other axes permuted as they stand."""

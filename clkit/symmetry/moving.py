@@ -1,16 +1,57 @@
 """Rules for operations that move elements, or work on each by itself: their labels move the same way."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils._pytree import tree_leaves
 
-from clkit.alignment.calls import Call, is_shape
-from clkit.alignment.labels import Factor, Label, drop, expand, fixed, gather, permute, replace, reshape
-from clkit.alignment.points import Ids
-from clkit.alignment.ties import cat, join, reduce
+from clkit.symmetry.labels import (
+    Factor,
+    Label,
+    cat,
+    drop,
+    expand,
+    fixed,
+    gather,
+    join,
+    reduce,
+    reorder,
+    replace,
+    reshape,
+)  # fmt: skip
+from clkit.symmetry.points import Ids, Points
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One operation at work: where points are tied, its name for reports, its result's shape, its arguments."""
+
+    points: Points
+    why: str
+    shape: Any
+    arguments: dict[str, Any]
+    constants: dict[Label, Ids]
+    fibre: Ids | None = None  # for the weight of a grouped convolution: points (groups, inputs of a group)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def labels(self, *names: str) -> list[Label]:
+        """The labels among the named arguments."""
+        return [a for name in names if isinstance(a := self.arguments.get(name), Label)]
+
+    def dim(self, name: str = "dim", of: str = "self") -> int:
+        """A dimension argument, counted from the front."""
+        return self[name] % len(self[of].dims)
+
+
+def is_shape(value: Any) -> bool:
+    """Is it the shape of one tensor (and not a list of shapes)?"""
+    return isinstance(value, torch.Size)
 
 
 def pointwise_rule(call: Call) -> Any:
@@ -42,7 +83,7 @@ def reshape_rule(call: Call) -> Label:
 
 def permute_rule(call: Call) -> Label:
     """`permute`."""
-    return permute(call["self"], [d % len(call["self"].dims) for d in call["dims"]])
+    return reorder(call["self"], [d % len(call["self"].dims) for d in call["dims"]])
 
 
 def transpose_rule(call: Call) -> Label:
@@ -52,12 +93,12 @@ def transpose_rule(call: Call) -> Label:
     if rank > 1:
         a, b = (d % rank for d in [v for k, v in call.arguments.items() if k != "self"] or (-1, -2))
         order[a], order[b] = b, a
-    return permute(call["self"], order)
+    return reorder(call["self"], order)
 
 
 def reverse_rule(call: Call) -> Label:
     """`T`: the dimensions in reverse."""
-    return permute(call["self"], range(len(call["self"].dims))[::-1])
+    return reorder(call["self"], range(len(call["self"].dims))[::-1])
 
 
 def expand_rule(call: Call) -> Label:
@@ -81,7 +122,7 @@ def select_rule(call: Call) -> Label:
     """One index of a dimension, which goes."""
     dim = call.dim()
     label = take_rule(call, dim, [call["index"] % call["self"].shape[dim]])
-    return permute(label, [d for d in range(len(label.dims)) if d != dim])
+    return reorder(label, [d for d in range(len(label.dims)) if d != dim])
 
 
 def narrow_rule(call: Call) -> Label:
@@ -100,7 +141,7 @@ def unbind_rule(call: Call) -> list[Label]:
     """All indices of a dimension, one result each."""
     dim = call.dim()
     rest = [d for d in range(len(call["self"].dims)) if d != dim]
-    return [permute(take_rule(call, dim, [i]), rest) for i in range(call["self"].shape[dim])]
+    return [reorder(take_rule(call, dim, [i]), rest) for i in range(call["self"].shape[dim])]
 
 
 def roll_rule(call: Call) -> Any:
@@ -218,7 +259,7 @@ def shuffle_rule(call: Call) -> Label:
     label, groups = call["self"], call["groups"]
     n, c, *space = label.shape
     label = reshape(call.points, label, (n, groups, c // groups, *space), call.why)
-    label = permute(label, [0, 2, 1, *range(3, len(label.dims))])
+    label = reorder(label, [0, 2, 1, *range(3, len(label.dims))])
     return reshape(call.points, label, (n, c, *space), call.why)
 
 

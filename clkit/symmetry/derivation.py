@@ -1,6 +1,7 @@
 """Deriving a symmetry: one walk through a model's graph ties and pins points, and what is left is the symmetry."""
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,22 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clkit.alignment.calls import Call, is_shape
-from clkit.alignment.labels import Factor, Label, Part, drop, fixed
-from clkit.alignment.points import Cells, Ids, Points
-from clkit.alignment.program import Program, base_name, owners, trace, writes
-from clkit.alignment.rules import propagate
-from clkit.alignment.structure import Axis, Group, Symmetry
-from clkit.alignment.taps import find_taps
-from clkit.alignment.ties import join
+from clkit.symmetry.labels import Factor, Label, Part, drop, fixed, join
+from clkit.symmetry.moving import Call, is_shape
+from clkit.symmetry.points import Cells, Ids, Points
+from clkit.symmetry.program import VIEWS, Program, base_name, owners, trace, writes
+from clkit.symmetry.rules import propagate
+from clkit.symmetry.structure import Axis, Group, Symmetry, Tap
 from clkit.weights import live_tensors
+
+READERS = frozenset(
+    "addmm baddbmm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution einsum "
+    "linear matmul mm scaled_dot_product_attention".split()
+)
+PASSED = VIEWS | frozenset(
+    "_unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d clone constant_pad_nd dropout getitem "
+    "index mean pad roll swapaxes".split()
+)
 
 
 def symmetry(model: nn.Module, example: Any) -> Symmetry:
@@ -279,3 +287,63 @@ def _names(places: dict[str, list[Ids]], found: _Found) -> dict[int, str]:
                 same = sum(n == stem + end or n.startswith(stem + end + "#") for n in names.values())
                 names[g] = f"{stem}{end}#{same + 1}" if same else stem + end
     return names
+
+
+def find_taps(
+    program: Program, values: Mapping[Node, Any], group: Ids, index: Ids, lane: Ids, names: Mapping[int, str]
+) -> tuple[Tap, ...]:
+    """The values that convolutions, linear layers and attention read, traced back through pooling and views.
+
+    A residual stream is read once a block and all its readings count. Values that do not depend on the model's
+    input (a hidden layer that makes position biases) count only for groups that show nowhere else.
+    """
+    nodes = list(program.module.graph.nodes)
+    driven = {n for n in nodes if n.name in program.inputs}
+    for node in nodes:
+        if not driven.isdisjoint(node.all_input_nodes):
+            driven.add(node)
+    read: dict[Node, None] = {}
+    for node in nodes:
+        if node.op == "call_function" and base_name(node) in READERS:
+            weight = node.args[1] if base_name(node).startswith(("conv", "linear")) else None
+            for source in (n for n in node.all_input_nodes if n is not weight):
+                while source.op == "call_function" and base_name(source) in PASSED:
+                    source = source.all_input_nodes[0]
+                if source.op == "call_function":
+                    read[source] = None
+    shown: set[str] = set()
+    taps: list[Tap] = []
+    rest = [n for n in nodes if n.op == "call_function" and n not in read and n in driven]
+    for some in ([n for n in read if n in driven], [n for n in read if n not in driven], rest):
+        new = []
+        for node in some:
+            if isinstance(label := values[node], Label):
+                new += [tap for part in label.parts if (tap := _tap(node, label, part, group, index, lane, names))]
+        new = [Tap(t.node, t.sizes, t.places, {g: s for g, s in t.slots.items() if g not in shown}) for t in new]
+        taps += [t for t in new if t.slots]
+        shown |= {g for t in new for g in t.slots}
+    return tuple(taps)
+
+
+def _tap(
+    node: Node, label: Label, part: Part, group: Ids, index: Ids, lane: Ids, names: Mapping[int, str]
+) -> Tap | None:
+    sizes, places, count = [], {}, 0
+    for row in label.dims:
+        inside = any(f in part.factors for f in row)
+        sizes.append(tuple(f.size for f in row) if inside and len(row) > 1 else ())
+        for f in row if inside else row[:1]:
+            places[f] = count
+            count += inside
+        count += not inside
+    for d, (row, split) in enumerate(zip(label.dims, sizes, strict=True)):
+        loose = next((k for k, f in enumerate(row) if f not in part.factors), None)
+        if split and loose is not None:
+            sizes[d] = (*split[:loose], -1, *split[loose + 1 :])
+    points = part.points.ravel()
+    slots: dict[str, Ids] = {}
+    for g in (g for g in dict.fromkeys(group[points].tolist()) if g >= 0):
+        here = np.flatnonzero(group[points] == g)
+        here = here[np.lexsort((index[points[here]], lane[points[here]]))]
+        slots[names[g]] = here.reshape(-1, len(np.unique(index[points[here]])))
+    return Tap(node.name, tuple(sizes), tuple(places[f] for f in part.factors), slots) if slots else None

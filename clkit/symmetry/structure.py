@@ -1,12 +1,12 @@
-"""The permutation symmetry of any model, derived from its graph, as plain data.
+"""The permutation symmetry of a model as plain data, its elements, and what they do to weights.
 
-Every axis of every weight starts as points that may be permuted freely. One walk through the model's graph ties
-together what must move together (`rules`), pins what must not move, and what is left is the symmetry: groups of
-units, the axes they lie on, and, for what does not move, the operation that is to blame. Inputs and outputs of the
-model are pinned, so every element of the symmetry keeps the function.
+A symmetry is groups of units, the axes of weights that the units lie on, and, for what does not move, the operation
+that is to blame. An element of it is a permutation of the units of each group.
 """
 
 import copy
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clkit.alignment.permutation import permute, random_permutations
-from clkit.alignment.points import Ids
-from clkit.alignment.program import Program, mode
-from clkit.alignment.taps import Tap
-from clkit.weights import live_tensors
+from clkit.symmetry.points import Ids
+from clkit.symmetry.program import Program, mode
+from clkit.weights import Weights, live_tensors
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,27 @@ class Axis:
     index: Ids
     lane: Ids
     reason: Ids
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """A value of the graph that shows units: the result of `node`, where operations that mix channels read it.
+
+    Each dimension of the value is split into `sizes` (-1: what is left); the new dimensions `places`, flattened,
+    hold the positions; `slots[group]` has one row of positions, in the order of the group's units, for each lane.
+    """
+
+    node: str
+    sizes: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...]
+    slots: dict[str, Ids]
+
+    def read(self, value: Tensor) -> Tensor:
+        """A view of the value with the dimensions that hold positions of the part in front."""
+        for dim in reversed(range(len(self.sizes))):
+            if self.sizes[dim]:
+                value = value.unflatten(dim, self.sizes[dim])
+        return value.movedim(self.places, tuple(range(len(self.places))))
 
 
 @dataclass(frozen=True)
@@ -225,3 +244,126 @@ class Symmetry:
             lines.append(f"  ... {len(self.groups) - 40} more")
         why = ", ".join(f"{reason} ({n})" for reason, n in list(self.frozen.items())[:8])
         return "\n".join([*lines, f"fixed positions: {why or 'none'}"])
+
+
+Permutations = Mapping[str, Tensor]
+"""For each group, which unit comes to each place: place i takes what was at `permutations[group][i]`."""
+
+
+def identity(symmetry: Symmetry) -> dict[str, Tensor]:
+    """The permutations that leave everything where it is."""
+    return {name: torch.arange(group.units) for name, group in symmetry.groups.items()}
+
+
+def random_permutations(symmetry: Symmetry, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Draws an element of the symmetry uniformly: blocks change places, and their members within them."""
+    drawn: dict[str, Tensor] = {}
+
+    def draw(name: str) -> Tensor:
+        if name not in drawn:
+            group = symmetry.groups[name]
+            block = draw(group.within) if group.within else torch.zeros(1, dtype=torch.int64)
+            inner = [torch.randperm(group.size, generator=generator) for _ in range(group.blocks)]
+            drawn[name] = (block[:, None] * group.size + torch.stack(inner)).flatten()
+        return drawn[name]
+
+    return {name: draw(name) for name in symmetry.groups}
+
+
+def compose(first: Permutations, then: Permutations) -> dict[str, Tensor]:
+    """One element for two: permuting by the result is permuting by `first`, then by `then`."""
+    if first.keys() != then.keys():
+        raise ValueError(
+            f"first and then: groups differ ({sorted(first.keys() ^ then.keys())[:3]}); use one symmetry's permutations"
+        )
+    return {name: first[name][then[name]] for name in first}
+
+
+def invert(permutations: Permutations) -> dict[str, Tensor]:
+    """The element that undoes `permutations`."""
+    return {name: torch.argsort(p) for name, p in permutations.items()}
+
+
+def permute(symmetry: Symmetry, permutations: Permutations, weights: Weights) -> dict[str, Tensor]:
+    """Moves units to the places that `permutations` gives them; values are copied bitwise, the function stays.
+
+    Groups that `permutations` leaves out stay as they are. Raises KeyError for an unknown group, ValueError for
+    something that is no permutation of a group, or weights that do not fit the symmetry.
+    """
+    check_weights(symmetry, weights, "weights")
+    moving = element(symmetry, permutations)
+    return {name: move(symmetry, moving, name, tensor) for name, tensor in weights.items()}
+
+
+def check_weights(symmetry: Symmetry, weights: Weights, what: str) -> None:
+    """Raises ValueError unless the weights have the names and shapes that the symmetry was derived for."""
+    if weights.keys() != symmetry.axes.keys():
+        odd = sorted(weights.keys() ^ symmetry.axes.keys())[:3]
+        raise ValueError(f"{what}: names differ from the symmetry's at {odd}; take them from the same model")
+    for name, axes in symmetry.axes.items():
+        shape = tuple(axis.group.shape[-1] for axis in axes)
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(
+                f"{what}: {name!r} has shape {tuple(weights[name].shape)}, the symmetry was derived for {shape}; "
+                "derive it again from a model of this architecture"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Element:
+    """The permutations of all groups as one: group k's units are numbered from `starts[k]`."""
+
+    whole: Ids
+    starts: Ids
+
+
+def element(symmetry: Symmetry, permutations: Permutations) -> Element:
+    """Puts permutations into one array; raises KeyError or ValueError for what is no element of the symmetry."""
+    for name in permutations:
+        if name not in symmetry.groups:
+            close = difflib.get_close_matches(name, symmetry.groups, 3) or list(symmetry.groups)[:3]
+            raise KeyError(f"permutations: the symmetry has no group {name!r}; it has {', '.join(close)}, ...")
+    starts = np.cumsum([0, *(g.units for g in symmetry.groups.values())])
+    whole = np.arange(starts[-1])
+    for k, (name, group) in enumerate(symmetry.groups.items()):
+        p = permutations[name].cpu().numpy() if name in permutations else np.arange(group.units)
+        if p.shape != (group.units,) or not np.array_equal(np.sort(p), np.arange(group.units)):
+            raise ValueError(
+                f"permutations: {name!r} must hold every number below {group.units} once; got {p.tolist()[:8]} ..."
+            )
+        outer = permutations.get(group.within or "")
+        blocks = np.arange(group.blocks) if outer is None else outer.cpu().numpy()
+        if not np.array_equal(p // group.size, np.repeat(blocks, group.size)):
+            raise ValueError(f"permutations: {name!r} must move in blocks of {group.size}, as {group.within!r} does")
+        whole[starts[k] : starts[k + 1]] = starts[k] + p
+    return Element(whole, starts)
+
+
+def move(symmetry: Symmetry, element: Element, name: str, tensor: Tensor, but: int | None = None) -> Tensor:
+    """Moves what lies on the axes of one weight, all of them or all but one."""
+    out = tensor
+    for dim, axis in enumerate(symmetry.axes[name]):
+        source = None if dim == but else _sources(axis, element)
+        if source is None:
+            continue
+        index = torch.from_numpy(source).to(tensor.device)
+        if index.ndim == 1:
+            out = out.index_select(dim, index)
+        else:  # the inputs of a grouped convolution: each group of rows has an order of its own
+            rows = index.repeat_interleave(len(out) // len(index), 0)
+            out = out.take_along_dim(rows.reshape(*rows.shape, *(1,) * (out.ndim - 2)), 1)
+    return out.clone() if out is tensor else out
+
+
+def _sources(axis: Axis, element: Element) -> Ids | None:
+    """For every position of an axis, the position whose content comes there; None if all stand still."""
+    group, index, lane = axis.group.ravel(), axis.index.ravel(), axis.lane.ravel()
+    live = np.flatnonzero(group >= 0)
+    unit = element.starts[group[live]] + index[live]
+    if np.array_equal(element.whole[unit], unit):
+        return None
+    have, want = (lane[live] * len(element.whole) + u for u in (unit, element.whole[unit]))
+    order = np.argsort(have)
+    source = np.arange(len(group))
+    source[live] = live[order[np.searchsorted(have[order], want)]]
+    return source.reshape(axis.group.shape) % axis.group.shape[-1]

@@ -120,7 +120,7 @@ def test_run_reads_a_folder_of_images(capsys, tmp_path):
         (["run", "--lr", "fast"], "lr: 'fast'; give a number"),
         (["run", "--lr", "-1"], "lr"),
         (["run", "--tasks", "0"], "--tasks: '0' is not a whole number from 1 on"),
-        (["run", "--tasks", "99"], "tasks=99"),
+        (["run", "--tasks", "99"], "tasks: 99 for 10 classes"),
         (["run", "--scenario", "classs"], "scenario"),
         (["run", "--consolidation", "CLeWI", "--alpha", "2"], "alpha"),
         (["run", "--model", "torchvision"], "torchvision needs --name"),

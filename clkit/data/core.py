@@ -5,7 +5,7 @@ batch where its tensors live. There are no loader processes and there is no per-
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -54,6 +54,11 @@ class Examples:
     def __repr__(self) -> str:
         dtype = str(self.x.dtype).removeprefix("torch.")
         return f"Examples({len(self)} of {tuple(self.x.shape[1:])}, {dtype}, {self.x.device})"
+
+    @staticmethod
+    def cat(parts: Sequence["Examples"]) -> "Examples":
+        """Put examples one behind the other."""
+        return Examples(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
 
     def to(self, device: torch.device | str) -> "Examples":
         """Copy to a device; the same tensors where they are there already."""

@@ -35,7 +35,7 @@ class Joint(Learner):
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Keeps the task's data."""
         parts = [task.train] if self.past is None else [self.past, task.train]
-        self.past = Examples(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
+        self.past = Examples.cat(parts)
 
     def examples(self, task: Task) -> Examples:
         """1,000 evenly spaced rows of everything kept, prepared."""

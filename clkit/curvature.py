@@ -6,15 +6,17 @@ examples at once. Importances have one entry for each parameter that wants a gra
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clkit import checks
 from clkit.data.core import IGNORED
 from clkit.weights import Weights, set_weights
 
-LABELS = ("sampled", "true", "exact")
+FisherLabels = Literal["sampled", "true", "exact"]
 LARGEST_CHUNK = 512
 NUMBERS_AT_ONCE = 2**28  # of per-example gradients
 
@@ -28,7 +30,7 @@ def fisher(
     model: nn.Module,
     x: Tensor,
     *,
-    labels: str = "sampled",
+    labels: FisherLabels = "sampled",
     y: Tensor | None = None,
     space: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -48,8 +50,7 @@ def fisher(
     is -100 left out; their "exact" expectation is not offered. `chunk` examples are done at once (None: as many as
     keep the per-example gradients at 1 GiB in float32, at most 512), which changes nothing but the memory needed.
     """
-    if labels not in LABELS:
-        raise ValueError(f"labels: {labels!r} is unknown; choose one of {', '.join(LABELS)}")
+    checks.choice("labels", labels, get_args(FisherLabels))
     if labels == "true" and y is None:
         raise ValueError('labels: "true" needs the labels; pass y, or labels="sampled" to draw them from the model')
     if y is not None and len(y) != len(x):

@@ -5,19 +5,22 @@ reservoir's path. The memory does not know why something is stored.
 """
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from clkit import checks
+
+Policy = Literal["reservoir", "balanced", "ring", "herding"]
 AHEAD = 4096  # rows that a reservoir decides on at once
-POLICIES = ("reservoir", "balanced", "ring", "herding")
 
 
 def reservoir_slots(seen: int, capacity: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draws the slots that the `count` rows after the first `seen` take in a reservoir (Vitter 1985, algorithm R).
 
-    Gives (slots, until), both (count,) int64: a row that is not kept has slot `capacity`, and `until` is how many rows
-    have been seen when a later row of these takes the slot again. Each row costs one draw.
+    Returns (slots, until), both (count,) int64. A row that is not kept has slot `capacity`. `until` is the number of
+    rows seen when a later row of these takes the slot again. Each row costs one draw.
     """
     device = generator.device
     number = torch.arange(seen, seen + count, device=device)
@@ -33,30 +36,29 @@ def reservoir_slots(seen: int, capacity: int, count: int, generator: torch.Gener
 class Memory:
     """At most `capacity` rows of named tensors, e.g. {"x": images, "y": labels}.
 
-    `policy` says which rows stay when more were offered: "reservoir" keeps a uniform sample of everything offered; the
-    others keep as equal a number of each class (the tensor named "y", or if there is one "group", of finer classes) as
-    what was offered allows: "balanced" a uniform sample of the class, "ring" its newest rows (GEM), "herding" those
-    offered first, so that rows offered in the order of `herding` leave the best and lose the last (iCaRL); where a
-    class comes in several tasks, these two keep the newest and the first task's rows of it. `holdout` is the share of
-    the slots that `sample` never draws from: rows to choose settings by, spread evenly over the slots.
+    `policy` says which rows stay when more were offered:
+
+    - "reservoir": a uniform sample of everything offered
+    - "balanced": as equal a number of each class as was offered, a uniform sample of each
+    - "ring": as equal a number of each class, its newest rows (GEM)
+    - "herding": as equal a number of each class, the rows offered first: offered in the order of `herding`, the best
+      stay and the last are lost (iCaRL)
+
+    The class is the tensor named "y", or one named "group", of finer classes, where it is given. Where a class comes in
+    several tasks, "ring" keeps the newest task's rows of it and "herding" the first's. `holdout` is the share of the
+    slots that `sample` never draws from: rows to choose settings by, spread evenly over the slots.
     """
 
-    def __init__(self, capacity: int, policy: str = "reservoir", *, holdout: float = 0.0) -> None:
-        if not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"memory: capacity is {capacity!r}; give the number of examples to keep, at least 1")
-        if policy not in POLICIES:
-            raise ValueError(f"policy: {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
-        if not 0 <= holdout < 1:
-            raise ValueError(f"holdout: {holdout!r}; give a share of the memory in [0, 1)")
+    @checks.arguments
+    def __init__(self, capacity: checks.Count, policy: Policy = "reservoir", *, holdout: checks.Part = 0.0) -> None:
         if holdout and int(capacity * holdout) == 0:
-            raise ValueError(
-                f"holdout: {holdout!r} of a memory of {capacity} is less than one example; give more of either"
-            )
-        self.capacity, self.policy, self.holdout = capacity, policy, holdout
+            raise ValueError(f"holdout: {holdout!r} of {capacity} is less than one example; give more of either")
+        self.capacity, self.holdout = capacity, holdout
+        self.policy: Policy = policy
         self.rows: dict[str, Tensor] = {}
-        held = [int((slot + 1) * holdout) > int(slot * holdout) for slot in range(capacity)]
-        self.open = torch.tensor([slot for slot in range(capacity) if not held[slot]], dtype=torch.int64)
-        self.held = torch.tensor([slot for slot in range(capacity) if held[slot]], dtype=torch.int64)
+        slots = torch.arange(capacity)
+        held = ((slots + 1).double() * holdout).long() > (slots.double() * holdout).long()
+        self.open, self.held = slots[~held], slots[held]
         self.keys = torch.zeros(0, dtype=torch.float64)
         self.seen = 0
         self.decided = 0  # the rows seen before the first that `slots` and `until` are about
@@ -66,44 +68,54 @@ class Memory:
         return min(self.seen, self.capacity)
 
     def offer(self, generator: torch.Generator, **rows: Tensor) -> None:
-        """Offers a batch of rows, tensors of equal length by name; which of them stay is drawn from `generator`."""
+        """Offers a batch of rows, tensors of equal length by name; which of them stay is drawn from `generator`.
+
+        Raises ValueError on rows whose lengths, names, shapes or dtypes differ from each other's or the memory's.
+        """
         count = self._check(rows)
         if count == 0:
             return
+        if not self.rows:
+            self._allocate(rows)
         if self.policy == "reservoir":
-            self._reservoir(generator, rows, count)
+            slots = self._reservoir(generator, count)
         else:
-            self._by_class(generator, rows, count)
+            slots, taken = self._by_class(generator, rows, count)
+            rows = {name: tensor[taken] for name, tensor in rows.items()}
+        for name, tensor in rows.items():
+            _write(self.rows[name], slots, tensor)
         self.seen += count
 
     def sample(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draws `count` rows without replacement, or all there are if fewer, leaving out the held-out ones."""
-        slots = self._slots(held=False)
+        slots = self._open()
         order = torch.rand(len(slots), generator=generator, device=generator.device).topk(min(count, len(slots)))
         return self._take(slots[order.indices])
 
     def all(self) -> dict[str, Tensor]:
         """Every row that is not held out, in slot order."""
-        return self._take(self._slots(held=False))
+        return self._take(self._open())
 
     def held_out(self) -> dict[str, Tensor]:
         """Every held-out row, in slot order; none if `holdout` is 0."""
-        return self._take(self._slots(held=True))
+        return self._take(self.held[: int(len(self) * self.holdout)])
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that the memory holds, as tensors: what `load_state_dict` needs to go on bit for bit."""
-        state = {f"rows.{name}": tensor[: len(self)].clone() for name, tensor in self.rows.items()}
-        counts = {"seen": torch.tensor(self.seen), "decided": torch.tensor(self.decided)}
-        return state | counts | {"keys": self.keys[: len(self)].clone(), "slots": self.slots, "until": self.until}
+    def state_dict(self) -> dict[str, Any]:
+        """All that the memory holds: tensors, numbers and a dict of tensors, enough to go on bit for bit."""
+        count = len(self)
+        return {
+            "rows": {name: tensor[:count].clone() for name, tensor in self.rows.items()},
+            "keys": self.keys[:count].clone(),
+            **{name: getattr(self, name) for name in ("seen", "decided", "slots", "until")},
+        }
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` of a memory of the same settings gave."""
-        rows = {name.removeprefix("rows."): tensor for name, tensor in state.items() if name.startswith("rows.")}
-        self.seen, self.decided = int(state["seen"]), int(state["decided"])
-        self.slots, self.until = state["slots"], state["until"]
-        if rows:
-            self._allocate(rows)
-            for name, tensor in [*rows.items()]:
+        for name in ("seen", "decided", "slots", "until"):
+            setattr(self, name, state[name])
+        if state["rows"]:
+            self._allocate(state["rows"])
+            for name, tensor in state["rows"].items():
                 self.rows[name][: len(self)] = tensor
             self.keys[: len(self)] = state["keys"]
 
@@ -115,9 +127,9 @@ class Memory:
             raise ValueError(f"rows: the lengths differ, {counts}; pass one row of each tensor per example")
         if self.rows and self.rows.keys() != rows.keys():
             raise ValueError(f"rows: {sorted(rows)} offered to a memory of {sorted(self.rows)}; use the same names")
-        for name, tensor in rows.items():
-            stored = self.rows.get(name)
-            if stored is not None and (stored.shape[1:], stored.dtype) != (tensor.shape[1:], tensor.dtype):
+        for name, stored in self.rows.items():
+            tensor = rows[name]
+            if (stored.shape[1:], stored.dtype) != (tensor.shape[1:], tensor.dtype):
                 raise ValueError(
                     f"rows: {name!r} is {tensor.dtype} of shape {tuple(tensor.shape[1:])} a row, the memory holds "
                     f"{stored.dtype} of {tuple(stored.shape[1:])}; all tasks of a stream must agree"
@@ -135,58 +147,50 @@ class Memory:
         self.keys = torch.zeros(self.capacity, dtype=torch.float64, device=device)
         self.open, self.held = self.open.to(device), self.held.to(device)
 
-    def _reservoir(self, generator: torch.Generator, rows: Mapping[str, Tensor], count: int) -> None:
-        """Decides on many rows ahead, so that a batch's share is a look at the decisions for it."""
-        if not self.rows:
-            self._allocate(rows)
+    def _reservoir(self, generator: torch.Generator, count: int) -> Tensor:
+        """The slots (count,) of the rows offered: many are decided on ahead, so that a batch looks its own up."""
         end = self.seen + count
         if end > self.decided + len(self.slots):
             self.decided = self.seen
             self.slots, self.until = reservoir_slots(self.seen, self.capacity, max(count, AHEAD), generator)
         mine = slice(self.seen - self.decided, end - self.decided)
-        slots = self.slots[mine].masked_fill(self.until[mine] <= end, self.capacity)
-        for name, tensor in rows.items():
-            _write(self.rows[name], slots, tensor)
+        return self.slots[mine].masked_fill(self.until[mine] <= end, self.capacity)
 
-    def _by_class(self, generator: torch.Generator, rows: Mapping[str, Tensor], count: int) -> None:
-        """Every row has a key; a class keeps its rows of smallest keys, classes in equal parts.
+    def _by_class(self, generator: torch.Generator, rows: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """The slots of the rows that are taken, and which of the `count` offered ones these are: both (taken,).
 
-        Keys are random, or the row's number in the order of offers, or that backwards. What cannot be shared equally
-        goes to the smallest of the random keys, and else to the classes that came first.
+        Every row has a key. A class keeps its rows of smallest keys, and classes have equal parts. Keys are random, or
+        the row's number in the order of offers, or that backwards. What cannot be shared equally goes to the smallest
+        of the random keys, else to the classes that came first.
         """
-        have = len(self)
-        if not self.rows:
-            self._allocate(rows)
+        have, device = len(self), self.keys.device
+        name = "group" if "group" in rows else "y"
         if self.policy == "balanced":
             keys = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
         else:
-            keys = torch.arange(self.seen, self.seen + count, dtype=torch.float64, device=self.keys.device)
+            keys = torch.arange(self.seen, self.seen + count, dtype=torch.float64, device=device)
             keys = -keys if self.policy == "ring" else keys
-        pool = {name: torch.cat([self.rows[name][:have], tensor]) for name, tensor in rows.items()}
-        keys = torch.cat([self.keys[:have], keys.to(self.keys.device)])
-        by_key = keys.argsort()
-        rank = torch.empty_like(by_key)
-        rank[by_key] = _rank_within(pool.get("group", pool["y"])[by_key])
+        keys = torch.cat([self.keys[:have], keys.to(device)])
+        rank = _rank(torch.cat([self.rows[name][:have], rows[name]]), keys)
         order = rank + keys if self.policy == "balanced" else rank.double()
         keep = torch.argsort(order, stable=True)[: self.capacity]
-        free = (keep >= have).nonzero().squeeze(1)
-        stays = torch.zeros(have, dtype=torch.bool, device=keep.device)
-        stays[keep[keep < have]] = True
-        slots = torch.cat([(~stays).nonzero().squeeze(1), torch.arange(have, len(keep), device=keep.device)])
-        for name, tensor in pool.items():
-            _write(self.rows[name], slots, tensor[keep[free]])
-        self.keys[slots] = keys[keep[free]]
+        fresh = keep[keep >= have]
+        free = torch.ones(len(keep), dtype=torch.bool, device=device)
+        free[keep[keep < have]] = False
+        slots = free.nonzero().squeeze(1)
+        self.keys[slots] = keys[fresh]
+        return slots, fresh - have
 
-    def _slots(self, *, held: bool) -> Tensor:
-        count = int(len(self) * self.holdout)
-        return self.held[:count] if held else self.open[: len(self) - count]
+    def _open(self) -> Tensor:
+        """The filled slots that are not held out."""
+        return self.open[: len(self) - int(len(self) * self.holdout)]
 
     def _take(self, slots: Tensor) -> dict[str, Tensor]:
         return {name: tensor[slots] for name, tensor in self.rows.items()}
 
 
-def check_policy(policy: str, y: Tensor) -> None:
-    """Raises ValueError if a policy that goes by class is to go by labels of which a row has many."""
+def check_policy(policy: Policy, y: Tensor) -> None:
+    """Raises ValueError if a policy that goes by class is to go by labels (N, L), of which a row has many."""
     if policy != "reservoir" and y.ndim > 1:
         raise ValueError(
             f"policy: {policy!r} keeps rows by their class and the labels have shape {tuple(y.shape)}, many a row "
@@ -200,22 +204,18 @@ def herding(features: Tensor, y: Tensor, most: int | None = None) -> Tensor:
     Rebuffi et al. 2017 (arXiv 1611.07725), algorithm 4: greedily, for `features` (n, F) of labels `y` (n,). All first
     choices of the classes come first, then all second ones, and so on, up to the `most` best of each class (None: all).
     """
-    features, order = features.double(), torch.empty(0, dtype=torch.int64, device=y.device)
-    turns = torch.empty(0, dtype=torch.int64, device=y.device)
+    features, turns = features.double(), [[] for _ in range(min(len(y), most or len(y)))]
     for label in y.unique():
         rows = (y == label).nonzero().squeeze(1)
         own = features[rows]
         goal, total = own.mean(0), torch.zeros_like(own[0])
         left = torch.zeros(len(rows), dtype=torch.float64, device=y.device)
-        picks = []
-        for turn in range(1, min(len(rows), most or len(rows)) + 1):
+        for turn, picks in enumerate(turns[: len(rows)], 1):
             pick = ((goal - (total + own) / turn).square().sum(1) + left).argmin()
             left[pick] = float("inf")
             total = total + own[pick]
-            picks.append(pick)
-        order = torch.cat([order, rows[torch.stack(picks)]])
-        turns = torch.cat([turns, torch.arange(len(picks), device=y.device)])
-    return order[turns.argsort(stable=True)]
+            picks.append(rows[pick][None])
+    return torch.cat([y[:0], *(pick for picks in turns for pick in picks)])
 
 
 def _write(store: Tensor, slots: Tensor, rows: Tensor) -> None:
@@ -227,14 +227,12 @@ def _write(store: Tensor, slots: Tensor, rows: Tensor) -> None:
     store.index_copy_(0, slots, rows)
 
 
-def _rank_within(labels: Tensor) -> Tensor:
-    """How many earlier entries of `labels` equal each one: (n,) int64."""
-    order = labels.argsort(stable=True)
-    ordered = labels[order]
-    index = torch.arange(len(labels), device=labels.device)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    start = torch.where(first, index, 0).cummax(0).values
-    rank = torch.empty_like(index)
-    rank[order] = index - start
+def _rank(labels: Tensor, keys: Tensor) -> Tensor:
+    """How many entries of the same label have a smaller key than each, for labels (n,) and keys (n,): (n,) int64."""
+    by_key = keys.argsort()
+    order = by_key[labels[by_key].argsort(stable=True)]
+    counts = labels.unique(return_counts=True)[1]
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - first
     return rank

@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
 import toys
 from clkit import data
 from clkit.data import Examples, Normalize, Stream, Task
+from clkit.evaluation import outputs
 from clkit.learners import (
     AGEM,
     DER,
@@ -35,7 +37,7 @@ from clkit.learners import (
     PerTask,
     Sum,
 )
-from clkit.weights import equal
+from clkit.weights import equal, get_weights, lerp
 from toys import quick
 
 SETTINGS = {
@@ -108,8 +110,7 @@ class TestContract:
         setting.generator = torch.Generator()
         twin.start(setting)
         twin.load_state_dict(learner.state_dict())
-        for a, b in zip(learner.state_dict().values(), twin.state_dict().values(), strict=True):
-            assert torch.equal(a, b)
+        assert toys.same_tree(learner.state_dict(), twin.state_dict())
         assert torch.equal(learner.inputs(toy[2]), twin.inputs(toy[2]))
 
     def test_inputs_are_those_of_the_examples(self, toy, name):
@@ -235,9 +236,9 @@ def test_token_streams_are_learned_or_refused_in_words(name, labels):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ER(memory=0), "capacity is 0"),
+        (lambda: ER(memory=0), "memory: 0; give a whole number, at least 1"),
         (lambda: ER(batch=0), "batch: 0"),
-        (lambda: ER(policy="x"), "'x' is unknown"),
+        (lambda: ER(policy="x"), "policy: 'x' is unknown; choose one of reservoir, balanced, ring, herding"),
     ],
 )
 def test_bad_settings_are_named(make, message):
@@ -253,3 +254,106 @@ def test_augmented_rows_are_stored_as_they_are():
     rows = quick(stream, ER(memory=40)).learner.store.all()["x"]
     assert rows.dtype == torch.uint8
     assert all((x == row).flatten(1).all(1).any() for row in rows)
+
+
+class Slow(Learner):
+    """A learner of a user's, no dataclass: predicts with a running mean of the weights, and counts what it has seen."""
+
+    state = ("slow", "counts", "notes")
+
+    def __init__(self, decay=0.9):
+        self.decay = decay
+
+    def start(self, setting):
+        super().start(setting)
+        self.slow, self.counts, self.notes = {}, {}, torch.nn.Linear(1, 1)
+
+    def after_step(self, model, batch):
+        now = get_weights(model)
+        self.slow = lerp(now, self.slow or now, self.decay)
+
+    def after_training(self, model, task):
+        torch.nn.init.constant_(self.notes.weight, float(task.index))
+        self.counts[task.index] = (task.name, task.train[:2], task.train.y.float().mean(), None)
+
+    def predict(self, model, x, task=None):
+        return outputs(model, self.slow, x) if self.slow else model(x)
+
+
+class Slower(Slow):
+    state = ("steps",)
+
+    def __init__(self, decay=0.9, *, every=2):
+        super().__init__(decay)
+        self.every = every
+
+    def start(self, setting):
+        super().start(setting)
+        self.steps = 0
+
+    def after_step(self, model, batch):
+        self.steps += 1
+        if self.steps % self.every == 0:
+            super().after_step(model, batch)
+
+
+class Heavier(ER):
+    """A learner of a user's that derives from a dataclass and is none."""
+
+    def __init__(self, memory, weight):
+        super().__init__(memory)
+        self.weight = weight
+
+    def loss(self, model, batch):
+        return self.weight * super().loss(model, batch)
+
+
+@pytest.mark.parametrize("learner", [Slow(), Slower(0.8), Sum(Slower(every=3), EWC()), Heavier(9, weight=0.5)])
+class TestAUsersLearner:
+    def test_it_goes_on_from_a_checkpoint_bit_for_bit(self, toy, learner, tmp_path):
+        class Stop(Exception):
+            pass
+
+        class Stopping(type(learner)):
+            def begin_task(self, model, task):
+                if task.index == 2:
+                    raise Stop
+                super().begin_task(model, task)
+
+        Stopping.__qualname__ = type(learner).__qualname__
+        stopping = copy.deepcopy(learner)
+        stopping.__class__ = Stopping
+        plain = quick(toy, learner)
+        with pytest.raises(Stop):
+            quick(toy, stopping, checkpoint=tmp_path / "run")
+        again = quick(toy, learner, checkpoint=tmp_path / "run")
+        assert toys.same_tree(plain.learner.state_dict(), again.learner.state_dict())
+        assert (plain.accuracy == again.accuracy).all() and equal(plain.weights[-1], again.weights[-1])
+
+    def test_its_record_tells_settings_apart(self, learner):
+        assert eval(repr(learner)) == learner == copy.deepcopy(learner)
+        assert learner != Slow(0.5) and repr(Slower(0.5)) == "Slower(decay=0.5, every=2)"
+        assert Heavier(9, 0.5) != Heavier(9, 0.4) and Slow() != Slower()
+
+
+def test_state_that_cannot_be_kept_is_named(toy):
+    class Odd(Learner):
+        state = ("odd",)
+
+        def start(self, setting):
+            super().start(setting)
+            self.odd = None
+
+    learner = quick(toy, Odd()).learner
+    learner.odd = {"a": [object()]}
+    with pytest.raises(TypeError, match="state: 'odd' holds a object; give tensors"):
+        learner.state_dict()
+    learner.odd = torch.nn.Linear(1, 1)
+    state, learner.odd = learner.state_dict(), None
+    with pytest.raises(TypeError, match="state: 'odd' is None and takes no state; make the object in `start`"):
+        learner.load_state_dict(state)
+
+
+def test_settings_may_be_numbers_of_numpy():
+    assert repr(ER(memory=np.int64(9))) == "ER(memory=9, batch=None, policy='reservoir')"
+    assert repr(SI(np.float32(0.5))) == "SI(strength=0.5, xi=0.1)"

@@ -1,11 +1,14 @@
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit import memory as memory_module
-from clkit.memory import AHEAD, POLICIES, Memory, herding, reservoir_slots
+from clkit.memory import AHEAD, Memory, Policy, herding, reservoir_slots
 
+POLICIES = get_args(Policy)
 laws = settings(max_examples=30, deadline=None)
 chunks = st.lists(st.integers(0, 12), min_size=1, max_size=8)
 
@@ -222,10 +225,10 @@ def test_a_slot_is_taken_until_a_later_row_takes_it():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Memory(0), "capacity is 0"),
+        (lambda: Memory(0), "capacity: 0; give a whole number, at least 1"),
         (lambda: Memory(3, "herd"), "'herd' is unknown"),
         (lambda: Memory(3, holdout=1.0), "holdout: 1.0"),
-        (lambda: Memory(3, holdout=0.2), "less than one example"),
+        (lambda: Memory(3, holdout=0.2), "holdout: 0.2 of 3 is less than one example"),
         (lambda: Memory(3).offer(torch.Generator()), "none were given"),
         (lambda: Memory(3).offer(torch.Generator(), x=torch.zeros(2), y=torch.zeros(3)), "lengths differ"),
         (lambda: Memory(3, "balanced").offer(torch.Generator(), x=torch.zeros(2)), "tensor named y"),

@@ -547,7 +547,7 @@ class TestInARun:
         [
             (lambda: PerTask(infer="labels"), "infer: 'labels'.*entropy"),
             (lambda: PerTask(begin="zero"), "begin: 'zero'.*backbone"),
-            (lambda: PerTask(shared=("gains",)), r"shared: \['gains'\].*head"),
+            (lambda: PerTask(shared=("gains",)), r"shared: \('gains',\).*head"),
         ],
     )
     def test_bad_settings_are_named(self, make, message):

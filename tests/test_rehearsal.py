@@ -12,9 +12,8 @@ import toys
 from clkit.consolidation import CLeWI
 from clkit.data import Stream
 from clkit.learners import AGEM, DER, ER, ERACE, GEM, MIR, DERpp, Joint, Learner, MemoryOnly, Setting
-from clkit.learners.agem import flat_gradient, projected, set_gradient
 from clkit.learners.base import Criterion
-from clkit.learners.gem import projected as projected_on_all
+from clkit.learners.projection import flat_gradient, projected, projected_on_all, set_gradient
 from clkit.weights import equal
 from toys import QUICK, domains, quick
 

@@ -105,6 +105,17 @@ def derived_once() -> Callable[[torch.nn.Module, torch.Tensor], alignment.Symmet
     return symmetry
 
 
+def same_tree(a, b) -> bool:
+    """Whether two states are equal bit by bit, with their keys in the same order."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same_tree(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_tree, a, b))
+    return type(a) is type(b) and a == b
+
+
 def quick(stream: Stream, learner=None, consolidation=None, *, model=models.mlp, training=QUICK, **more) -> Result:
     """A run on the CPU without a progress bar; the model is modulated where the learner needs that."""
     if isinstance(learner, PerTask):

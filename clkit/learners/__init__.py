@@ -1,25 +1,13 @@
-"""Learning rules, one file each: what a step minimises and what is remembered."""
+"""Learning rules, one family each file: what a step minimises and what is remembered."""
 
-from clkit.learners.agem import AGEM
-from clkit.learners.base import Criterion, Learner, Setting
-from clkit.learners.bic import BiC
+from clkit.learners.anchored import EWC, L2, MAS, SI, DecoupledL2, OnlineEWC
+from clkit.learners.base import Criterion, LabelSpace, Learner, Setting
 from clkit.learners.combined import Sum
-from clkit.learners.data_buffer import DataBuffer
-from clkit.learners.der import DER, DERpp
-from clkit.learners.er import ER
-from clkit.learners.er_ace import ERACE
-from clkit.learners.ewc import EWC, OnlineEWC
-from clkit.learners.gdumb import GDumb
-from clkit.learners.gem import GEM
-from clkit.learners.icarl import ICaRL
-from clkit.learners.joint import Joint
-from clkit.learners.l2 import L2, DecoupledL2
-from clkit.learners.lwf import LwF
-from clkit.learners.mas import MAS
-from clkit.learners.memory_only import MemoryOnly
-from clkit.learners.mir import MIR
+from clkit.learners.distillation import DER, DERpp, LwF
+from clkit.learners.exemplars import BiC, GDumb, ICaRL
 from clkit.learners.per_task import PerTask
-from clkit.learners.si import SI
+from clkit.learners.projection import AGEM, GEM
+from clkit.learners.rehearsal import ER, ERACE, MIR, DataBuffer, Joint, MemoryOnly
 
 LEARNERS: dict[str, type[Learner]] = {
     "fine-tuning": Learner,

@@ -1,18 +1,23 @@
 """The learner that every rule starts from: plain fine-tuning, and the hooks that a rule overrides."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clkit import checks
 from clkit.data import Batch, Examples, Stream, Task
 from clkit.data.core import IGNORED
+from clkit.modulation import TaskState
 
-LABELS = ("all", "seen", "task")
+LabelSpace = Literal["all", "seen", "task"]
 CONTEXT_ROWS = 1000
+_KIND = "kind of value"
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (tuple, dict, Examples, TaskState)}
 
 
 class Criterion:
@@ -23,8 +28,9 @@ class Criterion:
     gets no gradient from it, and a target of -100 carries no loss.
     """
 
-    def __init__(self, stream: Stream, labels: str, smoothing: float, device: torch.device) -> None:
-        self.labels, self.smoothing = labels, smoothing
+    def __init__(self, stream: Stream, labels: LabelSpace, smoothing: float, device: torch.device) -> None:
+        self.smoothing = smoothing
+        self.labels: LabelSpace = labels
         tasks, classes = len(stream), len(stream.classes)
         member = torch.zeros(tasks, classes, dtype=torch.bool)
         for task in stream:
@@ -86,15 +92,55 @@ class Setting:
 class Learner:
     """Plain fine-tuning: a step minimises the loss of its batch and nothing is remembered.
 
-    A rule overrides the one to three hooks it changes. The fields of a learner are its settings and its repr is the
-    record; state begins in `start`. `run` works on a copy, so one learner serves many runs.
+    A rule overrides the one to three hooks it changes. What `__init__` takes are its settings, kept as attributes of
+    the same names: they are compared, and its repr is the record. What training changes begins in `start`, and is named
+    in `state`. `run` works on a copy, so one learner serves many runs. A rule of one's own, a dataclass or not:
+
+    ```python
+    class Slow(Learner):
+        state = ("slow",)
+
+        def __init__(self, decay=0.99):
+            self.decay = decay
+
+        def start(self, setting):
+            super().start(setting)
+            self.slow = {}
+
+        def after_step(self, model, batch):
+            now = get_weights(model)
+            self.slow = lerp(now, self.slow or now, self.decay)
+    ```
     """
 
+    state: ClassVar[tuple[str, ...]] = ()
+    """The attributes that a checkpoint keeps, beside those that the classes it derives from name.
+
+    Each is None, a tensor, a number, a text, `Examples`, a `TaskState`, or a list, tuple or dict of such. What `start`
+    makes with `state_dict` and `load_state_dict`, a `Memory` or a module for example, is restored in place.
+    """
     remembers: ClassVar[bool] = False
     """Whether a memory is kept, a part of which can be held out of replay."""
 
+    __post_init__ = checks.fields
+
+    def __init_subclass__(cls) -> None:
+        """Lets a class inherit repr and equality where `@dataclass` would write them anew, for its fields alone."""
+        for name in ("__repr__", "__eq__"):
+            setattr(cls, name, getattr(cls, name))
+
+    def __repr__(self) -> str:
+        names = inspect.signature(type(self)).parameters
+        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and repr(self) == repr(other)
+
     def start(self, setting: Setting) -> None:
-        """Called once before the first task, with everything a rule may need to set itself up."""
+        """Called once before the first task, with everything a rule may need to set itself up.
+
+        Raises ValueError if rows are to be held out of a memory and the rule keeps none.
+        """
         if setting.holdout and not self.remembers:
             raise ValueError(
                 f"holdout: the consolidation asks for {setting.holdout:g} of the memory to be held out and {self!r} "
@@ -132,12 +178,6 @@ class Learner:
         """What a consolidation may look at, prepared: the memory, else 1,000 evenly spaced rows of this task's data."""
         return self._evenly(task, task.train)
 
-    def _evenly(self, task: Task, kept: Examples) -> Examples:
-        """1,000 evenly spaced rows of what was kept, or all if they are fewer, prepared."""
-        rows = torch.linspace(0, len(kept) - 1, min(CONTEXT_ROWS, len(kept))).long()
-        some = kept[rows.to(kept.x.device)].to(self.setting.generator.device)
-        return Examples(task.prepare(some.x), some.y)
-
     def held_out(self, task: Task) -> Examples | None:
         """Prepared examples that no step has trained on, for choosing settings by; None if there are none."""
         return None
@@ -146,20 +186,71 @@ class Learner:
         """The inputs of `examples`."""
         return self.examples(task).x
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The learner's state as tensors; `load_state_dict` after `start` restores it bit for bit."""
-        return {"generator": self.setting.generator.get_state()}
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state and what `state` names, as a tree that a file can hold, with the tensors themselves.
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` of a learner of the same settings gave."""
+        The tree is of tensors, numbers, texts, None, lists, and dicts with texts as keys. Raises TypeError on what it
+        cannot hold.
+        """
+        state = {name: _packed(name, getattr(self, name)) for name in self._state_names()}
+        return {"generator": self.setting.generator.get_state(), **state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores, after `start`, what `state_dict` of a learner of the same settings gave, bit for bit.
+
+        Raises TypeError where an object's state was kept and `start` has made no object to take it.
+        """
         self.setting.generator.set_state(state["generator"])
+        for name in self._state_names():
+            setattr(self, name, _unpacked(name, state[name], getattr(self, name, None)))
+
+    def _state_names(self) -> list[str]:
+        return [name for kind in reversed(type(self).__mro__) for name in vars(kind).get("state", ())]
+
+    def _prepared(self, task: Task, examples: Examples, rows: Tensor | None = None) -> Examples:
+        """Examples, or the given rows of them, on the device as a model takes them: normalised and not augmented."""
+        some = examples if rows is None else examples[rows.to(examples.x.device)]
+        some = some.to(self.setting.generator.device)
+        return Examples(task.prepare(some.x), some.y)
+
+    def _evenly(self, task: Task, kept: Examples) -> Examples:
+        """1,000 evenly spaced rows of what was kept, or all if they are fewer, prepared."""
+        return self._prepared(task, kept, torch.linspace(0, len(kept) - 1, min(CONTEXT_ROWS, len(kept))).long())
 
 
-def named(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under names that begin with `group` and a dot, for a state_dict."""
-    return {f"{group}.{name}": tensor for name, tensor in tensors.items()}
+def _packed(name: str, value: Any) -> Any:
+    """A value, part of what `name` names in a state, as a tree that a file can hold."""
+    if hasattr(value, "load_state_dict"):
+        return {_KIND: "state_dict", "parts": value.state_dict()}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _packed(name, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_packed(name, item) for item in value]
+    if value is None or isinstance(value, Tensor | bool | int | float | str):
+        return value
+    if type(value) not in _KINDS.values():
+        raise TypeError(
+            f"state: {name!r} holds a {type(value).__name__}; give tensors, numbers, texts, examples, lists or dicts "
+            "of them, or an object with state_dict and load_state_dict"
+        )
+    parts = value if isinstance(value, tuple) else value.items() if isinstance(value, dict) else vars(value).values()
+    return {_KIND: type(value).__name__, "parts": [_packed(name, part) for part in parts]}
 
 
-def under(group: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `named` put into a state: the tensors whose names begin with `group` and a dot, by what follows it."""
-    return {name.removeprefix(f"{group}."): t for name, t in state.items() if name.startswith(f"{group}.")}
+def _unpacked(name: str, tree: Any, owner: Any = None) -> Any:
+    """What `_packed` made a tree of; the state of an object goes into the object itself, its `owner`."""
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, list):
+        return [_unpacked(name, item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if _KIND not in tree:
+        return {key: _unpacked(name, item) for key, item in tree.items()}
+    if tree[_KIND] == "state_dict":
+        if not hasattr(owner, "load_state_dict"):
+            raise TypeError(f"state: {name!r} is {owner!r} and takes no state; make the object in `start`")
+        owner.load_state_dict(tree["parts"])
+        return owner
+    kind, parts = _KINDS[tree[_KIND]], _unpacked(name, tree["parts"])
+    return kind(parts) if kind in (tuple, dict) else kind(*parts)

@@ -1,13 +1,14 @@
 """A learning rule with the loss terms of others."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from clkit.data import Batch, Examples, Task
-from clkit.learners.base import Learner, Setting, named, under
+from clkit.learners.base import Learner, Setting
 
 
 @runtime_checkable
@@ -122,11 +123,11 @@ class Sum(Learner):
         """The inputs of the first."""
         return self.first.inputs(task)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state of every part, under its number and a dot."""
-        return {name: t for i, part in enumerate(self.parts) for name, t in named(str(i), part.state_dict()).items()}
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every part, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave."""
-        for i, part in enumerate(self.parts):
-            part.load_state_dict(under(str(i), state))
+        for part, own in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(own)

@@ -3,20 +3,19 @@
 from copy import copy
 from dataclasses import dataclass
 from math import log
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clkit import curvature
+from clkit.curvature import ridge
 from clkit.data import Batch, Task
-from clkit.learners.base import Learner, Setting, named, under
+from clkit.learners.base import Learner, Setting
 from clkit.models import features
 from clkit.modulation import Modulated, TaskState
 
-INFERENCES = ("entropy", "statistics")
-BEGINNINGS = ("backbone", "previous", "nearest")
-APART = 20.0  # what log probabilities in the tasks that are not chosen lose
+NOT_CHOSEN = 20.0  # what log probabilities in the tasks that are not chosen lose
 LOOK = 1000  # rows of a task that its nearest earlier one is found by
 
 
@@ -38,18 +37,13 @@ class PerTask(Learner):
     - `shared`: parts that all tasks share, among "statistics", "affine" and "head", as a control: then tasks forget
     """
 
-    infer: str = "entropy"
-    begin: str = "backbone"
-    shared: tuple[str, ...] = ()
+    infer: Literal["entropy", "statistics"] = "entropy"
+    begin: Literal["backbone", "previous", "nearest"] = "backbone"
+    shared: tuple[Literal["statistics", "affine", "head"], ...] = ()
+    state: ClassVar[tuple[str, ...]] = ("tasks", "trained")
 
     def __post_init__(self) -> None:
-        for name, known in (("infer", INFERENCES), ("begin", BEGINNINGS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        self.shared = tuple(self.shared)
-        unknown = set(self.shared) - {"statistics", "affine", "head"}
-        if unknown:
-            raise ValueError(f"shared: {sorted(unknown)} is unknown; choose among statistics, affine, head")
+        super().__post_init__()
         if self.infer == "statistics" and "statistics" in self.shared:
             raise ValueError("shared: 'statistics' that are shared tell no task from another; infer by 'entropy'")
 
@@ -107,52 +101,27 @@ class PerTask(Learner):
             else:
                 scores.append(net.distance(x, state))
         chosen = torch.stack([score.flatten(1).mean(1) if score.ndim > 1 else score for score in scores]).argmin(0)
-        found = answers[0].new_full((*answers[0].shape[:-1], classes), -2 * APART)
+        found = answers[0].new_full((*answers[0].shape[:-1], classes), -2 * NOT_CHOSEN)
         for position, (answer, state) in enumerate(zip(answers, self.tasks.values(), strict=True)):
-            own, away = list(state.classes), APART * (chosen != position).float()
+            own, away = list(state.classes), NOT_CHOSEN * (chosen != position).float()
             found[..., own] = torch.maximum(found[..., own], answer - away.view(-1, *[1] * (answer.ndim - 1)))
         return found
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The generator, the finished tasks, and those that later ones may start from."""
-        kept: dict[str, Tensor] = {}
-        for group in ("tasks", "trained"):
-            for number, task in getattr(self, group).items():
-                kept |= {f"{group}.{number}.classes": torch.tensor(task.classes)}
-                kept |= named(f"{group}.{number}.tensors", task.tensors)
-        return super().state_dict() | kept
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` gave."""
-        super().load_state_dict(state)
-        self.tasks, self.trained = _tasks("tasks", state), _tasks("trained", state)
 
     @torch.no_grad()
     def _nearest(self, net: Modulated, task: Task) -> TaskState | None:
         """The finished task whose features serve a new one best, None for the backbone's own."""
-        rows = task.train[torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))[:LOOK]]
-        rows = rows.to(next(net.parameters()).device)
-        x, known = task.prepare(rows.x), torch.tensor(task.classes, device=rows.y.device)
-        answers = (rows.y[..., None] == known).double().flatten(0, -2)
+        rows = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))[:LOOK]
+        some = self._prepared(task, task.train, rows)
+        answers = (some.y[..., None] == torch.tensor(task.classes, device=some.y.device)).double().flatten(0, -2)
         half = len(answers) // 2
         errors: dict[int | None, float] = {}
         for number in (None, *self.trained):
             state = net.initial() if number is None else self.trained[number]
-            f = F.pad(features(net.folded(state), x).double().flatten(0, -2), (0, 1), value=1.0)
-            fit = curvature.ridge(f[:half], answers[:half], 0.01)
+            f = F.pad(features(net.folded(state), some.x).double().flatten(0, -2), (0, 1), value=1.0)
+            fit = ridge(f[:half], answers[:half], 0.01)
             errors[number] = float((f[half:] @ fit - answers[half:]).square().mean())
         best = min(errors, key=lambda number: errors[number])
         return None if best is None else self.trained[best]
-
-
-def _tasks(group: str, state: dict[str, Tensor]) -> dict[int, TaskState]:
-    """The tasks under a group's name in a state."""
-    found = {}
-    for name, classes in under(group, state).items():
-        number, _, kind = name.partition(".")
-        if kind == "classes":
-            found[int(number)] = TaskState(tuple(classes.tolist()), under(f"{group}.{number}.tensors", state))
-    return found
 
 
 def _modulated(model: nn.Module) -> Modulated:

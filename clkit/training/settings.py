@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from clkit.learners.base import LABELS
+from clkit.learners import LabelSpace
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine", "linear", "multistep")
@@ -49,14 +50,14 @@ class Training:
     warmup: float = 0.0
     clip: float | None = None
     label_smoothing: float = 0.0
-    labels: str = "all"
+    labels: LabelSpace = "all"
     augment: bool = True
     precision: str = "auto"
     channels_last: bool | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("labels", LABELS)):
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("labels", get_args(LabelSpace))):
             _choice(name, getattr(self, name), known)
         _choice("precision", self.precision, PRECISIONS)
         for name, low in (("epochs", 0), ("batch", 1)):

@@ -1,0 +1,281 @@
+"""Rules that see earlier tasks' examples again: from a memory, or from all data or a share of them kept."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from clkit import checks
+from clkit.curvature import trainable
+from clkit.data import Batch, Examples, Task
+from clkit.evaluation import EVALUATION_BATCH, outputs, side_pass
+from clkit.learners.base import Learner, Setting
+from clkit.memory import Memory, Policy, check_policy, herding
+from clkit.models import features
+
+
+@dataclass
+class ER(Learner):
+    """Experience replay: every step also minimises the loss of a batch drawn from a memory of earlier examples.
+
+    Ratcliff 1990; Robins 1995; in this form Chaudhry et al. 2019 (arXiv 1902.10486): one cross entropy over the
+    current rows and the memory's, concatenated. `memory` is the number of examples kept, `batch` the number replayed
+    a step (None: as many as the step's own), `policy` which ones stay (see `Memory`). Rows are stored as they are and
+    augmented afresh whenever they are replayed.
+
+    The papers leave open when an example is offered to the memory. Here it is offered once, at the end of its first
+    step, so that the reservoir is a uniform sample of the stream however many epochs there are. With "herding" it is
+    offered at the end of the task, in the order that the trained network's features give.
+    """
+
+    memory: checks.Count = 500
+    batch: checks.Count | None = None
+    policy: Policy = "reservoir"
+    remembers: ClassVar[bool] = True
+    state: ClassVar[tuple[str, ...]] = ("store",)
+
+    def start(self, setting: Setting) -> None:
+        """Begins with an empty memory."""
+        super().start(setting)
+        self.store = Memory(self.memory, self.policy, holdout=setting.holdout)
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        """Refuses labels that the memory cannot sort by."""
+        check_policy(self.policy, task.train.y)
+
+    def replayed(self, batch: Batch) -> Batch:
+        """The batch with rows of the memory joined to it."""
+        if not len(self.store):
+            return batch
+        rows = self.store.sample(self.batch or self.setting.batch, self.setting.generator)
+        return batch.join(rows["x"], rows["y"])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy over the current and the replayed rows: a scalar."""
+        return super().loss(model, self.replayed(batch))
+
+    def after_step(self, model: nn.Module, batch: Batch) -> None:
+        """Offers the current rows to the memory in the task's first epoch, unless they are to be herded."""
+        if batch.epoch == 0 and self.policy != "herding":
+            self.store.offer(self.setting.generator, x=batch.raw, y=batch.y)
+
+    def after_training(self, model: nn.Module, task: Task) -> None:
+        """Offers the task's rows in the order of herding, if that is the policy."""
+        if self.policy == "herding":
+            self.offer(self.store, task, self._herded(model, task))
+
+    def offer(self, store: Memory, task: Task, rows: Tensor | None = None) -> None:
+        """Offers a task's training rows to a memory: all of them, or those whose numbers are `rows` (n,), in order."""
+        for part in _chunks(task.train, self.setting.generator.device, rows):
+            store.offer(self.setting.generator, **self.stored(task, part))
+
+    def stored(self, task: Task, examples: Examples) -> dict[str, Tensor]:
+        """What the memory keeps of a task's examples, raw: tensors (n, ...) by name."""
+        return {"x": examples.x, "y": examples.y}
+
+    def examples(self, task: Task) -> Examples:
+        """The memory but for what is held out of it, prepared and not augmented."""
+        return self._recalled(task, self.store.all())
+
+    def held_out(self, task: Task) -> Examples | None:
+        """The part of the memory that is never replayed, prepared and not augmented; None if there is none."""
+        return self._recalled(task, self.store.held_out()) or None
+
+    def _herded(self, model: nn.Module, task: Task) -> Tensor:
+        """The numbers of a task's rows, the best fits to their class's mean feature first; features have length one."""
+        device = self.setting.generator.device
+        found = [features(model, task.prepare(part.x)) for part in _chunks(task.train, device)]
+        return herding(normalize(torch.cat(found)), task.train.y.to(device), self.memory)
+
+    def _recalled(self, task: Task, rows: dict[str, Tensor]) -> Examples:
+        return self._prepared(task, Examples(rows["x"], rows["y"]) if rows else task.train[:0])
+
+
+def _chunks(examples: Examples, device: torch.device, rows: Tensor | None = None) -> Iterator[Examples]:
+    """Examples, or the given rows of them, on a device, some at a time: they may be on the host for want of room."""
+    chosen = torch.arange(len(examples)) if rows is None else rows
+    for part in chosen.to(examples.x.device).split(EVALUATION_BATCH):
+        yield examples[part].to(device)
+
+
+@dataclass
+class MemoryOnly(ER):
+    """Fine-tuning that fills a memory and replays nothing of it: consolidations see examples, training does not.
+
+    "No rehearsal" in CLeWI's experiments (arXiv 2404.04002). First of a `Sum`, it lends its memory to rules that keep
+    none, as in `Sum(MemoryOnly(50), EWC())`.
+    """
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of the current rows alone: a scalar."""
+        return Learner.loss(self, model, batch)
+
+
+@dataclass
+class ERACE(ER):
+    """Experience replay whose current rows compete among the classes of their own batch only.
+
+    ER-ACE, Caccia et al. 2022 (arXiv 2104.05025), equation 3: L(current; classes of the batch) + L(replayed; all
+    classes). New classes then no longer push the old ones' logits down at the start of a task. The paper gives replayed
+    rows the classes seen so far; here they get the label space of `Training(labels=...)`, of which "seen" is that. One
+    forward pass serves both, so BatchNorm sees them together, where released code makes two passes.
+    """
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy of the current rows among their batch's classes, plus that of the replayed rows: a scalar."""
+        joined = self.replayed(batch)
+        logits = model(joined.x)
+        present = (batch.y.flatten() == torch.arange(logits.shape[-1], device=logits.device)[:, None]).any(1)
+        current = self.setting.criterion(logits[: batch.size], batch.y, among=present)
+        if len(joined.y) == batch.size:
+            return current
+        return current + self.setting.criterion(logits[batch.size :], joined.y[batch.size :])
+
+
+@dataclass
+class MIR(ER):
+    """Experience replay of those stored examples whose loss would rise most by the step on the current rows.
+
+    Maximally interfered retrieval, Aljundi et al. 2019 (arXiv 1908.04742), equation 1. `candidates` are drawn from the
+    memory (None: twice as many as are replayed, as in CLeWI's runs). The `batch` of them with the largest
+    loss(theta - lr gradient) - loss(theta) are replayed. theta - lr gradient is a virtual step of plain gradient
+    descent on the current rows alone, at the step's learning rate.
+
+    The losses are taken in evaluation mode, so that a candidate's does not depend on the others. The pass for the
+    virtual step leaves BatchNorm's statistics as they were. (In CLeWI's released code gradients are cleared before they
+    are read: all scores tie, and MIR is ER.)
+    """
+
+    candidates: checks.Count | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_candidates(self.batch or 1)
+
+    def start(self, setting: Setting) -> None:
+        """Begins with an empty memory. Raises ValueError if there are fewer candidates than are replayed a step."""
+        super().start(setting)
+        self._check_candidates(self.batch or setting.batch)
+
+    def _check_candidates(self, count: int) -> None:
+        if self.candidates is not None and self.candidates < count:
+            raise ValueError(
+                f"candidates: {self.candidates!r}, and {count} are replayed a step; give at least as many, or a "
+                "smaller batch"
+            )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy over the current rows and the most interfered of the candidates: a scalar."""
+        return Learner.loss(self, model, self.interfered(model, batch))
+
+    def interfered(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with the most interfered candidates joined to it; all of them if they are not more."""
+        if not len(self.store):
+            return batch
+        count = self.batch or self.setting.batch
+        rows = self.store.sample(self.candidates or 2 * count, self.setting.generator)
+        if len(rows["y"]) > count:
+            worst = self.rises(model, batch, batch.prepare(rows["x"]), rows["y"]).topk(count).indices
+            rows = {name: tensor[worst] for name, tensor in rows.items()}
+        return batch.join(rows["x"], rows["y"])
+
+    def rises(self, model: nn.Module, batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+        """By how much the virtual step on the batch raises the loss of each example, prepared x (N, ...): (N,)."""
+        parameters = trainable(model)
+        loss = self.setting.criterion(side_pass(model, batch.x), batch.y)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        with torch.no_grad():
+            stepped = {n: p - batch.lr * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+            before, after = (self.setting.criterion(outputs(model, w, x), y, "none") for w in (parameters, stepped))
+        return (after - before).view(len(y), -1).mean(1)
+
+
+@dataclass
+class Joint(Learner):
+    """Trains on the data of all tasks so far, all of which are kept: what continual learning is measured against.
+
+    Each step's rows are joined by rows of the earlier tasks, in the proportion of their numbers: an epoch is one over
+    everything seen. Training goes on from the previous task's weights, where the released baseline of CLeWI starts
+    afresh with all classes at once.
+    """
+
+    state: ClassVar[tuple[str, ...]] = ("past",)
+
+    def start(self, setting: Setting) -> None:
+        """Begins with nothing."""
+        super().start(setting)
+        self.past: Examples | None = None
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of the current rows and their share of earlier ones: a scalar."""
+        if self.past is not None:
+            batch = batch.join(*self._drawn(self.past, round(batch.size * len(self.past) / len(batch.task.train))))
+        return super().loss(model, batch)
+
+    def after_training(self, model: nn.Module, task: Task) -> None:
+        """Keeps the task's data."""
+        self.past = Examples.cat([task.train] if self.past is None else [self.past, task.train])
+
+    def examples(self, task: Task) -> Examples:
+        """1,000 evenly spaced rows of everything kept, prepared."""
+        return self._evenly(task, self.past if self.past is not None else task.train)
+
+    def _drawn(self, past: Examples, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs, raw, and labels of `count` rows drawn with replacement."""
+        device = self.setting.generator.device
+        rows = torch.randint(len(past), (count,), generator=self.setting.generator, device=device)
+        some = past[rows.to(past.x.device)].to(device)
+        return some.x, some.y
+
+
+@dataclass
+class DataBuffer(Joint):
+    """Fine-tuning on the current task with a kept share of each earlier task's data mixed in: SFA's baseline.
+
+    Kleiman et al. 2025 (arXiv 2501.05559) keep 5 to 10 % of the data; how they are mixed in is left open. Here a task
+    takes as many steps, of as many rows, as without a buffer: replayed rows take the place of current ones. `share` is
+    the part of a task's training rows that is kept, drawn at random when its training ends, rounded and at least one;
+    0 keeps nothing, and is fine-tuning bit for bit.
+
+    - `mixing` "concatenate": each row of a batch is, with probability buffer / (buffer + task), a random one of the
+      buffer: on average that of batches from the two sets, joined and shuffled
+    - "half": half of each batch, rounded down, are random rows of the buffer, however small it is
+
+    The buffer holds the earlier tasks alone while a task is learned; a consolidation at its end sees the newest, too.
+    No part of it can be held out for choosing settings by.
+    """
+
+    share: checks.Share = 0.05
+    mixing: Literal["concatenate", "half"] = "concatenate"
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of the batch with rows of the buffer in the place of some of its own: a scalar."""
+        return Learner.loss(self, model, self.mixed(batch))
+
+    def mixed(self, batch: Batch) -> Batch:
+        """The batch with rows of the buffer in the place of some of its own; its `raw` stays."""
+        if self.past is None:
+            return batch
+        generator, device, count = self.setting.generator, self.setting.generator.device, batch.size
+        if self.mixing == "half":
+            replaced = torch.arange(count, device=device) < count // 2
+        else:
+            probability = len(self.past) / (len(self.past) + len(batch.task.train))
+            replaced = torch.rand(count, generator=generator, device=device) < probability
+        x, y = self._drawn(self.past, count)
+        x, y = (
+            torch.where(replaced.view(-1, *[1] * (own.ndim - 1)), kept, own)
+            for kept, own in ((batch.prepare(x), batch.x), (y, batch.y))
+        )
+        return replace(batch, x=x, y=y)
+
+    def after_training(self, model: nn.Module, task: Task) -> None:
+        """Keeps a share of the task's data."""
+        if not self.share:
+            return
+        count, generator = max(1, round(self.share * len(task.train))), self.setting.generator
+        rows = torch.randperm(len(task.train), generator=generator, device=generator.device)[:count]
+        super().after_training(model, replace(task, train=task.train[rows.to(task.train.x.device)]))

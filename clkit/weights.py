@@ -5,10 +5,7 @@ traps of `state_dict`: integer counters (BatchNorm's `num_batches_tracked`) are 
 holds under several names (tied weights, a module registered twice) appears once, under its first name.
 """
 
-import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from clkit import store
 
 Weights = Mapping[str, Tensor]
 PIECE = 2**18  # entries of a running sum on the CPU: a megabyte, which stays in the cache
@@ -209,39 +208,14 @@ def norm(a: Weights) -> float:
     return dot(a, a) ** 0.5
 
 
-def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a temporary neighbour of `path` and renames it: a file is whole or it is not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    neighbour = Path(name)
-    try:
-        write(neighbour)
-        neighbour.chmod(0o644)
-        neighbour.replace(path)
-    finally:
-        neighbour.unlink(missing_ok=True)
-
-
 def save(path: Path | str, weights: Weights, **header: object) -> None:
-    """Writes weights to a safetensors file, by rename; `header` goes along as JSON."""
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    meta = {"clkit": json.dumps(header, sort_keys=True)}
-    write_atomically(path, lambda place: save_file(tensors, place, metadata=meta))
+    """Writes weights to a safetensors file with a checksum, by rename; `header` goes along as JSON."""
+    store.save_tensors(path, weights, header)
 
 
-def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """Reads what `save` wrote: the weights, on the CPU, and the header. Raises ValueError on a broken file."""
-    from safetensors import SafetensorError, safe_open
+def load(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save` wrote: the weights, on the CPU, and the header.
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path: {path} is not a file; give one that weights.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("clkit", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, header
-    except SafetensorError as error:
-        raise ValueError(f"path: {path} is not a whole safetensors file ({error}); write it again") from error
+    Raises ValueError on a file that is damaged or no safetensors, FileNotFoundError where there is none.
+    """
+    return store.load_tensors(path)

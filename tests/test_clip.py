@@ -17,9 +17,8 @@ import toys
 from clkit import data, models, representation
 from clkit.consolidation import HCMM
 from clkit.consolidation.correction import projections
-from clkit.experiments.identity import describe
 from clkit.tangent import Linearized
-from clkit.training import Training
+from clkit.training import Training, label
 from clkit.weights import equal, get_weights, set_weights
 
 WIDTH, DIM, PATCH = 16, 12, 8
@@ -333,4 +332,4 @@ class TestErrors:
 
 
 def test_it_is_on_record_under_the_name_that_users_import():
-    assert describe(models.clip) == "clkit.models.clip"
+    assert label(models.clip) == "clkit.models.clip"

@@ -19,10 +19,9 @@ import torch
 from clkit import data, models
 from clkit.consolidation import CLeWI, NoConsolidation
 from clkit.experiments import Method, SweepError, accuracies, stored_weights, sweep
-from clkit.experiments.identity import describe, source_digest
 from clkit.experiments.parcel import Parcel
-from clkit.experiments.store import Store, canonical, digest, plain
 from clkit.learners import ER, Learner
+from clkit.store import Records, canonical, describe, digest, plain, source_digest
 from clkit.training import Training
 
 SHORT = Training(epochs=1, batch=16)
@@ -166,7 +165,7 @@ def test_damaged_file_is_named_and_recomputed(grid, tmp_path, caplog, damage):
     before = files(tmp_path / "runs")
     victim = tmp_path / "runs" / f"{table['hash'][0]}.json"
     damage(victim)
-    with caplog.at_level(logging.WARNING, "clkit.experiments"):
+    with caplog.at_level(logging.WARNING, "clkit.store"):
         again = grid({"ft": Learner()}, seeds=range(2))
     assert [victim.name in message for message in caplog.messages] == [True]
     pd.testing.assert_frame_equal(table, again, check_exact=True)
@@ -178,9 +177,9 @@ def test_damaged_weights_are_recomputed(grid, tmp_path, caplog):
     path = tmp_path / "runs" / f"{table['hash'][0]}.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-8] + bytes(8))
-    with caplog.at_level(logging.WARNING, "clkit.experiments"):
+    with caplog.at_level(logging.WARNING, "clkit.store"):
         grid({"ft": Learner()}, keep=True)
-    assert "weights" in caplog.text
+    assert "tensors" in caplog.text
     assert path.read_bytes() == whole
 
 
@@ -223,9 +222,8 @@ INTERRUPTED = """
     import pandas as pd
     sys.path.insert(0, sys.argv[1])
     from clkit.experiments import sweep
-    from clkit.experiments.identity import source_digest
-    from clkit.experiments.store import Store
     from clkit.learners import ER, Learner
+    from clkit.store import Records, source_digest
     from test_experiments import SHORT, SMALL, toy_stream
 
     place, jobs = Path(sys.argv[2]), int(sys.argv[3])
@@ -242,7 +240,7 @@ INTERRUPTED = """
                      measure=measure, store=place / store, progress=False, device="cpu", **options)
 
     def stored():
-        records = [Store(place / "runs").read(path.stem) for path in (place / "runs").glob("[!.]*.json")]
+        records = [Records(place / "runs").read(path.stem) for path in (place / "runs").glob("[!.]*.json")]
         assert None not in records
         return {f"{r['config']['learner']} {r['config']['seed']}" for r in records}
 
@@ -294,7 +292,7 @@ def test_killed_sweep_ends_with_the_table_of_an_undisturbed_one(tmp_path, jobs):
 
 
 def test_lock_is_exclusive_and_leaves_nothing(tmp_path):
-    store, order = Store(tmp_path), []
+    store, order = Records(tmp_path), []
     from threading import Thread
 
     def second():

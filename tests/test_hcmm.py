@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import toys
-from clkit import checkpoint, curvature, merging, models, normalization
+from clkit import curvature, merging, models, normalization, store
 from clkit.consolidation import HCMM, Context, Progress, importance_merge
 from clkit.consolidation.correction import descend, mismatch, projections
 from clkit.consolidation.hcmm import carried, shares
@@ -319,7 +319,7 @@ class TestMemory:
             assert context.history == () and torch.equal(context.inputs, stream[t].prepare(stream[t].train.x))
             assert merged.train is merged.deploy and not merged.fresh
             assert merged.memo.keys() == dict(SMALL(stream).named_parameters()).keys()
-            checkpoint.write(tmp_path / "memo", merged.memo)
+            store.write_tree(tmp_path / "memo", merged.memo)
             sizes.add((tmp_path / "memo").stat().st_size)
         assert len(contexts) == 5 and len(sizes) == 1
 

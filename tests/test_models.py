@@ -7,7 +7,7 @@ from torch import nn
 
 from clkit import models
 from clkit.data import Examples, Stream, Task
-from clkit.training.loop import describe
+from clkit.training import label
 from clkit.weights import get_weights, live_tensors
 
 OWN = [
@@ -98,7 +98,7 @@ def test_resnet18_halves_three_times():
 
 def test_factories_are_on_record_under_the_name_that_users_import():
     for name in ("mlp", "convnet", "resnet18", "vit", "gpt", "torchvision", "huggingface"):
-        assert describe(getattr(models, name)) == f"clkit.models.{name}"
+        assert label(getattr(models, name)) == f"clkit.models.{name}"
 
 
 @pytest.mark.parametrize("length", [12, 11, 1])

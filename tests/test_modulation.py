@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import toys
 from clkit import data, models, weights
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, interpolation, listed, load, network, save
-from clkit.training import describe
+from clkit.training import label
 from clkit.weights import equal, get_weights
 
 FEW = settings(max_examples=40, deadline=None)
@@ -587,7 +587,7 @@ class TestModulated:
 
     def test_two_rules_on_one_backbone_are_two_models(self):
         nets = [Modulated(separable(), Modulation(2, 2, interpolation=kind)) for kind in ("bicubic", "nearest")]
-        assert describe(nets[0]) != describe(nets[1]) and describe(nets[0]) == describe(copy.deepcopy(nets[0]))
+        assert label(nets[0]) != label(nets[1]) and label(nets[0]) == label(copy.deepcopy(nets[0]))
 
     def test_a_state_from_before_a_change_of_precision_is_understood(self):
         net = trained(Modulation(2, 2)).eval()

@@ -14,7 +14,7 @@ from clkit.consolidation import Merged, Progress
 from clkit.data import Examples, Normalize, Stream, Task
 from clkit.evaluation import evaluate
 from clkit.learners import ER, Learner
-from clkit.training import Training, describe, run
+from clkit.training import Training, label, run
 from clkit.weights import equal, get_weights, hooked
 from toys import quick
 
@@ -380,12 +380,12 @@ class TestBadInput:
 def test_a_description_tells_settings_and_weights_apart(toy):
     from functools import partial
 
-    assert describe(partial(models.mlp, hidden=(3,))) == "clkit.models.mlp(hidden=(3,))"
+    assert label(partial(models.mlp, hidden=(3,))) == "clkit.models.mlp(hidden=(3,))"
     net = models.mlp(toy)
     other = copy.deepcopy(net)
-    assert describe(net) == describe(other)
+    assert label(net) == label(other)
     nn.init.zeros_(other.linear.bias)
-    assert describe(net) != describe(other)
+    assert label(net) != label(other)
 
 
 def test_progress_counts_steps_within_a_task(toy):

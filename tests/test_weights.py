@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clkit import weights
+from clkit import store, weights
 from clkit.weights import add, combine, dot, equal, get_weights, lerp, norm, scale, set_weights, sub
 
 laws = settings(max_examples=25, deadline=None)
@@ -181,7 +181,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="disk"):
-        weights.write_atomically(path, write)
+        store.write_atomically(path, write)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 

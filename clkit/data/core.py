@@ -4,15 +4,15 @@ Examples stay raw (uint8 images, integer tokens) until a step needs them; `Task.
 batch where its tensors live. There are no loader processes and there is no per-example Python.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from clkit import store
 from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize
 
 Scenario = Literal["class", "domain", "task"]
@@ -224,14 +224,11 @@ class Stream:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of what is learned: every example, label, class, the normalisation and augmentation; not the names."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((self.scenario, self.classes)).encode())
+        facts: list[Any] = [repr((self.scenario, self.classes))]
         for task in self.tasks:
-            digest.update(repr((task.classes, task.normalize, task.augment)).encode())
-            for tensor in (task.train.x, task.train.y, task.test.x, task.test.y):
-                digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+            facts.append(store.describe((task.classes, task.normalize, task.augment), "task"))
+            facts += [store.hash_tensor(t) for part in (task.train, task.test) for t in (part.x, part.y)]
+        return store.digest(facts)
 
     def to(self, device: torch.device | str) -> "Stream":
         """Copy all examples to a device; if they do not fit on a GPU, to pinned host memory instead.

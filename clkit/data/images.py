@@ -1,20 +1,17 @@
 """Image files to tensors: decoding, resizing, a held-out part for testing, and a store for what took long."""
 
-import hashlib
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from clkit import store
 
 SLOW = 20.0  # seconds of decoding that are worth a file
 DIRECT = {"1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr"}  # modes of 8 bits
@@ -93,23 +90,15 @@ def held_out(y: Tensor, names: Sequence[str], seed: int = 0) -> tuple[Tensor, Te
     return (~test).nonzero().squeeze(1), test.nonzero().squeeze(1)
 
 
-def cache_root() -> Path:
-    """Where files that can be made again are kept: $CLKIT_CACHE, else ~/.cache/clkit."""
-    return Path(os.environ.get("CLKIT_CACHE") or Path.home() / ".cache" / "clkit")
-
-
 def stored(key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Make tensors, or read those that an earlier process made for the same key; kept if making took 20 s or more."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
-    path = cache_root() / "data" / f"{digest}.safetensors"
-    if path.exists():
-        return load_file(path)
+    path = store.cache_root() / "data" / f"{store.digest(repr(key))}.safetensors"
+    found = store.whole(path, store.read_tree)
+    if found is not None:
+        return found
     start = perf_counter()
     tensors = make()
     if perf_counter() - start >= SLOW:
         with suppress(OSError):  # where nothing can be written, the next process decodes again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=path.parent) as folder:
-                save_file(tensors, Path(folder) / path.name)
-                (Path(folder) / path.name).replace(path)
+            store.write_tree(path, tensors)
     return tensors

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clkit import checks
+from clkit import checks, store
 from clkit.data.augment import NO_AUGMENT, Augment, Normalize
 from clkit.data.core import Dataset, Examples
-from clkit.data.images import cache_root, decode, held_out, resize, stored
+from clkit.data.images import decode, held_out, resize, stored
 
 
 @lru_cache(maxsize=1)
@@ -88,7 +88,7 @@ def load(name: str, root: str | Path | None = None, *, size: int | None = None, 
     if size is not None and size < 1:
         raise ValueError(f"size={size}: pass a number of pixels, or None")
     source = TORCHVISION[name]
-    folder = Path(root).expanduser() if root is not None else cache_root() / "torchvision"
+    folder = Path(root).expanduser() if root is not None else store.cache_root() / "torchvision"
     size = size or (64 if source.large else None)
     train = [_open(source.kind, folder, arguments, download) for arguments in source.train]
     test = [_open(source.kind, folder, arguments, download) for arguments in source.test]

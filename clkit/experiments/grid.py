@@ -12,8 +12,8 @@ from clkit.data import Stream
 from clkit.experiments.parcel import Parcel
 from clkit.experiments.plan import Job, Measure, Method, Model, device_kind, plan
 from clkit.experiments.statistics import AXES
-from clkit.experiments.store import Store
 from clkit.learners import Learner
+from clkit.store import Records, cache_root
 from clkit.training import Training
 from clkit.weights import Weights
 
@@ -76,11 +76,11 @@ def sweep(
     import joblib
     from tqdm.auto import tqdm
 
-    archive = Store(store)
+    archive = Records(store or cache_root() / "runs")
     kind = device_kind(device)
     rows, queue = plan(streams, model, methods, training, seeds, measure, keep, archive.folder, device, kind)
     failed: dict[str, str] = {}
-    waiting = [job for job in queue.values() if archive.read(job.key, weights=keep) is None]
+    waiting = [job for job in queue.values() if archive.read(job.key, tensors=keep) is None]
     parallel = _parallel(jobs, -1 if kind == "cpu" else 1)
     if parallel.n_jobs != 1:
         packed = functools.cache(Parcel)
@@ -118,7 +118,7 @@ class Grid:
     def matrices(self, **options: Any) -> "pd.DataFrame":
         """`run`, and the accuracy matrix of each run in a column of that name: row t after learning task t."""
         table = self.run(**options)
-        archive = Store(table.attrs["store"])
+        archive = Records(table.attrs["store"])
         return table.assign(matrix=[_stored(archive, key)["accuracy"] for key in table.hash])
 
     @property
@@ -126,7 +126,7 @@ class Grid:
         """What is compared, in words: names of streams and models, settings of methods, training and seeds."""
         methods = {
             name: [repr(part) for part in (m.learner, m.consolidation, m.training) if part is not None]
-            + ([loop.describe(m.model)] if m.model is not None else [])
+            + ([loop.label(m.model)] if m.model is not None else [])
             for name, m in self.methods.items()
         }
         chosen = {"streams": list(self.streams), "models": list(self.models), "methods": methods}
@@ -142,7 +142,7 @@ def accuracies(table: "pd.DataFrame", store: Path | str | None = None) -> "pd.Da
     """
     import pandas as pd
 
-    archive = Store(store or table.attrs.get("store"))
+    archive = Records(store or table.attrs.get("store") or cache_root() / "runs")
     axes = [axis for axis in AXES if axis in table]
     rows = []
     for row in table.to_dict(orient="records"):
@@ -159,10 +159,13 @@ def accuracies(table: "pd.DataFrame", store: Path | str | None = None) -> "pd.Da
 
 def stored_weights(key: str, store: Path | str | None = None) -> list[Weights]:
     """The deployed weights after each task of the run with this hash, from a sweep with `keep=True`."""
-    return Store(store).weights(key)
+    try:
+        return Records(store or cache_root() / "runs").tensors(key)
+    except KeyError as error:
+        raise KeyError(f"{error.args[0]}; sweep with keep=True") from None
 
 
-def _stored(archive: Store, key: str) -> dict[str, Any]:
+def _stored(archive: Records, key: str) -> dict[str, Any]:
     record = archive.read(key)
     if record is None:
         raise KeyError(f"{key}: {archive.folder} holds no such run; pass the store of the sweep, or run it again")
@@ -186,9 +189,9 @@ def _execute(job: Job) -> tuple[str, dict[str, Any] | None, str]:
     """Computes a run where it is called and stores it there; gives its hash, its record or else the error as text."""
     from threadpoolctl import threadpool_limits
 
-    archive = Store(job.folder)
+    archive = Records(job.folder)
     with archive.lock(job.key):
-        finished = archive.read(job.key, weights=job.keep)
+        finished = archive.read(job.key, tensors=job.keep)
         if finished is not None:
             return job.key, finished, ""
         try:
@@ -220,13 +223,13 @@ def _execute(job: Job) -> tuple[str, dict[str, Any] | None, str]:
                 "initial": result.initial,
                 "seconds": result.seconds,
             }
-            archive.write(job.key, record, result.weights if job.keep else ())
+            archive.write(job.key, record, result.weights if job.keep else None)
         except Exception:
             return job.key, None, traceback.format_exc()
     return job.key, record, ""
 
 
-def _table(rows: list[dict[str, Any]], archive: Store) -> "pd.DataFrame":
+def _table(rows: list[dict[str, Any]], archive: Records) -> "pd.DataFrame":
     """The rows with their runs' numbers, all of them read back from the store, and the hash last."""
     import pandas as pd
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clkit.experiments.pages import repository, suffix
-from clkit.weights import write_atomically
+from clkit.store import write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 COMPARED = "nbval-check-output"
@@ -124,8 +124,7 @@ def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: boo
         changed = [i for i, (cell, old) in enumerate(pairs) if _compared(cell) and _printed(cell) != old]
         error = f"cells {changed} print other than what is stored" if changed else ""
     if write and not error:
-        text = nbformat.writes(normalise(book))
-        write_atomically(path, lambda place: place.write_text(text + "\n", encoding="utf-8"))
+        write_text(path, nbformat.writes(normalise(book)) + "\n")
     holds, does_not_hold, failed = _claims(folder / f"{path.stem}-claims{suffix(env['CLKIT_PROFILE'])}.json", begun)
     figures = [file for file in folder.glob(f"{path.stem}-*.png") if file.stat().st_mtime >= begun - 1]
     return Outcome(path.stem, seconds, len(figures), holds, does_not_hold, failed, error)

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
-from clkit.experiments.identity import source_digest
-from clkit.experiments.store import cache_folder, digest, plain
-from clkit.weights import write_atomically
+from clkit.store import Records, cache_root, digest, plain, source_digest, write_atomically, write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +103,7 @@ class Page:
         facts["seeds"] = _legible(list(seeds) if seeds is not None else None)
         if hasattr(data, "to_csv"):
             text = data.to_csv(index=False, lineterminator="\n")  # type: ignore[union-attr]
-            write_atomically(self.figures / f"{stem}.csv", lambda place: place.write_text(text, encoding="utf-8"))
+            write_text(self.figures / f"{stem}.csv", text)
             facts["data"] = f"{stem}.csv"
         elif data is not None:
             facts["data"] = _legible(data)
@@ -121,25 +119,19 @@ class Page:
         repository, and changed code of clkit makes them stale too.
         """
         _check_name("name", name)
-        key = digest([self.name, name, _legible(config)])
-        path = self.figures / f"{self.name}-{name}{suffix(self.profile)}.json"
+        config = _legible(config)
+        key = digest([self.name, name, config])
+        facts = {"results": f"{self.name}-{name}", "config": config, "hash": key, "code": source_digest()}
         if not (self.profile == "paper" if commit is None else commit):
-            path = cache_folder() / "pages" / f"{digest([key, source_digest()])}.json"
+            record = Records(cache_root() / "pages").remember(facts, lambda: ({"data": _packed(compute())}, None))
+            return _unpacked(record["data"])
+        path = self.figures / f"{self.name}-{name}{suffix(self.profile)}.json"
         with suppress(FileNotFoundError, ValueError, KeyError):
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["hash"] == key:
                 return _unpacked(content["data"])
-        content = {
-            "results": f"{self.name}-{name}",
-            "profile": self.profile,
-            "config": _legible(config),
-            "hash": key,
-            "code": source_digest(),
-            "data": _packed(compute()),
-        }
-        text = json.dumps(content, indent=1) + "\n"
-        write_atomically(path, lambda place: place.write_text(text, encoding="utf-8"))
-        return _unpacked(json.loads(text)["data"])
+        write_json(path, {**facts, "profile": self.profile, "data": _packed(compute())})
+        return _unpacked(json.loads(path.read_text(encoding="utf-8"))["data"])
 
     def published(self, name: str = "results") -> Any:
         """The committed results of the paper profile, whichever profile is on."""
@@ -158,8 +150,7 @@ class Page:
         display(Markdown(f"```python\n{inspect.getsource(inspect.unwrap(thing))}```"))
 
     def _write(self, file: str, content: Any) -> None:
-        text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomically(self.figures / file, lambda place: place.write_text(text, encoding="utf-8"))
+        write_json(self.figures / file, _finite(content))
 
     def _record(self) -> None:
         """Writes down the claims and laws checked so far."""

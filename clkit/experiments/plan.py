@@ -11,11 +11,10 @@ from torch import nn
 
 from clkit.consolidation import Consolidation
 from clkit.data import Stream
-from clkit.experiments.identity import describe, source_digest
 from clkit.experiments.parcel import Parcel
 from clkit.experiments.statistics import AXES
-from clkit.experiments.store import digest
 from clkit.learners import Learner
+from clkit.store import describe, digest, source_digest
 from clkit.training import ModelFactory, Result, Training
 
 Model = nn.Module | ModelFactory
@@ -66,20 +65,26 @@ def plan(
         raise TypeError("methods: give a mapping of names to learners, for example {'ER': ER(memory=50)}")
     chosen = {name: _method(name, method) for name, method in methods.items()}
     seeds = _seeds(seeds)
-    common = {"device": kind, "measure": describe(measure), "code": source_digest(), "torch": torch.__version__}
+    common = {
+        "device": kind,
+        "measure": describe(measure, "measure"),
+        "code": source_digest(),
+        "torch": torch.__version__,
+    }
     rows: list[dict[str, Any]] = []
     queue: dict[str, Job] = {}
     models, trainings = _named("model", model), _named("training", training or Training())
     for name, source in _named("streams", streams).items():
         made = {seed: _stream(name, source, seed) for seed in seeds}
+        described = {seed: describe(stream, "stream") for seed, stream in made.items()}
         for model_name, factory in models.items():
             for training_name, setting in trainings.items():
                 for method_name, method in chosen.items():
                     used, train = method.model or factory, method.training or setting
                     parts = {"model": used, "training": train, "method": (method.learner, method.consolidation)}
-                    fixed = common | {part: describe(value) for part, value in parts.items()}
+                    fixed = common | {part: describe(value, part) for part, value in parts.items()}
                     for seed in seeds:
-                        configuration = fixed | {"stream": made[seed].fingerprint, "seed": seed}
+                        configuration = fixed | {"stream": described[seed], "seed": seed}
                         key = digest(configuration)
                         places = (name, model_name, training_name, method_name, seed)
                         rows.append(dict(zip(AXES, places, strict=True)) | {"hash": key})

@@ -1,7 +1,6 @@
 """A frozen network and the small tensors of one task that make its weights."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from clkit import store
 from clkit.data import Stream
 from clkit.modulation.layers import Part, find_head, find_parts
 from clkit.modulation.rules import Modulation, Own, Rule
@@ -280,14 +280,10 @@ class Modulated(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of what tasks build on: all tensors of the backbone as it was given, but the head's."""
-        digest = hashlib.blake2b(digest_size=16)
         names = [*self._own["statistics"], *self._own["affine"], *self._fixed]
         starts = {name: self.get_buffer(_start(name)) for name in names}
-        for name, tensor in sorted((live_tensors(self.backbone) | starts).items()):
-            if name not in self._own["head"] and tensor.is_floating_point():
-                digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        given = {n: t for n, t in (live_tensors(self.backbone) | starts).items() if n not in self._own["head"]}
+        return store.digest({name: store.hash_tensor(t) for name, t in given.items() if t.is_floating_point()})
 
     @property
     def _rule(self) -> Rule:

@@ -21,7 +21,6 @@ the consolidation alone see the same batches.
 
 import copy
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit import alignment
+from clkit import alignment, store
 from clkit.checkpoint import Checkpoint, model_state, random_state, restore_model, restore_random
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress, Score
 from clkit.data import Examples, Stream, Task
@@ -48,17 +47,15 @@ from clkit.weights import Weights, check_finite, evaluation_mode, get_weights, s
 ModelFactory = Callable[..., nn.Module]
 
 
-def describe(model: nn.Module | ModelFactory) -> str:
-    """A model in words, for the record: a factory and its settings, or a module's class and a digest of the rest."""
+def label(model: nn.Module | ModelFactory) -> str:
+    """A model in words, for the record: a factory and its settings, or a module's class and a hash of the rest."""
     if isinstance(model, nn.Module):
-        digest = hashlib.sha256(repr(model).encode())
-        for name, tensor in get_weights(model, "cpu").items():
-            digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return f"{type(model).__name__}[{digest.hexdigest()[:16]}]"
+        content = {name: store.hash_tensor(tensor) for name, tensor in get_weights(model).items()}
+        return f"{type(model).__name__}[{store.digest([repr(model), content])}]"
     if isinstance(model, functools.partial):
-        options = {k: describe(cast(Any, v)) if callable(v) else repr(v) for k, v in sorted(model.keywords.items())}
+        options = {k: label(cast(Any, v)) if callable(v) else repr(v) for k, v in sorted(model.keywords.items())}
         parts = [repr(a) for a in model.args] + [f"{k}={v}" for k, v in options.items()]
-        return f"{describe(model.func)}({', '.join(parts)})"
+        return f"{label(model.func)}({', '.join(parts)})"
     return f"{model.__module__}.{getattr(model, '__qualname__', type(model).__name__)}"
 
 
@@ -97,9 +94,15 @@ def run(
     _check(stream, model, learner, rule, training, seed, watch)
     started = time.perf_counter()
     place, model = _device(device), getattr(model, "_orig_mod", model)  # of a compiled module, the module
+    identity: dict[str, Any] = {}  # of the run: all that its result depends on
+    if checkpoint is not None:
+        parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "stream": stream}
+        identity = {name: store.describe(part, name) for name, part in parts.items()}
+        identity |= {"seed": seed, "device": place.type, "keep": keep, "watch": watch}
+        identity |= {"torch": torch.__version__, "code": store.source_digest()}
     record = {
         "stream": {"name": stream.name, "tasks": len(stream), "scenario": stream.scenario, "data": stream.fingerprint},
-        "model": describe(model),
+        "model": label(model),
         "learner": repr(learner),
         "consolidation": repr(rule),
         "training": json.loads(json.dumps(asdict(training))),
@@ -112,17 +115,10 @@ def run(
         net = getattr(net, "_orig_mod", net)
         options: dict[str, Any] = {"progress": progress, "keep": keep, "watch": watch, "started": started}
         loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, **options)
-        own = {"initial weights": describe(net), "device": place.type, "keep": keep, "watch": watch}
-        past = loop.run(_file(checkpoint, record, own) if checkpoint is not None else None)
+        identity["initial weights"] = store.describe(net, "model") if checkpoint is not None else None
+        past = loop.run(Checkpoint(checkpoint, identity) if checkpoint is not None else None)
     plain = copy.deepcopy(loop.model) if training.compile else loop.model
     return past.result(config=record, model=plain, learner=learner)
-
-
-def _file(path: Path | str, record: dict[str, Any], own: dict[str, Any]) -> Checkpoint:
-    """A run's checkpoint: it belongs to all that the result depends on."""
-    parts = {name: record[name] for name in ("model", "learner", "consolidation", "training", "seed")}
-    versions = {"stream": record["stream"]["data"], "torch": record["versions"]["torch"]}
-    return Checkpoint(path, parts | own | versions)
 
 
 @dataclass(eq=False)

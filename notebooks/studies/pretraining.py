@@ -1,7 +1,7 @@
 """Networks that are trained before a stream begins, made when first asked for and kept in the cache."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from clkit.data import Stream
-from clkit.experiments.identity import source_digest
-from clkit.experiments.store import Store, cache_folder, digest, plain
-from clkit.training import ModelFactory, Training, describe, run
-from clkit.weights import set_weights
+from clkit.store import Records, cache_root, describe, digest, source_digest
+from clkit.training import ModelFactory, Training, run
+from clkit.weights import Weights, set_weights
 
 
 @dataclass(frozen=True)
@@ -33,25 +32,15 @@ def restored(recipe: Recipe, seed: int, folder: Path | None = None) -> tuple[nn.
     """
     stream = recipe.source(seed)
     model = recipe.build(stream, seed=seed)
-    configuration = {
-        "data": stream.fingerprint,
-        "model": describe(recipe.build),
-        "initial weights": describe(model),
-        "training": plain(asdict(recipe.training)),
-        "seed": seed,
-        "code": source_digest(),
-        "torch": torch.__version__,
-    }
-    store, key = Store(folder or cache_folder() / "backbones"), digest(configuration)
-    with store.lock(key):
-        record = store.read(key, weights=True)
-        if record is None:
-            result = run(stream, recipe.build, None, None, recipe.training, seed=seed, device="cpu", progress=False)
-            record = {
-                "configuration": configuration,
-                "accuracy": float(result.accuracy[0, 0]),
-                "seconds": round(result.seconds, 1),
-            }
-            store.write(key, record, result.weights)
-        set_weights(model, store.weights(key)[0])
+    parts = {"stream": stream, "model": recipe.build, "initial weights": model, "training": recipe.training}
+    configuration = {name: describe(part, name) for name, part in parts.items()}
+    configuration |= {"seed": seed, "code": source_digest(), "torch": torch.__version__}
+
+    def make() -> tuple[dict[str, Any], list[Weights]]:
+        result = run(stream, recipe.build, None, None, recipe.training, seed=seed, device="cpu", progress=False)
+        return {"accuracy": float(result.accuracy[0, 0]), "seconds": round(result.seconds, 1)}, result.weights
+
+    records = Records(folder or cache_root() / "backbones")
+    record = records.remember(configuration, make, tensors=True)
+    set_weights(model, records.tensors(digest(configuration))[0])
     return model, record

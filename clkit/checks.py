@@ -18,7 +18,7 @@ example, passes unchecked. Numbers of numpy become Python's, and lists become tu
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -92,6 +92,19 @@ def arguments(function: Callable[P, R]) -> Callable[P, R]:
         return function(*bound.args, **bound.kwargs)
 
     return checked
+
+
+def options(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks options, by name, that a function will be called with, and gives them in Python's own types.
+
+    Raises ValueError for a name that the function does not take, and as in `fields` for a value.
+    """
+    known = inspect.signature(function).parameters
+    hints = _hints(function) if hasattr(function, "__annotations__") else {}
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        for name in given:
+            choice("options", name, known)
+    return {name: value(name, old, hints[name]) if name in hints else old for name, old in given.items()}
 
 
 def value(name: str, given: Any, hint: Any) -> Any:

@@ -1,12 +1,24 @@
 """Small weights to merge, what each row of MERGES needs, and how all of it moves along."""
 
+import inspect
+
 import torch
 
+from clkit import checks
 from clkit import weights as W
-from clkit.merging import MERGES
+from clkit.checks import Positive
+from clkit.merging import MERGES, Merge, TaskVectors
 
 SHAPES = {"conv.weight": (4, 3, 3, 3), "norm.running_var": (4,), "linear.weight": (2, 4), "scalar": ()}
 OUT, INNER = torch.tensor([1, 0]), torch.tensor([2, 0, 3, 1])  # permutations of the two groups of channels
+
+
+def median(ws, *, base, scale: Positive = 1.0):
+    """A merge of a user's own."""
+    return TaskVectors(ws, base).merge(lambda piece, part: part.median(0).values, scale)
+
+
+MINE = {"median": Merge(checks.arguments(median), "our own")}
 
 
 def weights(seed, dtype=torch.float64, shapes=SHAPES):
@@ -63,7 +75,7 @@ def run(name, ws, base, seed=1, **options):
 
 
 def options(name):
-    return MERGES[name].function.__kwdefaults__ or {}
+    return inspect.signature(MERGES[name].function).parameters
 
 
 def close(a, b, tolerance=1e-9):

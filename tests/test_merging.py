@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,13 +11,24 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import toys
+from clkit import merging, models
 from clkit import weights as W
-from clkit.merging import MERGES, merge
-from merging_toys import SHAPES, apart, close, needed, options, permuted, run, several, weights
+from clkit.consolidation import Merging
+from clkit.merging import MERGES, Merge, merge
+from merging_toys import MINE, SHAPES, apart, close, needed, options, permuted, run, several, weights
 
-rows = pytest.mark.parametrize("name", sorted(MERGES))
+rows = pytest.mark.parametrize("name", sorted(MERGES | MINE))
 seeds = st.integers(0, 2**20)
 law = settings(max_examples=8, deadline=None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _a_row_of_a_users_own():
+    MERGES.update(MINE)
+    yield
+    for name in MINE:
+        del MERGES[name]
 
 
 @rows
@@ -101,7 +113,7 @@ def test_permuted_channels_come_out_permuted(name, seed):
 @rows
 def test_lots_depend_on_the_seed_alone(name):
     row, (ws, base) = MERGES[name], several(MERGES[name], 1)
-    assert row.random == ("seed" in options(name))
+    assert row.random == ("seed" in options(name)) == (name in ("dare", "dare_ties", "della"))
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
     first, again = run(name, ws, base), run(name, ws, base)
@@ -289,6 +301,46 @@ def test_less_than_two_networks_are_allocated(name):
         merged = MERGES[name](ws, base=base)
     assert network <= live.most < 2 * network
     del merged
+
+
+def test_a_row_added_to_the_table_goes_by_name_in_a_run():
+    """Three tasks, of which the median is neither the mean nor one of the networks."""
+    stream = toys.stream()
+    model = models.mlp(stream, hidden=(4,))
+    base = W.get_weights(model)
+    result = toys.quick(stream, None, Merging("median", {"scale": 0.5}), model=model)
+    expected = merge("median", result.trained[:3], base=base, scale=0.5)
+    close(result.weights[2], expected, 1e-6)
+    assert apart(result.weights[2], merge("average", result.trained[:3]))
+
+
+def test_options_are_checked_before_any_work():
+    row = MERGES["ties"]
+    row.check({"density": 0.5, "whole": False, "scale": 2})
+    for bad, message in (
+        ({"density": 2}, "density: 2; give a number in \\(0, 1\\], the share of entries that are kept"),
+        ({"whole": "yes"}, "whole: 'yes'; give True or False"),
+        ({"densty": 0.5}, "options: 'densty' is unknown; .* did you mean 'density'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            row.check(bad)
+    with pytest.raises(ValueError, match="scale: -1; give a number, above 0"):
+        MERGES["median"].check({"scale": -1})
+
+
+def test_a_row_reads_the_functions_signature():
+    def mine(ws, factor, *, base=None, seed=0, **rest):
+        return ws
+
+    row = Merge(mine, defaults={"factor": 2})
+    assert (row.base, row.random, row.needs) == (True, True, "factor")
+    row.check({"anything": 1})
+    assert row([1], base={}) == [1]
+    half = Merge(partial(merging.task_arithmetic, scale=0.5))
+    ws, base = [weights(1), weights(2)], weights(3)
+    assert half.base and half.needs is None
+    close(half(ws, base=base), merging.task_arithmetic(ws, base=base, scale=0.5))
+    half.check({"scale": 1.0})
 
 
 def test_merge_goes_by_name_and_suggests():

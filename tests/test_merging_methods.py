@@ -1,6 +1,7 @@
 """What is particular to single merges: slow twins from the formulas, exact counts, closed forms, laws of their own."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 
 from clkit import merging as M
 from clkit import weights as W
-from clkit.merging import MERGES, pieces, vectors
+from clkit.merging import MERGES, pieces
+from clkit.merging.averages import stock_ratio
 from clkit.merging.spectral import decompose, polar
-from clkit.merging.straight import stock_ratio
 from merging_toys import close, near, several, target, weights
 
 law = settings(max_examples=8, deadline=None)
@@ -145,34 +146,34 @@ class TestSelection:
     @given(seed=seeds, size=st.integers(1, 3000), density=st.floats(0.001, 1), levels=st.sampled_from([3, 50, 10**9]))
     def test_the_largest_are_kept_and_of_equals_the_first(self, seed, size, density, levels):
         values = torch.randint(-levels, levels + 1, (2, size), generator=torch.Generator().manual_seed(seed)).double()
-        ws, keep = [{"a": v[: size // 3], "b": v[size // 3 :]} for v in values], vectors.count(density, size)
+        ws, keep = [{"a": v[: size // 3], "b": v[size // 3 :]} for v in values], pieces.count(density, size)
         with pytest.MonkeyPatch.context() as patch:
-            for module, name, value in ((vectors, "DIRECT", 64), (vectors, "SAMPLE", 32), (pieces, "ENTRIES", 37)):
-                patch.setattr(module, name, value)
+            for name, value in (("SELECTED", 64), ("SAMPLE", 32), ("ENTRIES", 37)):
+                patch.setattr(pieces, name, value)
             read = pieces.TaskVectors(ws, W.scale(ws[0], 0))
-            top = vectors.tops(read, lambda n: (vectors.count(density, n),), True)
-            found = torch.cat([top[piece.name][0](part.abs()) for piece, part in read], 1)
+            kept = pieces.largest(read, partial(pieces.count, density), whole=True)
+            found = torch.cat([kept(piece, part.abs()) for piece, part in read], 1)
         for mask, value in zip(found.numpy(), values.abs().numpy(), strict=True):
             assert mask.sum() == keep and (mask == largest(value, keep)).all()
 
     @pytest.mark.parametrize(("density", "size", "kept"), [(0.07, 100, 7), (0.2, 1, 1), (0.201, 10, 3), (1.0, 5, 5)])
     def test_a_density_counts_rounded_up(self, density, size, kept):
-        assert vectors.count(density, size) == kept
+        assert pieces.count(density, size) == kept
 
     def test_a_sample_that_misleads_only_costs_time(self, monkeypatch):
-        monkeypatch.setattr(vectors, "DIRECT", 10)
-        monkeypatch.setattr(vectors, "SAMPLE", 10)
+        monkeypatch.setattr(pieces, "SELECTED", 10)
+        monkeypatch.setattr(pieces, "SAMPLE", 10)
         values = torch.zeros(1000).double()
         values[::100] = torch.arange(1.0, 11).double()  # all that the sample sees
         for keep in (3, 8, 500):
             read = pieces.TaskVectors([{"a": values}], {"a": values * 0})
-            top = vectors.tops(read, lambda n, keep=keep: (keep,), True)
-            assert (top["a"][0](values[None]).numpy() == largest(values.numpy(), keep)).all()
+            kept = pieces.largest(read, lambda n, keep=keep: keep, whole=True)
+            assert (kept(next(read.pieces("a")), values[None]).numpy() == largest(values.numpy(), keep)).all()
 
     def test_what_is_no_number_ends_the_search_for_the_largest(self):
         read = pieces.TaskVectors([{"a": torch.ones(9)}], {"a": torch.zeros(9)})
         with pytest.raises(ValueError, match="is not a number"):
-            vectors.tops(read, lambda n: (3,), True, lambda piece, part: part * math.nan)
+            pieces.largest(read, lambda n: 3, True, lambda piece, part: part * math.nan)
 
 
 class TestSparse:
@@ -180,7 +181,7 @@ class TestSparse:
     @pytest.mark.parametrize("density", [0.05, 0.2, 0.7, 1.0])
     def test_ties_is_its_twin(self, density, whole):
         def twin(rows):
-            keep = vectors.count(density, rows.shape[1])
+            keep = pieces.count(density, rows.shape[1])
             return agreed(np.stack([row * largest(abs(row), keep) for row in rows]))
 
         merged = M.ties(TASKS, base=BASE, density=density, scale=0.7, whole=whole)
@@ -208,14 +209,14 @@ class TestSparse:
 
         def twin(rows):
             n = rows.shape[1]
-            top, keep = math.floor(outliers * n), vectors.count(density, n)
+            top, keep = math.floor(outliers * n), pieces.count(density, n)
             masks = [largest(abs(r), min(n, top + keep)) & ~largest(abs(r), top) for r in rows]
             kept.extend(m.sum() for m in masks)
             return np.stack([r * m for r, m in zip(rows, masks, strict=True)]).sum(0) / 3
 
         merged = M.breadcrumbs(TASKS, base=BASE, density=density, outliers=outliers, whole=whole)
         same(merged, BASE, twin(TAUS) if whole else by_tensor(twin, TASKS, BASE))
-        assert kept[0] == vectors.count(density, TAUS.shape[1] if whole else 108)
+        assert kept[0] == pieces.count(density, TAUS.shape[1] if whole else 108)
 
     @pytest.mark.parametrize("density", [0.1, 0.5])
     def test_dare_keeps_entries_or_drops_them_and_is_right_on_average(self, density):
@@ -288,7 +289,7 @@ class TestElected:
             n, scores = len(rows), []
             for a in rows:
                 scores.append(softmax(n * norm(a * a)) * sum(softmax(norm(a * b)) for b in rows))
-            keep = vectors.count(density, rows.shape[1])
+            keep = pieces.count(density, rows.shape[1])
             kept = np.stack([s * largest(s, keep) for s in scores])
             return (kept * rows).sum(0) / np.where(kept.sum(0) > 0, kept.sum(0), 1)
 

@@ -1,52 +1,64 @@
-"""Task vectors in pieces that stay in the cache: how every merge reads its inputs and writes its one output.
+"""Task vectors in pieces that stay in the cache: how merges read their inputs, choose entries, and write their output.
 
 A merge reads each input once or a few times and allocates one network, its result, and a few pieces. Arithmetic is in
 float32, or in float64 where an input is: halves are never added up in half precision. Entries of a tensor are taken in
 row-major order, tensors in the order of the first weights.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from clkit.checks import Range
 from clkit.weights import Weights, check_finite, check_same
 
 ENTRIES = 2**14  # of a piece on the CPU: five of them and a few temporaries fit into a megabyte
 ENTRIES_ELSEWHERE = 2**22  # on an accelerator, where a kernel's start costs more than its traffic
+SELECTED = 2**18  # so many values of a task are selected from at once; of more, a sample brackets the threshold first
+SAMPLE = 2**16
+
+Density = Annotated[float, Range(0, 1, "low", "the share of entries that are kept")]
+Scale = Annotated[float, Range(means="1, 1 / n, or one tuned on held-out data")]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The entries start to stop of the flattened tensor `name`; `ends` with the tensor."""
+    """The entries start to stop of the flattened tensor `name`."""
 
     name: str
     start: int
     stop: int
 
     def of(self, flat: Weights) -> Tensor:
-        """This piece of flattened weights."""
+        """This piece (entries) of flattened weights."""
         return flat[self.name][self.start : self.stop]
 
 
-class TaskVectors:
-    """The task vectors w - base of several weights, read piece by piece as tensors (n, entries).
+Rule = Callable[[Piece, Tensor], Tensor]
 
-    Iterating gives (piece, vectors); the vectors' memory is the caller's. Names and shapes are checked at once. A NaN
-    or an infinity in an input raises ValueError when its tensor has been read for the first time. `rows` makes pieces
-    of whole rows: of 2 and more axes, those along the first; a tensor of 0 or 1 axis is one row.
+
+class TaskVectors:
+    """The task vectors w - base of n weights, read piece by piece as tensors (n, entries).
+
+    Iterating gives (piece, vectors); the vectors' memory is the caller's. `rows` makes pieces of whole rows: of 2 and
+    more axes, those along the first; a tensor of 0 or 1 axis is one row.
+
+    Raises ValueError at once for no weights, and for names or shapes that differ. A NaN or an infinity in an input
+    raises one when its tensor has been read for the first time.
     """
 
     def __init__(self, ws: Sequence[Weights], base: Weights, *, rows: bool = False) -> None:
-        if not ws:
-            raise ValueError("ws: no weights were given; give at least one")
+        check_number(ws)
         check_same(base, *ws, names=["base", *(f"ws[{i}]" for i in range(len(ws)))])
         self.ws, self.base, self.rows = ws, base, rows
         self.names = tuple(ws[0])
         self.flat = [{name: w[name].reshape(-1) for name in self.names} for w in ws]
         self.flat_base = {name: base[name].reshape(-1) for name in self.names}
-        self.size = sum(t.numel() for t in base.values())
         self.dtype = torch.float32
         for w in (base, *ws):
             for tensor in w.values():
@@ -56,9 +68,17 @@ class TaskVectors:
     def __len__(self) -> int:
         return len(self.ws)
 
-    def pieces(self, names: Sequence[str] | None = None) -> Iterator[Piece]:
-        """Where the pieces of some tensors lie, by default of all."""
-        for name in self.names if names is None else names:
+    def groups(self, whole: bool) -> list[tuple[str, ...]]:
+        """The names of tensors that are measured together: all if `whole`, else each alone."""
+        return [self.names] if whole else [(name,) for name in self.names]
+
+    def size(self, names: Sequence[str]) -> int:
+        """How many entries some tensors have together."""
+        return sum(self.base[name].numel() for name in names)
+
+    def pieces(self, names: Sequence[str]) -> Iterator[Piece]:
+        """Where the pieces of some tensors lie."""
+        for name in names:
             tensor = self.base[name]
             step, size = ENTRIES if tensor.device.type == "cpu" else ENTRIES_ELSEWHERE, tensor.numel()
             if self.rows:
@@ -69,22 +89,17 @@ class TaskVectors:
 
     def read(self, piece: Piece, stride: int = 1) -> Tensor:
         """The task vectors there (n, entries), or every `stride`-th entry of them."""
-        base = piece.of(self.flat_base)[::stride]
+        base = piece.of(self.flat_base)[::stride].to(self.dtype)
         vectors = torch.empty(len(self.ws), len(base), dtype=self.dtype, device=base.device)
-        if base.dtype == self.dtype and all(flat[piece.name].dtype == self.dtype for flat in self.flat):
-            for row, flat in zip(vectors, self.flat, strict=True):
-                torch.sub(piece.of(flat)[::stride], base, out=row)
-        else:
-            base = base.to(self.dtype)
-            for row, flat in zip(vectors, self.flat, strict=True):
-                row.copy_(piece.of(flat)[::stride]).sub_(base)
+        for row, flat in zip(vectors, self.flat, strict=True):
+            torch.sub(piece.of(flat)[::stride], base, out=row)
         return vectors
 
     def __iter__(self) -> Iterator[tuple[Piece, Tensor]]:
         return self.of(self.names)
 
     def of(self, names: Sequence[str]) -> Iterator[tuple[Piece, Tensor]]:
-        """Reads some tensors."""
+        """Reads some tensors: (piece, vectors (n, entries))."""
         fresh, signs = not self.sound.issuperset(names), {}
         for piece in self.pieces(names):
             vectors = self.read(piece)
@@ -97,8 +112,8 @@ class TaskVectors:
             if not all(bool(sign == 0) for sign in signs.values()):
                 check_inputs(self.ws, self.base)
 
-    def merge(self, rule: Callable[[Piece, Tensor], Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-        """The weights base + scale rule(piece, vectors), where `rule` gives a vector (entries)."""
+    def merge(self, rule: Rule, scale: float = 1.0) -> dict[str, Tensor]:
+        """The weights base + scale rule(piece, vectors), where `rule` takes (n, entries) and gives (entries)."""
         merged = {name: torch.empty(t.shape, dtype=t.dtype, device=t.device) for name, t in self.base.items()}
         flat = {name: tensor.view(-1) for name, tensor in merged.items()}
         for piece, vectors in self:
@@ -107,9 +122,140 @@ class TaskVectors:
         return {name: merged[name] for name in self.names}
 
 
+def check_number(ws: Sequence[Weights], number: int | None = None) -> None:
+    """Raises ValueError for no weights, or for another number of them than is merged."""
+    if not ws or number not in (None, len(ws)):
+        raise ValueError(f"ws: {len(ws)} weights were given; give {number or 'at least one'}")
+
+
 def check_inputs(ws: Sequence[Weights], base: Weights | None = None) -> None:
     """Raises ValueError that names the input and the tensor with a NaN or an infinity in it."""
     for i, w in enumerate(ws):
         check_finite(w, f"ws[{i}]")
     if base is not None:
         check_finite(base, "base")
+
+
+def count(density: float, size: int) -> int:
+    """How many of `size` entries a density keeps: density x size, rounded up, so that no tensor is emptied."""
+    return min(size, math.ceil(round(density * size, 6)))
+
+
+def magnitude(piece: Piece, vectors: Tensor) -> Tensor:
+    """How large each entry is, (n, entries): what most methods rank by."""
+    return vectors.abs()
+
+
+def largest(vectors: TaskVectors, keep: Callable[[int], int], whole: bool, of: Rule = magnitude) -> Rule:
+    """Finds which values are among each task's largest: a function of a piece and its values (n, entries), same shape.
+
+    Values are what `of` gives for a piece and its task vectors (n, entries). Of `size` values `keep(size)` are kept,
+    exactly; of those that tie with the smallest one kept, the first in order. They compete with the values of all
+    tensors if `whole`, else with those of their own tensor. The function must be given all values once, in order.
+
+    Raises ValueError where `of` gives a NaN.
+    """
+    found: dict[str, _Threshold] = {}
+    for names in vectors.groups(whole):
+        found |= dict.fromkeys(names, _threshold(vectors, names, keep(vectors.size(names)), of))
+    return lambda piece, values: found[piece.name](values)
+
+
+class _Threshold:
+    """Says which values of each task are kept: those above `value`, and of those equal to it the first `quota`."""
+
+    def __init__(self, value: Tensor, quota: Tensor, tied: Tensor) -> None:
+        self.value, self.quota, self.seen = value.unsqueeze(1), quota.unsqueeze(1), torch.zeros_like(quota).unsqueeze(1)
+        self.ties = not torch.equal(quota, tied)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        threshold = self.value.to(values.device)
+        if not self.ties:
+            return values >= threshold
+        equal = values == threshold
+        order = equal.cumsum(1) + self.seen.to(values.device)
+        self.seen = order[:, -1:] if values.shape[1] else self.seen
+        return (values > threshold) | (equal & (order <= self.quota.to(values.device)))
+
+
+def _threshold(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: Rule) -> _Threshold:
+    """Finds each task's smallest value kept, without sorting and without a second copy of the values.
+
+    A strided sample brackets the threshold; one reading counts what is above the bracket and collects what is in it, a
+    few per cent, from which the threshold is selected exactly. A bracket that missed is opened on that side.
+    """
+    n, size = len(vectors), vectors.size(names)
+    if not 0 < keep < size:
+        none = torch.zeros(n, dtype=torch.long)
+        return _Threshold(torch.full((n,), -math.inf if keep else math.inf, dtype=vectors.dtype), none, none)
+    low = torch.full((n, 1), -math.inf, dtype=vectors.dtype)
+    high = -low
+    if size > SELECTED:
+        _, sample = _between(low, high, vectors, names, of, stride=-(-size // SAMPLE))
+        for i, values in enumerate(sample):
+            ordered, m = values.sort(descending=True).values, len(values)
+            rank, slack = keep / size * m, 4 * math.sqrt(m * keep / size * (1 - keep / size)) + 4
+            if rank - slack >= 0:
+                high[i] = ordered[int(rank - slack)]
+            if rank + slack < m:
+                low[i] = ordered[int(rank + slack)]
+    while True:
+        above, inside = _between(low, high, vectors, names, of)
+        too_low, too_high = above >= keep, above + torch.tensor([len(values) for values in inside]) < keep
+        if not (too_low | too_high).any():
+            break
+        if (low[too_high] == -math.inf).any():  # no bracket is wider: some values are NaN
+            raise ValueError(
+                f"ws: what entries of {names[:3]} are ranked by is not a number; give task vectors that do not overflow"
+            )
+        high[too_low], low[too_high] = math.inf, -math.inf
+    ranks = (keep - above).tolist()
+    value = torch.stack([v.kthvalue(len(v) - rank + 1).values for v, rank in zip(inside, ranks, strict=True)])
+    pairs = list(zip(inside, value, strict=True))
+    over, tied = (torch.stack([test(v, x).sum() for v, x in pairs]) for test in (torch.gt, torch.eq))
+    return _Threshold(value, keep - above - over, tied)
+
+
+def _between(
+    low: Tensor, high: Tensor, vectors: TaskVectors, names: tuple[str, ...], of: Rule, stride: int = 1
+) -> tuple[Tensor, list[Tensor]]:
+    """How many values of each task are above `high`, and those from `low` to `high`; of every `stride`-th value.
+
+    Those of a task grow in one tensor: many small ones would leave the memory of freed pieces in holes.
+    """
+    n, size = len(vectors), vectors.size(names)
+    above, filled = torch.zeros(n, dtype=torch.long), [0] * n
+    store = torch.empty(n, min(size, 2 * SAMPLE), dtype=vectors.dtype)
+    strided = ((piece, vectors.read(piece, stride)) for piece in vectors.pieces(names))
+    for piece, part in vectors.of(names) if stride == 1 else strided:
+        values = of(piece, part)
+        over = values > high.to(values.device)
+        within = (values >= low.to(values.device)) & ~over
+        above += over.sum(1).cpu()
+        for i, chosen in enumerate(within):
+            found = values[i][chosen]
+            start, filled[i] = filled[i], filled[i] + len(found)
+            while filled[i] > store.shape[1]:
+                store = torch.cat([store, torch.empty_like(store)], 1)
+            store[i, start : filled[i]] = found
+    return above, [row[:stop] for row, stop in zip(store, filled, strict=True)]
+
+
+class Draws:
+    """Uniform numbers in [0, 1) for the entries of each task, in order, on the CPU: all devices draw the same.
+
+    Each task has a stream of its own, so its mask does not depend on how many others there are.
+    """
+
+    def __init__(self, seed: int, tasks: int) -> None:
+        seeds = torch.randint(2**62, (tasks,), generator=torch.Generator().manual_seed(seed))
+        self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+
+    def drop(self, vectors: Tensor, kept: Tensor | float) -> Tensor:
+        """Keeps each of the next entries (n, entries) with probability `kept`, divided by it, and zeros the others.
+
+        In place. `kept` is one number, or one for each entry, same shape.
+        """
+        drawn = torch.stack([torch.rand(vectors.shape[1], generator=g) for g in self.generators])
+        below = drawn < (kept.cpu() if isinstance(kept, Tensor) else kept)
+        return vectors.mul_(below.to(vectors.device)).div_(kept)

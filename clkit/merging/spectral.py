@@ -7,13 +7,14 @@ place of a singular value decomposition. Squaring loses directions below 1e-8 of
 are rounding below 1e-5 or so. Weights in float64 are decomposed directly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from clkit.merging.pieces import TaskVectors
-from clkit.merging.vectors import finite, share
+from clkit import checks
+from clkit.checks import Share
+from clkit.merging.pieces import Density, Scale, TaskVectors
 from clkit.weights import Weights
 
 SHARED = 16  # singular vectors of the same direction differ by so many times the precision of the weights, or less
@@ -46,12 +47,13 @@ def decompose(matrix: Tensor, *, gram: bool | None = None, eps: float | None = N
 
 
 def polar(matrix: Tensor, *, gram: bool | None = None, eps: float | None = None) -> Tensor:
-    """The nearest matrix with orthonormal directions: U V^T of the decomposition, without directions cut off there."""
+    """The nearest matrix with orthonormal directions, same shape: U V^T without the directions `decompose` cuts off."""
     u, _, v = decompose(matrix, gram=gram, eps=eps)
     return u @ v.T
 
 
-def iso_c(ws: Sequence[Weights], *, base: Weights, scale: float = 1.0) -> dict[str, Tensor]:
+@checks.arguments
+def iso_c(ws: Sequence[Weights], *, base: Weights, scale: Scale = 1.0) -> dict[str, Tensor]:
     """`base` plus `scale` times the sum of the task matrices with all singular values made equal, to their mean.
 
     U V^T mean(s), where U diag(s) V^T is the sum of a layer's task matrices; the mean is over min(m, n) values, zeros
@@ -60,7 +62,6 @@ def iso_c(ws: Sequence[Weights], *, base: Weights, scale: float = 1.0) -> dict[s
 
     Ref: Marczak et al., No task left behind: isotropic model merging, arXiv 2502.04959, algorithm 1.
     """
-    scale = finite("scale", scale)
 
     def matrix(parts: Tensor) -> Tensor:
         total = parts.sum(0)
@@ -70,23 +71,25 @@ def iso_c(ws: Sequence[Weights], *, base: Weights, scale: float = 1.0) -> dict[s
     return _by_matrix(ws, base, matrix, scale)
 
 
-def tsv(ws: Sequence[Weights], *, base: Weights, density: float | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+@checks.arguments
+def tsv(
+    ws: Sequence[Weights], *, base: Weights, density: Density | None = None, scale: Scale = 1.0
+) -> dict[str, Tensor]:
     """`base` plus `scale` times the sum of low-rank task matrices whose singular vectors are made orthogonal.
 
     Of each task matrix the leading `density` of its min(m, n) singular directions are kept (None: 1 / n tasks, as in
     the paper, so that all fit side by side; at least one). The left vectors of all tasks, side by side, are replaced by
-    the nearest orthonormal ones, the right ones likewise, and the result is U diag(s) V^T. Directions that several
+    the nearest orthonormal ones. So are the right ones, and the result is U diag(s) V^T. Directions that several
     tasks share are no basis: they go to the tasks in equal parts, where a decomposition would pick arbitrary ones.
     Other tensors take `scale` times the mean of their task vectors. The paper finds scale = 1 good without tuning.
 
     Ref: Gargiulo et al., Task singular vectors, arXiv 2412.00081, algorithm 1 (TSV-Merge).
     """
-    scale = finite("scale", scale)
-    density = share("density", 1 / max(len(ws), 1) if density is None else density)
+    share = 1 / max(len(ws), 1) if density is None else density
 
     def matrix(parts: Tensor) -> Tensor:
         found = [decompose(part) for part in parts]
-        rank = max(1, int(density * min(parts.shape[1:])))
+        rank = max(1, int(share * min(parts.shape[1:])))
         eps = SHARED * torch.finfo(parts.dtype).eps
         u, v = (polar(torch.cat([f[side][:, :rank] for f in found], 1), eps=eps) for side in (0, 2))
         return (u * torch.cat([f[1][:rank] for f in found])) @ v.T
@@ -94,21 +97,21 @@ def tsv(ws: Sequence[Weights], *, base: Weights, density: float | None = None, s
     return _by_matrix(ws, base, matrix, scale)
 
 
-def opcm(ws: Sequence[Weights], *, base: Weights, alpha: float = 0.5) -> dict[str, Tensor]:
+@checks.arguments
+def opcm(ws: Sequence[Weights], *, base: Weights, alpha: Share = 0.5) -> dict[str, Tensor]:
     """Takes the weights in one after another, each time only what is orthogonal to what is merged already.
 
-    For task t with task matrix T and the matrix M merged so far, with singular vectors u_i, v_i of M: from T is removed
-    all that begins or ends in the leading directions, which hold the share `alpha` of the sum of singular values, and
-    its component on every other u_i v_i^T. Sum and remainder are divided by one number for all weights, such that the
-    length of the merged task vector is the mean length of those so far. Other tensors add up without a projection.
-    Order matters; constant memory: only the merged weights and two numbers have to be kept.
+    T is the task's matrix (out, in), M the one merged so far, with singular vectors u_i, v_i. The leading directions
+    are those that hold the share `alpha` of the sum of singular values. From T is removed all that begins or ends in
+    them, and its component on every other u_i v_i^T. Then M + T is divided by one number for all weights: the length of
+    the merged task vector is the mean length of those so far. Other tensors add up without a projection. Order matters.
+    Memory is constant: only the merged weights and two numbers have to be kept.
 
-    alpha = 0.5 is the paper's. Its code takes out only what both begins and ends in leading directions, and decomposes
-    into full bases, whose part beyond the rank of M is arbitrary; here it has no diagonal to take out.
+    alpha = 0.5 is the paper's. Its code takes out only what both begins and ends in leading directions. It decomposes
+    into full bases, whose part beyond the rank of M is arbitrary; here that part has no diagonal to take out.
 
     Ref: Tang et al., Merging models on the fly without retraining (OPCM), arXiv 2501.09522, eq. 5 to 8.
     """
-    alpha = share("alpha", alpha, open_low=False)
     vectors = TaskVectors(ws, base)
     dtype, merged = vectors.dtype, {name: torch.zeros_like(t, dtype=vectors.dtype) for name, t in base.items()}
     for _ in vectors:
@@ -144,7 +147,9 @@ def _orthogonal(matrix: Tensor, merged: Tensor, alpha: float) -> Tensor:
     return (own - (u * diagonal) @ v.T).to(matrix.dtype)
 
 
-def _by_matrix(ws: Sequence[Weights], base: Weights, rule, scale: float) -> dict[str, Tensor]:
+def _by_matrix(
+    ws: Sequence[Weights], base: Weights, rule: Callable[[Tensor], Tensor], scale: float
+) -> dict[str, Tensor]:
     """base + scale rule(task matrices (n, out, in)) for matrices, base + scale mean(task vectors) for other tensors."""
     vectors = TaskVectors(ws, base)
     merged = vectors.merge(lambda piece, part: part.mean(0), scale)

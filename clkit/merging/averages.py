@@ -1,0 +1,300 @@
+"""Merges that are weighted means: one weight for each network, tensor, entry (Fisher) or input of a layer (RegMean).
+
+Sums read their inputs once, and so find a NaN or an infinity in them by the result.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from clkit import checks, weights
+from clkit.checks import Share
+from clkit.merging.pieces import Piece, Scale, TaskVectors, check_inputs, check_number
+from clkit.weights import Weights, check_finite, check_same, combine
+
+ANTIPODAL = math.pi - 1e-3  # beyond this angle there is no one great circle through two points
+
+
+@checks.arguments
+def average(
+    ws: Sequence[Weights], *, coefficients: Sequence[float] | None = None, out: Weights | None = None
+) -> dict[str, Tensor]:
+    """The mean of weights; with `coefficients`, one for each and none negative, the mean weighted by them.
+
+    Coefficients are divided by their sum, so that counts of examples or of tasks can be given. With `out`, weights of
+    the same names and shapes, the result is written there. Raises ValueError for other coefficients.
+
+    Ref: model soups, Wortsman et al., arXiv 2203.05482.
+    """
+    check_number(ws)
+    given = [1.0] * len(ws) if coefficients is None else list(coefficients)
+    total = math.fsum(given)
+    if len(given) != len(ws) or min(given) < 0 or not 0 < total < math.inf:
+        raise ValueError(
+            f"coefficients: {given} for {len(ws)} weights; give one for each, none negative, with a positive sum"
+        )
+    return _sound(combine(ws, [c / total for c in given], out=out), ws)
+
+
+@checks.arguments
+def greedy_soup(ws: Sequence[Weights], *, score: Callable[[Weights], float]) -> dict[str, Tensor]:
+    """The mean of those weights that, taken in from the best to the worst, never lower the score of the mean.
+
+    `score` gives a number for weights (names and shapes of the inputs), higher is better: accuracy on held-out data,
+    say, but never on the data that results are reported on. Weights that score alike are taken in their order. Each one
+    is judged once alone and, but for the best, once in the soup. Those that leave the score as it is are taken, as in
+    the paper. Raises ValueError for a score that is not finite.
+
+    Ref: Wortsman et al., Model soups, arXiv 2203.05482, recipe 1.
+    """
+    check_number(ws)
+    check_same(*ws)
+    check_inputs(ws)
+    alone = [float(score(w)) for w in ws]
+    if not all(math.isfinite(s) for s in alone):
+        raise ValueError(f"score: it gave {alone}; give a function of weights to finite numbers, higher is better")
+    first, *others = sorted(range(len(ws)), key=lambda i: -alone[i])
+    taken, best, soup = [first], alone[first], average([ws[first]])
+    for i in others:
+        mixed = average([ws[j] for j in [*taken, i]])
+        if (found := float(score(mixed))) >= best:
+            taken, best, soup = [*taken, i], found, mixed
+    return soup
+
+
+@checks.arguments
+def interpolate(ws: Sequence[Weights], *, t: Share = 0.5) -> dict[str, Tensor]:
+    """The point on the straight line from the first of two weights (t = 0, bitwise) to the second (t = 1, bitwise)."""
+    check_number(ws, 2)
+    return _sound(weights.lerp(ws[0], ws[1], t), ws)
+
+
+@checks.arguments
+def wise_ft(ws: Sequence[Weights], *, base: Weights, alpha: Share = 0.5) -> dict[str, Tensor]:
+    """The point on the straight line from `base` (alpha = 0, bitwise) to fine-tuned weights (alpha = 1, bitwise).
+
+    (1 - alpha) base + alpha w: alpha weights the fine-tuned ones. The paper finds 0.5 good without tuning.
+
+    Ref: Wortsman et al., Robust fine-tuning of zero-shot models, arXiv 2109.01903.
+    """
+    check_number(ws, 1)
+    return _sound(weights.lerp(base, ws[0], alpha), ws, base)
+
+
+@checks.arguments
+def slerp(ws: Sequence[Weights], *, t: Share = 0.5, whole: bool = False) -> dict[str, Tensor]:
+    """The point on the arc from the first of two weights (t = 0, bitwise) to the second (t = 1, bitwise).
+
+    (sin((1-t) w) a + sin(t w) b) / sin w with the angle w between a and b: the directions turn at even speed and
+    lengths do not shrink in between, as they do on a straight line. The angle is measured tensor by tensor;
+    `whole=True` takes one angle, that of all weights as one vector, in which large tensors, BatchNorm statistics among
+    them, decide. Parallel and zero tensors are interpolated linearly, which is the limit; so are opposite ones
+    (within 0.001 of pi), where the arc is not defined.
+
+    Ref: Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985. For weights it is folklore; mergekit works
+    tensor by tensor, too.
+    """
+    check_number(ws, 2)
+    check_same(*ws)
+    (a, b), merged = ws, {}
+    for names in [tuple(a)] if whole and a else [(name,) for name in a]:
+        from_a, from_b = _arc(_angle(a, b, names), t)
+        for name in names:
+            x, y = a[name], b[name]
+            merged[name] = (x * from_a.to(x.dtype)).addcmul_(y, from_b.to(x.dtype))
+    return _sound(merged, ws)
+
+
+@checks.arguments
+def task_arithmetic(
+    ws: Sequence[Weights], *, base: Weights, scale: Scale | None = None, out: Weights | None = None
+) -> dict[str, Tensor]:
+    """`base` plus `scale` times the sum of the task vectors w - base: base + scale sum_i (w_i - base).
+
+    The paper tunes one scale for all task vectors on held-out data, in steps of 0.05, and finds about 0.3 for eight.
+    None stands for 1 / n, the mean of the task vectors, at which copies merge to the copy. With `out`, weights of the
+    same names and shapes, the result is written there.
+
+    Ref: Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089.
+    """
+    check_number(ws)
+    factor = 1 / len(ws) if scale is None else scale
+    merged = combine([base, *ws], [1 - factor * len(ws), *[factor] * len(ws)], out=out)
+    return _sound(merged, ws, base)
+
+
+@checks.arguments
+def model_stock(ws: Sequence[Weights], *, base: Weights, whole: bool = False) -> dict[str, Tensor]:
+    """The point between `base` and the mean of the weights that the angle between the task vectors calls for.
+
+    It is r mean(w) + (1 - r) base with r = n c / (1 + (n - 1) c). Here c is the mean cosine between two of the n task
+    vectors (n, entries). r is 1 for parallel ones, as of copies, and 0 for orthogonal ones, where all but the base is
+    noise. Measured tensor by tensor, as in the paper, or over all weights. A negative mean cosine counts as 0 (the
+    ratio would be negative), and so does one with a zero task vector. One network, which has no angle, is returned.
+
+    Ref: Jang et al., Model stock: all we need is just a few fine-tuned models, arXiv 2403.19522, eq. 2 and 6.
+    """
+    vectors, ratios = TaskVectors(ws, base), {}
+    for names in vectors.groups(whole):
+        gram = torch.zeros(len(ws), len(ws), dtype=torch.float64)
+        for _, part in vectors.of(names):
+            gram += (part @ part.T).double().cpu()
+        ratios |= dict.fromkeys(names, stock_ratio(gram))
+    return vectors.merge(lambda piece, part: part.mean(0) * ratios[piece.name])
+
+
+def stock_ratio(gram: Tensor) -> float:
+    """The share of the mean in `model_stock`, from the inner products (n, n) of n task vectors."""
+    n = len(gram)
+    if n == 1:
+        return 1.0
+    lengths = gram.diagonal().clamp(min=0).sqrt()
+    products = torch.outer(lengths, lengths)
+    cosines = torch.where(products > 0, gram / products, 0)
+    cosine = float((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)))
+    cosine = min(max(cosine, 0.0), 1.0)
+    return n * cosine / (1 + (n - 1) * cosine)
+
+
+@checks.arguments
+def fisher(
+    ws: Sequence[Weights], *, importances: Sequence[Weights], coefficients: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """The mean of weights, at every entry weighted by the importances there: sum_i F_i w_i / sum_i F_i.
+
+    `importances`: for each of the weights a mapping of names to non-negative tensors of their shapes, in any common
+    unit, as `curvature.fisher` gives them. Names without one (BatchNorm statistics) are averaged, and so are entries
+    where no network has any importance. `coefficients` multiply the importances of each. The paper takes the diagonal
+    Fisher information and tunes the coefficients. Its code divides them by the length of each network's importances.
+    It puts 1e-6 in the place of smaller importances, by default in the first network alone.
+
+    With the previous and the current weights this is CoFiMA (Marouf et al., arXiv 2312.08977), a step of a sequence.
+
+    Raises ValueError for importances that `check_importances` refuses, and for coefficients that are not above 0.
+
+    Ref: Matena and Raffel, Merging models with Fisher-weighted averaging, arXiv 2111.09832.
+    """
+    vectors = TaskVectors(ws, ws[0] if ws else {})
+    given = [1.0] * len(ws) if coefficients is None else [float(c) for c in coefficients]
+    if len(given) != len(ws) or not all(0 < c < math.inf for c in given):
+        raise ValueError(f"coefficients: {given} for {len(ws)} weights; give one above 0 for each")
+    for name, known in _one_each("importances", importances, ws):
+        check_importances(name, known, ws[0])
+    flat = [{name: tensor.reshape(-1) for name, tensor in known.items()} for known in importances]
+    factors = torch.tensor(given, dtype=vectors.dtype)[:, None]
+
+    def rule(piece: Piece, part: Tensor) -> Tensor:
+        f = torch.zeros_like(part)
+        for row, known in zip(f, flat, strict=True):
+            if piece.name in known:
+                row.copy_(piece.of(known))
+        f.mul_(factors.to(f.device))
+        most = f.amax(0)
+        f.div_(torch.where(most > 0, most, 1)).masked_fill_(most == 0, 1)
+        return part.mul_(f).sum(0).div_(f.sum(0))
+
+    return vectors.merge(rule)
+
+
+def check_importances(name: str, known: Weights, like: Weights) -> None:
+    """Raises ValueError unless importances are finite, at least 0, and of the names and shapes of the weights `like`.
+
+    Weights without an importance are allowed.
+    """
+    _check_known(name, known, {key: tensor.shape for key, tensor in like.items()})
+    for key, tensor in known.items():
+        if (tensor < 0).any():
+            raise ValueError(f"{name}: {key!r} has negative entries; give squares or magnitudes")
+
+
+@checks.arguments
+def regmean(ws: Sequence[Weights], *, grams: Sequence[Weights], shrink: Share = 0.9) -> dict[str, Tensor]:
+    """Linear layers whose outputs come closest, in least squares, to each network's own on its own inputs.
+
+    W = (sum_i G_i)^-1 sum_i G_i W_i for W (in, out), with the Gram matrices G_i = X_i^T X_i of the layers' inputs.
+    Their off-diagonal entries are multiplied by `shrink`: the paper's 0.9, or 0.1 on some language models; 1 is the
+    exact least squares. `grams`: for each network a mapping of a parameter's name, as in "linear.weight", to a matrix
+    (in, in), as `curvature.grams` gives it; a kernel of a convolution counts as (out, in x height x width). Networks
+    count by their number of rows. Parameters without a Gram matrix in every network are averaged, and so are inputs
+    that were always zero: where the solution is not unique, it is the one nearest to the mean.
+
+    Raises ValueError for matrices of other shapes.
+
+    Ref: Jin et al., Dataless knowledge fusion by merging weights, arXiv 2212.09849.
+    """
+    vectors = TaskVectors(ws, ws[0] if ws else {})
+    matrices = {name: tensor.flatten(1) for name, tensor in ws[0].items() if tensor.ndim > 1}
+    for name, known in _one_each("grams", grams, ws):
+        _check_known(name, known, {key: (matrix.shape[1], matrix.shape[1]) for key, matrix in matrices.items()})
+    merged = vectors.merge(lambda piece, part: part.mean(0))
+    for name, mean in merged.items():
+        if all(name in known for known in grams):
+            matrix = torch.stack([w[name].flatten(1).double() for w in ws])
+            moved = _regression([known[name].to(matrix) for known in grams], matrix - matrix.mean(0), shrink)
+            mean.copy_((matrix.mean(0) + moved).view_as(mean))
+    return merged
+
+
+def _regression(grams: Sequence[Tensor], matrices: Tensor, shrink: float) -> Tensor:
+    """The smallest D (out, in) with D sum_i G_i = sum_i W_i G_i, for G shrunk; in double precision."""
+    total, wanted = torch.zeros_like(grams[0]), torch.zeros_like(matrices[0])
+    for gram, matrix in zip(grams, matrices, strict=True):
+        shrunk = gram * shrink + torch.diag(gram.diagonal()) * (1 - shrink)
+        total, wanted = total + shrunk, wanted + matrix @ shrunk
+    size = total.diagonal().clamp(min=0).sqrt()
+    unit = torch.where(size > 0, 1 / size, 0)
+    solved = torch.linalg.pinv(unit[:, None] * total * unit, hermitian=True, rtol=len(total) * 1e-12)
+    return (wanted * unit) @ solved * unit
+
+
+def _one_each(name: str, given: Sequence[Weights], ws: Sequence[Weights]) -> Iterator[tuple[str, Weights]]:
+    """What is known of each of the weights, and what to call it; ValueError if that is not one mapping for each."""
+    if len(given) != len(ws):
+        raise ValueError(f"{name}: {len(given)} for {len(ws)} weights; give one mapping for each")
+    return ((f"{name}[{i}]", known) for i, known in enumerate(given))
+
+
+def _check_known(name: str, known: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless what is known of weights is finite, and of the shape that goes with its name."""
+    check_finite(known, name)
+    for key, tensor in known.items():
+        if tensor.shape != shapes.get(key):
+            raise ValueError(
+                f"{name}: {key!r} of shape {tuple(tensor.shape)} does not fit the weights; measure it on the same "
+                "architecture, with curvature.fisher or curvature.grams"
+            )
+
+
+def _sound(merged: dict[str, Tensor], ws: Sequence[Weights], base: Weights | None = None) -> dict[str, Tensor]:
+    """The result of a sum, if it is finite: it is not if an input is not, so that one reading of it is enough."""
+    sums = {}
+    for tensor in merged.values():
+        sums[tensor.device] = sums.get(tensor.device, 0) + tensor.sum() * 0
+    if not all(bool(s == 0) for s in sums.values()):
+        check_inputs(ws, base)
+    return merged
+
+
+def _angle(a: Weights, b: Weights, names: Sequence[str]) -> Tensor:
+    """The angle between some tensors of two weights, as vectors; 0 if one of them is zero."""
+    products = []
+    for name in names:
+        x = a[name].flatten().to(torch.promote_types(a[name].dtype, torch.float32))
+        y = b[name].flatten().to(x.dtype)
+        products.append(torch.stack([torch.dot(x, x), torch.dot(y, y), torch.dot(x, y)]))
+    xx, yy, xy = torch.stack(products).sum(0)
+    lengths = (xx * yy).sqrt()
+    return torch.where(lengths > 0, xy / lengths, 1.0).clamp(-1, 1).acos()
+
+
+def _arc(angle: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """Factors of the two ends on the arc, without a host synchronisation; sinc holds at angle 0, too."""
+    curved = angle < ANTIPODAL
+    whole = torch.sinc(angle / math.pi)
+
+    def factor(share: float) -> Tensor:
+        return torch.where(curved, share * torch.sinc(share * angle / math.pi) / whole, share)
+
+    return factor(1 - t), factor(t)

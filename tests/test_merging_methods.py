@@ -318,19 +318,19 @@ class TestStatistical:
         known = [{k: v.square() for k, v in weights(50 + i).items()} for i in range(3)]
         for k in known:
             k["norm.running_var"] = k["norm.running_var"] * torch.tensor([1.0, 0.0, 1.0, 0.0]).double()
-        merged = M.fisher(TASKS, importances=known, coefficients=[1, 2, 3])
+        merged = M.fisher_merge(TASKS, importances=known, coefficients=[1, 2, 3])
         for name in BASE:
             total = sum(c * k[name] for c, k in zip((1, 2, 3), known, strict=True))
             wanted = sum(c * k[name] * w[name] for c, k, w in zip((1, 2, 3), known, TASKS, strict=True))
             mean = sum(w[name] for w in TASKS) / 3
             torch.testing.assert_close(merged[name], torch.where(total > 0, wanted / total, mean))
-        close(M.fisher(TASKS, importances=[{}] * 3), M.average(TASKS))
+        close(M.fisher_merge(TASKS, importances=[{}] * 3), M.average(TASKS))
 
     def test_fisher_does_not_mind_tiny_importances_and_takes_equal_ones_as_none(self):
         tiny = [{k: torch.full_like(v, 1e-300) for k, v in BASE.items()} for _ in TASKS]
-        close(M.fisher(TASKS, importances=tiny), M.average(TASKS))
+        close(M.fisher_merge(TASKS, importances=tiny), M.average(TASKS))
         only = [{k: torch.full_like(v, float(i == 1)) for k, v in BASE.items()} for i in range(3)]
-        close(M.fisher(TASKS, importances=only), TASKS[1])
+        close(M.fisher_merge(TASKS, importances=only), TASKS[1])
 
     def test_regmean_is_least_squares(self):
         x = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(3)]
@@ -346,7 +346,7 @@ class TestStatistical:
         shrunk = [{k: 0.9 * g + 0.1 * torch.diag(g.diagonal()) for k, g in gram.items()} for gram in grams]
         close(M.regmean(TASKS, grams=grams), M.regmean(TASKS, grams=shrunk, shrink=1))
         diagonal = [{k: g.diagonal().expand(2, 4) for k, g in gram.items()} for gram in grams]
-        close(M.regmean(TASKS, grams=grams, shrink=0), M.fisher(TASKS, importances=diagonal))
+        close(M.regmean(TASKS, grams=grams, shrink=0), M.fisher_merge(TASKS, importances=diagonal))
 
     def test_inputs_that_were_always_zero_are_averaged(self):
         x = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(3)]
@@ -367,7 +367,7 @@ class TestStatistical:
             ([good, {**good, "scalar": torch.tensor(math.nan)}, good], r"importances\[1\]: 'scalar' holds a NaN"),
         ):
             with pytest.raises(ValueError, match=message):
-                M.fisher(TASKS, importances=bad)
+                M.fisher_merge(TASKS, importances=bad)
         for bad in ({"linear.weight": torch.eye(3)}, {"norm.running_var": torch.eye(4)}, {"x": torch.eye(4)}):
             with pytest.raises(ValueError, match=r"grams\[0\]"):
                 M.regmean(TASKS, grams=[bad] * 3)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clkit import checks
 from clkit.merging.averages import (
-    average, fisher, greedy_soup, interpolate, model_stock, regmean, slerp, task_arithmetic, wise_ft,
+    average, fisher_merge, greedy_soup, interpolate, model_stock, regmean, slerp, task_arithmetic, wise_ft,
 )  # fmt: skip
 from clkit.merging.entrywise import breadcrumbs, dare, dare_ties, della, emr, magmax, pcb, ties
 from clkit.merging.pieces import TaskVectors
@@ -51,11 +51,11 @@ class Merge:
     The rest is for the row to say, and what the contract suite (tests/test_merging.py) checks:
 
     - `paper`: where it comes from; `arity`: it merges exactly so many weights. Of `Merging` a merge of one
-      gets the current weights, a merge of two the previous and the current ones, any other those of all tasks
+      gets the current weights; a merge of two the previous and the current ones; any other those of all tasks
     - `symmetric`: the order of the weights does not matter
     - `shifts`: moving all weights, and the base, moves the result along
-    - `homogeneous`: task vectors s times as long, for any s but 0, make the way from the base s times as long (without
-      a base, from any point)
+    - `homogeneous`: task vectors s times as long, for any s but 0, make the way from the base s times as long; without
+      a base, from any point
     - `permutes`: permuting channels, in all weights alike, permutes them in the result
     - `exact`: options at which nothing is left out, so that copies merge to the copy; None if there are none
     - `defaults`: options that make this member of its family; a caller's options come first
@@ -131,7 +131,7 @@ MERGES: dict[str, Merge] = {
     "magmax": Merge(magmax, "arXiv 2407.06322"),
     "emr": Merge(emr, "arXiv 2405.17461"),
     "pcb": Merge(pcb, "arXiv 2410.02396", exact=DENSE),
-    "fisher": Merge(fisher, "arXiv 2111.09832"),
+    "fisher": Merge(fisher_merge, "arXiv 2111.09832"),
     "regmean": Merge(regmean, "arXiv 2212.09849"),
     "iso_c": Merge(iso_c, "arXiv 2502.04959", exact=None),
     "tsv": Merge(tsv, "arXiv 2412.00081", exact=None),

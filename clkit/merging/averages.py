@@ -159,7 +159,7 @@ def stock_ratio(gram: Tensor) -> float:
 
 
 @checks.arguments
-def fisher(
+def fisher_merge(
     ws: Sequence[Weights], *, importances: Sequence[Weights], coefficients: Sequence[float] | None = None
 ) -> dict[str, Tensor]:
     """The mean of weights, at every entry weighted by the importances there: sum_i F_i w_i / sum_i F_i.

@@ -24,9 +24,10 @@ def ties(
 ) -> dict[str, Tensor]:
     """`base` plus `scale` times the mean of what is left of the task vectors after trimming and electing signs.
 
-    Trim: of task vectors (n, entries), each keeps its `density` largest magnitudes, over all weights as one vector, as in the
-    paper, or tensor by tensor with `whole=False`. Elect: at each entry the sign of the sum. Merge: the mean of the
-    entries with that sign, trimmed ones not counted. The paper keeps 20 % and takes scale = 1 where it cannot be tuned.
+    Trim: of task vectors (n, entries), each keeps its `density` largest magnitudes. They are ranked over all weights as
+    one vector, as in the paper, or tensor by tensor with `whole=False`. Elect: at each entry the sign of the sum.
+    Merge: the mean of the entries with that sign, trimmed ones not counted. The paper keeps 20 % and takes scale = 1
+    where it cannot be tuned.
 
     Where the sum is exactly zero no sign is elected and nothing moves, as the paper's formula has it. The released code
     takes the sign that most entries elected, and the negative one where that is zero, too: tau and -tau merge to
@@ -83,8 +84,8 @@ def dare(
     """`base` plus `scale` times the sum of the task vectors, entries dropped by lot and the rest divided by `density`.
 
     Each of the (n, entries) is kept with probability `density` (1 minus the paper's drop rate), independently, so that
-    its expectation stays what it was: numbers kept are exact in law only. The paper tries drop rates from 0.1 to 0.99 and
-    leaves the choice to tuning; we keep half. `scale` is task arithmetic's; None stands for 1 / n, the mean.
+    its expectation stays what it was: numbers kept are exact in law only. The paper tries drop rates from 0.1 to 0.99
+    and leaves the choice to tuning; we keep half. `scale` is task arithmetic's; None stands for 1 / n, the mean.
 
     Ref: Yu et al., Language models are super Mario, arXiv 2311.03099.
     """
@@ -99,8 +100,8 @@ def dare_ties(
 ) -> dict[str, Tensor]:
     """`base` plus `scale` times the mean of those dropped and rescaled task vectors that agree with the elected sign.
 
-    DARE's drop of (n, entries) in the place of TIES' trim, then TIES. The code of the DARE paper trims after the drop as well. mergekit
-    adds up the entries that agree unless it is told to normalise.
+    DARE's drop of (n, entries) in the place of TIES' trim, then TIES. The code of the DARE paper trims after the drop
+    as well. mergekit adds up the entries that agree unless it is told to normalise.
 
     Ref: Yu et al., arXiv 2311.03099; Yadav et al., arXiv 2306.01708.
     """
@@ -120,8 +121,8 @@ def della(
 ) -> dict[str, Tensor]:
     """`base` plus `scale` times the mean of those task vectors that agree, small entries dropped more often by lot.
 
-    Within a row of a tensor the probability of being kept rises evenly with the rank of the magnitude: from
-    density - epsilon / 2 for the smallest to density + epsilon / 2 for the largest. Rows are those of the first axis; a tensor of
+    Within a row of a tensor the probability of being kept rises evenly with the rank of the magnitude: from density -
+    epsilon / 2 for the smallest to density + epsilon / 2 for the largest. Rows are those of the first axis; a tensor of
     0 or 1 axis is one row, and a row of one entry has `density`. What is kept is divided by its probability, so that
     expectations stay. Then signs are elected as in TIES. The paper tunes all three numbers. mergekit spreads the
     probabilities by epsilon to both sides and rescales a whole tensor by a norm.
@@ -153,8 +154,8 @@ def magmax(ws: Sequence[Weights], *, base: Weights, scale: Scale = 1.0) -> dict[
     """`base` plus `scale` times, at every entry, the entry of largest magnitude among the task vectors.
 
     Of (n, entries) it is one for each of the entries, whichever task has it. The paper merges weights trained one task
-    after the other and tunes the scale (0.5 is common); 1 gives a copy for copies. Where the largest entries of both signs tie, nothing moves, so that neither order nor sign matters; released
-    code takes the last.
+    after the other and tunes the scale (0.5 is common); 1 gives a copy for copies. Where the largest entries of both
+    signs tie, nothing moves, so that neither order nor sign matters; released code takes the last.
 
     Ref: Marczak et al., MagMax, arXiv 2407.06322.
     """
@@ -170,8 +171,8 @@ def magmax(ws: Sequence[Weights], *, base: Weights, scale: Scale = 1.0) -> dict[
 def emr(ws: Sequence[Weights], *, base: Weights, task: Index | None = None) -> dict[str, Tensor]:
     """The elected unified weights or, with `task` = i, those masked and rescaled for task i.
 
-    Elect: at each entry the sign of the sum of task vectors (n, entries), and of the entries with it the largest magnitude: the
-    unified vector u. Mask: task i takes u where it agrees in sign with its own vector tau_i. Rescale: by
+    Elect: at each entry the sign of the sum of task vectors (n, entries), and of the entries with it the largest
+    magnitude: the unified vector u. Mask: task i takes u where it agrees in sign with its own vector tau_i. Rescale: by
     sum |tau_i| / sum |u masked|, over all weights. The paper deploys the masked weights, each task with a mask of one
     bit an entry and one number; None gives base + u, the one network that needs no task. Where the sum is zero nothing
     moves; released code elects a minus there, and its ratio is of sums of the tensors' means.
@@ -202,7 +203,8 @@ def pcb(
 ) -> dict[str, Tensor]:
     """`base` plus `scale` times the mean of the task vectors weighted, entry by entry, by how well each competes.
 
-    With N task vectors (N, entries), norm(x) = (x - min x) / (max x - min x) and the softmax over entries, task i has the scores
+    Of N task vectors (N, entries), task i has, with norm(x) = (x - min x) / (max x - min x) and the softmax over
+    entries, the scores
 
         b_i = softmax(N norm(tau_i tau_i))  *  sum_j softmax(norm(tau_i tau_j)),
 

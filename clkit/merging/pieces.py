@@ -39,7 +39,7 @@ class Piece:
         return flat[self.name][self.start : self.stop]
 
 
-Rule = Callable[[Piece, Tensor], Tensor]
+EntryRule = Callable[[Piece, Tensor], Tensor]
 
 
 class TaskVectors:
@@ -112,7 +112,7 @@ class TaskVectors:
             if not all(bool(sign == 0) for sign in signs.values()):
                 check_inputs(self.ws, self.base)
 
-    def merge(self, rule: Rule, scale: float = 1.0) -> dict[str, Tensor]:
+    def merge(self, rule: EntryRule, scale: float = 1.0) -> dict[str, Tensor]:
         """The weights base + scale rule(piece, vectors), where `rule` takes (n, entries) and gives (entries)."""
         merged = {name: torch.empty(t.shape, dtype=t.dtype, device=t.device) for name, t in self.base.items()}
         flat = {name: tensor.view(-1) for name, tensor in merged.items()}
@@ -146,7 +146,7 @@ def magnitude(piece: Piece, vectors: Tensor) -> Tensor:
     return vectors.abs()
 
 
-def largest(vectors: TaskVectors, keep: Callable[[int], int], whole: bool, of: Rule = magnitude) -> Rule:
+def largest(vectors: TaskVectors, keep: Callable[[int], int], whole: bool, of: EntryRule = magnitude) -> EntryRule:
     """Finds which values are among each task's largest: a function of a piece and its values (n, entries), same shape.
 
     Values are what `of` gives for a piece and its task vectors (n, entries). Of `size` values `keep(size)` are kept,
@@ -178,7 +178,7 @@ class _Threshold:
         return (values > threshold) | (equal & (order <= self.quota.to(values.device)))
 
 
-def _threshold(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: Rule) -> _Threshold:
+def _threshold(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: EntryRule) -> _Threshold:
     """Finds each task's smallest value kept, without sorting and without a second copy of the values.
 
     A strided sample brackets the threshold; one reading counts what is above the bracket and collects what is in it, a
@@ -217,7 +217,7 @@ def _threshold(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: Rule
 
 
 def _between(
-    low: Tensor, high: Tensor, vectors: TaskVectors, names: tuple[str, ...], of: Rule, stride: int = 1
+    low: Tensor, high: Tensor, vectors: TaskVectors, names: tuple[str, ...], of: EntryRule, stride: int = 1
 ) -> tuple[Tensor, list[Tensor]]:
     """How many values of each task are above `high`, and those from `low` to `high`; of every `stride`-th value.
 

@@ -16,6 +16,7 @@ example, passes unchecked. Numbers of numpy become Python's, and lists become tu
 """
 
 import functools
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 P = ParamSpec("P")
@@ -138,6 +139,14 @@ def unknown(
     return ValueError(f"{name}: {given!r} is unknown; choose one of {' or '.join([shown, *others])}{hint}")
 
 
+def package(name: str, extra: str, setting: str) -> Any:
+    """Imports a package that one of clkit's extras installs; raises ImportError that names it where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{setting} needs {name}, which is not installed: pip install 'clkit[{extra}]'") from error
+
+
 def parse(name: str, text: str, hint: Any) -> Any:
     """The value that a text stands for under an annotation, in a shell for example; several are written with commas.
 
@@ -161,8 +170,11 @@ def expects(hint: Any) -> str:
 @functools.cache
 def _hints(thing: Any) -> dict[str, Any]:
     """The annotations that can be checked, by name."""
-    hints = get_type_hints(thing, include_extras=True)
-    wanted = {name: hint for name, hint in hints.items() if name != "return" and _checkable(hint)}
+    source = thing
+    if not isinstance(thing, type):  # what a function gives may be named for type checking only
+        source = SimpleNamespace(__annotations__={k: v for k, v in thing.__annotations__.items() if k != "return"})
+    hints = get_type_hints(source, getattr(thing, "__globals__", None), include_extras=True)
+    wanted = {name: hint for name, hint in hints.items() if _checkable(hint)}
     if isinstance(thing, type):
         own = {name for name, field in getattr(thing, "__dataclass_fields__", {}).items() if field.init}
         return {name: hint for name, hint in wanted.items() if name in own}

@@ -15,7 +15,7 @@ from clkit import data, models, representation, tangent
 from clkit.consolidation import HCMM
 from clkit.consolidation.correction import projections
 from clkit.models import CosineHead, prototypes, with_prototypes
-from clkit.models.cosine import SCALE
+from clkit.models.networks import SCALE
 from clkit.tangent import Linearized
 from clkit.training import Training
 from clkit.weights import equal, get_weights, set_weights
@@ -200,10 +200,10 @@ class TestEncoder:
         ("change", "message"),
         [
             ({"stream": toys.stream()}, r"shape \(6,\), this network takes images"),
-            ({"widths": (4, 0)}, "widths: 0 is not a whole number from 1"),
+            ({"widths": (4, 0)}, r"widths: \(4, 0\); give several, each a whole number"),
             ({"widths": (4, 6)}, r"widths: \(4, 6\); give multiples of 4"),
-            ({"widths": (4.0,)}, "widths: 4.0 is not a whole number"),
-            ({"dim": 0}, "dim: 0 is not"),
+            ({"widths": (4.0,)}, r"widths: \(4.0,\); give"),
+            ({"dim": 0}, "dim: 0; give a whole number"),
         ],
     )
     def test_bad_arguments_are_named(self, change, message):

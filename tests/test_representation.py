@@ -136,11 +136,19 @@ class TestFeatures:
     @pytest.mark.parametrize(
         ("call", "error", "message"),
         [
-            (lambda m, x: R.features(m, x, "norm9"), ValueError, "no module 'norm9'; did you mean .*'norm1'"),
+            (
+                lambda m, x: R.features(m, x, "norm9"),
+                ValueError,
+                "layer: 'norm9' is unknown.*mean .*'norm1'",
+            ),
             (lambda m, x: R.features(m, x[:0]), ValueError, "x: there are no rows"),
             (lambda m, x: R.features(m, x, batch=0), ValueError, "batch: 0"),
             (lambda m, x: R.features(m, x, weights={}), ValueError, "different names"),
-            (lambda m, x: R.features(nn.ModuleDict({"a": m, "b": nn.Linear(1, 1)}), x, "c"), ValueError, "no module"),
+            (
+                lambda m, x: R.features(nn.ModuleDict({"a": m, "b": nn.Linear(1, 1)}), x, "c"),
+                ValueError,
+                "'c' is unknown",
+            ),
             (lambda m, x: R.features(nn.ReLU(), x), ValueError, "no nn.Linear"),
             (lambda m, x: R.features(Linearized(nn.Conv2d(1, 2, 3)), x), ValueError, "no nn.Linear"),
             (lambda m, x: R.activations(nn.LSTM(6, 3), x[:, 0], [""]), TypeError, "puts out a tuple"),
@@ -285,9 +293,12 @@ class TestCKA:
             (lambda a: R.cka(a, a, bandwidth=0), "bandwidth: 0"),
             (lambda a: R.cka_in_batches([]), "pairs: there are none"),
             (lambda a: R.cka_in_batches([(a[:3], a[:3])]), "3 examples are too few"),
-            (lambda a: R.cka_by_layer(nn.Linear(5, 2), nn.Linear(5, 2), a, ["fc"]), "no module 'fc'"),
+            (lambda a: R.cka_by_layer(nn.Linear(5, 2), nn.Linear(5, 2), a, ["fc"]), "'fc' is unknown"),
             (lambda a: R.cka_by_layer(nn.Linear(5, 2), nn.Linear(5, 2), a[:3], [""]), "3 rows"),
-            (lambda a: R.cka_by_layer(nn.Linear(5, 2), nn.Linear(5, 2), a, [""], batch=4), "batches of 4"),
+            (
+                lambda a: R.cka_by_layer(nn.Linear(5, 2), nn.Linear(5, 2), a, [""], batch=4),
+                "batch: 4; give",
+            ),
         ],
     )
     def test_bad_input_names_itself(self, call, message):
@@ -507,9 +518,9 @@ class TestUnits:
             (lambda m, w, x: R.variance_ratio(m, w, (), x), "parents: there are none"),
             (lambda m, w, x: R.variance_ratio(m, w, (w,), x[:1]), "1 rows"),
             (lambda m, w, x: R.variance_ratio(m, w, ({},), x), "different names"),
-            (lambda m, w, x: R.variance_ratio(m, w, (w,), x, ["nrom1"]), "no module 'nrom1'"),
+            (lambda m, w, x: R.variance_ratio(m, w, (w,), x, ["nrom1"]), "'nrom1' is unknown"),
             (lambda m, w, x: R.correlations(m, w, w, x[:1]), "1 rows"),
-            (lambda m, w, x: R.matched(m, w, w, x, "fc"), "no module 'fc'"),
+            (lambda m, w, x: R.matched(m, w, w, x, "fc"), "'fc' is unknown"),
             (lambda m, w, x: R.collapse(m, w, w, x, 2.0), "t: 2.0"),
         ],
     )

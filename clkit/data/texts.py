@@ -110,12 +110,7 @@ def text_file(
 
 def local_only(argument: str, path: str | Path) -> Any:
     """The transformers package, after a look whether `path` is a folder; raises in words where either is missing."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            f"{argument}={str(path)!r} needs transformers, which is not installed: pip install 'clkit[huggingface]'"
-        ) from error
+    transformers = checks.package("transformers", "huggingface", f"{argument}={str(path)!r}")
     if not Path(path).is_dir():
         raise ValueError(f"{argument}={str(path)!r} is no folder: give one of save_pretrained; nothing is downloaded")
     return transformers

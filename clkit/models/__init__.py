@@ -6,13 +6,12 @@ whose inputs are the features of a representation plot. For a factory with fixed
 `partial(models.resnet18, width=16)`.
 """
 
-from clkit.models.clip import clip
-from clkit.models.common import features
-from clkit.models.cosine import CosineHead, encoder, prototypes, with_prototypes
-from clkit.models.huggingface import CausalLM, huggingface
-from clkit.models.images import BasicBlock, convnet, mlp, resnet18
-from clkit.models.transformers import Attention, Block, Embedding, MeanTokens, TokenEmbedding, gpt, vit
-from clkit.models.zoo import torchvision
+from clkit.models.features import activations, features, with_weights
+from clkit.models.networks import (
+    Attention, BasicBlock, Block, CosineHead, MeanTokens, PatchEmbedding, TokenEmbedding,
+    convnet, encoder, gpt, mlp, prototypes, resnet18, vit, with_prototypes,
+)  # fmt: skip
+from clkit.models.pretrained import CausalLM, clip, huggingface, torchvision
 
 
 for _factory in (clip, convnet, encoder, gpt, huggingface, mlp, resnet18, torchvision, vit):

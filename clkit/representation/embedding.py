@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clkit import checks
+from clkit.checks import Positive
 from clkit.representation.similarity import cka, mismatch
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-METHODS = ("tsne", "pca")
 
 
 class Embedding(NamedTuple):
@@ -27,14 +27,15 @@ class Embedding(NamedTuple):
     agreement: "DataFrame"
 
 
+@checks.arguments
 def embed(
     features: Mapping[str, Tensor],
     labels: Tensor,
     classes: Sequence[int] | None = None,
     *,
-    method: str = "tsne",
+    method: Literal["tsne", "pca"] = "tsne",
     seed: int = 0,
-    perplexity: float = 30.0,
+    perplexity: Positive = 30.0,
 ) -> Embedding:
     """Embeds the features (N, ...) of the same N examples under several models in one plane, all stacked.
 
@@ -50,8 +51,6 @@ def embed(
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    if method not in METHODS:
-        raise ValueError(f"method: {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if not features:
         raise ValueError('features: there are none; pass at least one, such as {"before": features(model, x)}')
     shapes = {name: tuple(f.shape) for name, f in features.items()}

@@ -1,18 +1,21 @@
 """How alike the features of two networks are on the same inputs: centred kernel alignment, and distances."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clkit.representation.features import activations, check_layer
+from clkit import checks
+from clkit.checks import Positive, Range
+from clkit.models import activations
+from clkit.models.features import check_layers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-KERNELS = ("linear", "rbf")
+Kernel = Literal["linear", "rbf"]
 
 
 def hsic(k: Tensor, l: Tensor, *, unbiased: bool = False) -> Tensor:
@@ -33,7 +36,8 @@ def hsic(k: Tensor, l: Tensor, *, unbiased: bool = False) -> Tensor:
     return ((k * l).sum((-2, -1)) + both - 2 / (n - 2) * (sums * others).sum(-1)) / (n * (n - 3))
 
 
-def cka(a: Tensor, b: Tensor, *, kernel: str = "linear", bandwidth: float = 1.0, unbiased: bool = False) -> float:
+@checks.arguments
+def cka(a: Tensor, b: Tensor, *, kernel: Kernel = "linear", bandwidth: Positive = 1.0, unbiased: bool = False) -> float:
     """Centred kernel alignment of features `a` (N, ...) and `b` (N, ...) of the same N examples; 1 is alike.
 
     HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) in double precision (Kornblith et al. 2019, arXiv 1905.00414), features
@@ -44,12 +48,15 @@ def cka(a: Tensor, b: Tensor, *, kernel: str = "linear", bandwidth: float = 1.0,
 
     Memory is that of N x N kernels; `cka_in_batches` needs less.
     """
-    _check(a, b, kernel, bandwidth, 4 if unbiased else 2)
+    _check_rows(a, b, 4 if unbiased else 2)
     k, l = (_gram(f, kernel, bandwidth) for f in (a, b))
     return float(_ratio(*(hsic(p, q, unbiased=unbiased) for p, q in ((k, l), (k, k), (l, l)))))
 
 
-def cka_in_batches(pairs: Iterable[tuple[Tensor, Tensor]], *, kernel: str = "linear", bandwidth: float = 1.0) -> float:
+@checks.arguments
+def cka_in_batches(
+    pairs: Iterable[tuple[Tensor, Tensor]], *, kernel: Kernel = "linear", bandwidth: Positive = 1.0
+) -> float:
     """Minibatch CKA: the three unbiased HSIC are averaged over batches of features (n, ...), then their ratio is taken.
 
     Nguyen, Raghu, Kornblith 2021 (arXiv 2010.15327, eq. 4). Its expectation does not depend on the size of the batches,
@@ -58,7 +65,7 @@ def cka_in_batches(pairs: Iterable[tuple[Tensor, Tensor]], *, kernel: str = "lin
     """
     total, count = torch.zeros(3, dtype=torch.float64), 0
     for a, b in pairs:
-        _check(a, b, kernel, bandwidth, 4)
+        _check_rows(a, b, 4)
         k, l = (_gram(f, kernel, bandwidth) for f in (a, b))
         total = total + torch.stack([hsic(p, q, unbiased=True) for p, q in ((k, l), (k, k), (l, l))]).cpu()
         count += 1
@@ -68,6 +75,7 @@ def cka_in_batches(pairs: Iterable[tuple[Tensor, Tensor]], *, kernel: str = "lin
 
 
 @torch.no_grad()
+@checks.arguments
 def cka_by_layer(
     first: nn.Module,
     second: nn.Module,
@@ -75,9 +83,9 @@ def cka_by_layer(
     layers: Sequence[str],
     others: Sequence[str] | None = None,
     *,
-    kernel: str = "linear",
-    bandwidth: float = 1.0,
-    batch: int = 128,
+    kernel: Kernel = "linear",
+    bandwidth: Positive = 1.0,
+    batch: Annotated[int, Range(7)] = 128,
 ) -> "DataFrame":
     """Minibatch CKA of every one of `layers` of `first` with every one of `others` (default: the same) of `second`.
 
@@ -88,10 +96,9 @@ def cka_by_layer(
 
     names = (list(layers), list(layers if others is None else others))
     for model, wanted in zip((first, second), names, strict=True):
-        for name in wanted:
-            check_layer(model, name)
-    if len(x) < 4 or batch < 7:
-        raise ValueError(f"x, batch: {len(x)} rows in batches of {batch}; give 4 rows or more, and batch 7 or more")
+        check_layers(model, wanted)
+    if len(x) < 4:
+        raise ValueError(f"x: {len(x)} rows are too few; give 4 or more")
     cross, own = torch.zeros(*map(len, names), dtype=torch.float64), [torch.zeros(len(n)).double() for n in names]
     for rows in x.tensor_split(-(-len(x) // batch)):
         grams = []
@@ -141,18 +148,14 @@ def mismatch(a: Tensor, b: Tensor, labels: Tensor | None = None) -> "DataFrame":
     )
 
 
-def _check(a: Tensor, b: Tensor, kernel: str, bandwidth: float, least: int) -> None:
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel: {kernel!r} is unknown; choose one of {', '.join(KERNELS)}")
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth: {bandwidth!r}; give a number above 0, in median distances")
+def _check_rows(a: Tensor, b: Tensor, least: int) -> None:
     if len(a) != len(b):
         raise ValueError(f"a, b: {len(a)} and {len(b)} examples; pass features of the same inputs, in the same order")
     if len(a) < least:
         raise ValueError(f"a, b: {len(a)} examples are too few; give {least} or more")
 
 
-def _gram(features: Tensor, kernel: str, bandwidth: float) -> Tensor:
+def _gram(features: Tensor, kernel: Kernel, bandwidth: float) -> Tensor:
     """The kernel of features (n, ...) with each other, (n, n), in double precision."""
     rows = features.flatten(1).double()
     largest, rows = rows.abs().max(), rows - rows.mean(0)  # which changes no centred kernel and keeps digits

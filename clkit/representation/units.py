@@ -7,17 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit import normalization
+from clkit import checks, normalization
+from clkit.checks import Count
+from clkit.models import activations, features, with_weights
 from clkit.normalization import Moments
-from clkit.representation.features import activations, check_layer, features, samples, with_weights
 from clkit.weights import Weights, lerp
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-BATCH = 256
 
-
+@checks.arguments
 def variance_ratio(
     model: nn.Module,
     merged: Weights,
@@ -25,7 +25,7 @@ def variance_ratio(
     x: Tensor,
     layers: Sequence[str] | None = None,
     *,
-    batch: int = BATCH,
+    batch: Count = 256,
 ) -> "DataFrame":
     """How much of its parents' activation variance a merged network keeps, layer by layer; 1 is all, 0 collapse.
 
@@ -38,8 +38,7 @@ def variance_ratio(
 
     if not parents:
         raise ValueError("parents: there are none; pass the weights that were merged")
-    if len(x) < 2 or batch < 1:
-        raise ValueError(f"x, batch: {len(x)} rows in batches of {batch}; give 2 rows or more, and batch 1 or more")
+    _check_rows(x)
     found = [_variances(with_weights(model, w), x, layers, batch) for w in (merged, *parents)]
     own, others = found[0], {name: float(np.mean([f[name] for f in found[1:]])) for name in found[0]}
     return pd.DataFrame(
@@ -60,7 +59,7 @@ def collapse(
     t: float = 0.5,
     layers: Sequence[str] | None = None,
     *,
-    batch: int = BATCH,
+    batch: Count = 256,
 ) -> "DataFrame":
     """The collapse of variance between `a` (t = 0) and `b` (t = 1), and what re-estimation and REPAIR undo of it.
 
@@ -82,23 +81,21 @@ def collapse(
     return pd.concat(tables, ignore_index=True)
 
 
+@checks.arguments
 def correlations(
-    model: nn.Module, a: Weights, b: Weights, x: Tensor, layer: str | None = None, *, batch: int = BATCH
+    model: nn.Module, a: Weights, b: Weights, x: Tensor, layer: str | None = None, *, batch: Count = 256
 ) -> Tensor:
     """Pearson's correlation of each unit of a layer under weights `a` with each under `b`, (units, units), on `x`.
 
     Over all examples and positions, added up in double precision batch by batch, so that memory does not grow with
     `x`. A unit that does not vary correlates 0 with all. `layer` is as for `features`.
     """
-    if layer is not None:
-        check_layer(model, layer)
-    if len(x) < 2 or batch < 1:
-        raise ValueError(f"x, batch: {len(x)} rows in batches of {batch}; give 2 rows or more, and batch 1 or more")
+    _check_rows(x)
     nets = [with_weights(model, w) for w in (a, b)]
     shift, count, units = torch.zeros(()), 0, 0
     sums, products = torch.zeros(()), torch.zeros(())
     for part in x.split(batch):
-        rows = torch.cat([samples(features(net, part, layer)).double() for net in nets], 1)
+        rows = torch.cat([_samples(features(net, part, layer)).double() for net in nets], 1)
         if not count:
             shift, units = rows.mean(0), rows.shape[1] // 2
             sums, products = torch.zeros_like(shift), rows.new_zeros(rows.shape[1], rows.shape[1])
@@ -113,7 +110,7 @@ def correlations(
 
 
 def matched(
-    model: nn.Module, a: Weights, b: Weights, x: Tensor, layer: str | None = None, *, batch: int = BATCH
+    model: nn.Module, a: Weights, b: Weights, x: Tensor, layer: str | None = None, *, batch: Count = 256
 ) -> "DataFrame":
     """The spectrum of correlations between the units of a layer under `a` and under `b`, before and after matching.
 
@@ -140,7 +137,19 @@ def _variances(model: nn.Module, x: Tensor, layers: Sequence[str] | None, batch:
     found: dict[str, Moments] = {}
     for part in x.split(batch):
         for name, activation in activations(model, part, layers).items():
-            rows = samples(activation).double()
+            rows = _samples(activation).double()
             var, mean = torch.var_mean(rows, 0, correction=0)
             found.setdefault(name, Moments()).add(mean, var, len(rows))
     return {name: float(moments.var().mean()) for name, moments in found.items()}
+
+
+def _samples(activation: Tensor) -> Tensor:
+    """An activation as rows of units: places of images (N, C, H, W) and tokens (N, L, F) are samples of their own."""
+    if activation.ndim == 1:
+        return activation.unsqueeze(1)
+    return (activation.movedim(1, -1) if activation.ndim > 3 else activation).flatten(0, -2)
+
+
+def _check_rows(x: Tensor) -> None:
+    if len(x) < 2:
+        raise ValueError(f"x: {len(x)} rows are too few; give 2 or more")

@@ -19,7 +19,8 @@ FLOORS = [
     {"interact", "cli", "benchmarks"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-BESIDE = {("alignment", "symmetry"), ("models", "tangent")}  # imports within a floor: the first may import the second
+# imports within a floor: the first may import the second
+BESIDE = {("alignment", "symmetry"), ("models", "tangent"), ("cli", "benchmarks")}
 TORCHLESS = {"metrics", "plotting", "interact"}
 
 

@@ -30,6 +30,11 @@ def filled(learner, stream, tasks=2, seed=0):
     return learner
 
 
+def mixed_by(learner, batch):
+    """The batch with rows of the buffer in the place of some of its own."""
+    return learner.replayed(torch.nn.Identity(), batch)
+
+
 def same(a, b):
     return all(equal(x, y) for x, y in zip(a.trained, b.trained, strict=True))
 
@@ -62,7 +67,7 @@ class TestBoth:
 
     def test_a_batch_keeps_its_size_and_its_raw_rows(self, toy, mixing):
         learner, batch = filled(DataBuffer(0.5, mixing), toy), toy[2].batch(torch.arange(9))
-        mixed = learner.mixed(batch)
+        mixed = mixed_by(learner, batch)
         assert mixed.x.shape == batch.x.shape and mixed.raw is batch.raw and mixed.size == 9
         own = (mixed.y == batch.y) & (mixed.x == batch.x).all(-1)
         assert 0 < own.sum() < 9
@@ -85,7 +90,7 @@ class TestBoth:
         stream = replace(plain, tasks=tuple(replace(task, augment=Augment(shift=2)) for task in plain))
         learner = filled(DataBuffer(1.0, mixing), stream, 1)
         batch = stream[1].batch(torch.arange(24), torch.Generator().manual_seed(0))
-        mixed = learner.mixed(batch)
+        mixed = mixed_by(learner, batch)
         replayed = mixed.x[mixed.y < 2]
         stored = stream[0].prepare(stream[0].train.x)
         as_stored = (replayed[:, None] == stored[None]).flatten(2).all(-1).any(-1)
@@ -98,10 +103,10 @@ class TestBoth:
 def test_concatenate_replaces_rows_in_proportion(toy):
     """Two tasks behind and one at hand, all kept: two rows of three are of the buffer."""
     learner, batch = filled(DataBuffer(1.0), toy), toy[2].batch(torch.arange(20))
-    shares = [float((learner.mixed(batch).y < 4).float().mean()) for _ in range(300)]
+    shares = [float((mixed_by(learner, batch).y < 4).float().mean()) for _ in range(300)]
     assert np.mean(shares) == pytest.approx(2 / 3, abs=0.02) and np.std(shares) > 0.05
     little = filled(DataBuffer(0.1), toy)
-    assert np.mean([float((little.mixed(batch).y < 4).float().mean()) for _ in range(300)]) == pytest.approx(
+    assert np.mean([float((mixed_by(little, batch).y < 4).float().mean()) for _ in range(300)]) == pytest.approx(
         4 / 25, abs=0.02
     )
 
@@ -109,7 +114,7 @@ def test_concatenate_replaces_rows_in_proportion(toy):
 def test_half_replaces_half_however_small_the_buffer(toy):
     learner = filled(DataBuffer(0.05, "half"), toy)
     for count, replaced in ((8, 4), (9, 4), (1, 0)):
-        assert (learner.mixed(toy[2].batch(torch.arange(count))).y < 4).sum() == replaced
+        assert (mixed_by(learner, toy[2].batch(torch.arange(count))).y < 4).sum() == replaced
 
 
 def accuracy(learner, training):
@@ -131,7 +136,7 @@ def test_the_more_is_kept_the_less_is_forgotten():
 def test_token_targets_go_with_their_rows():
     stream = toys.tokens(rows=12)
     learner = filled(DataBuffer(1.0, "half"), stream, 1)
-    mixed = learner.mixed(stream[1].batch(torch.arange(6)))
+    mixed = mixed_by(learner, stream[1].batch(torch.arange(6)))
     assert (mixed.x[:3] < 4).all() and (mixed.x[3:] >= 4).all()
     assert torch.equal(mixed.x[:, 1:], mixed.y[:, :-1])
 

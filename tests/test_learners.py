@@ -142,8 +142,8 @@ def test_held_out_rows_are_never_replayed_nor_shown(toy):
             super().start(setting)
             self.replays = []
 
-        def replayed(self, batch):
-            joined = super().replayed(batch)
+        def replayed(self, model, batch):
+            joined = super().replayed(model, batch)
             held = self.store.held_out().get("x", torch.empty(0, 6))
             rows = joined.x[batch.size :]
             self.replays.append(bool((rows[:, None] == held[None]).all(-1).any()))

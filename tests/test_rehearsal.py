@@ -179,7 +179,7 @@ class TestMIR:
         for t in (0, 1):
             learner.store.offer(learner.setting.generator, x=toy[t].train.x, y=toy[t].train.y)
         batch = at_rate(toy)
-        joined = learner.interfered(net, batch)
+        joined = learner.replayed(net, batch)
         stored = learner.store.all()
         rises = learner.rises(net, batch, batch.prepare(stored["x"]), stored["y"])
         worst = batch.prepare(stored["x"][rises.topk(3).indices])
@@ -258,7 +258,7 @@ class TestERACE:
         state = learner.setting.generator.get_state()
         value = learner.loss(net, batch)
         learner.setting.generator.set_state(state)
-        joined = learner.replayed(batch)
+        joined = learner.replayed(net, batch)
         logits = net(joined.x)
         current = torch.nn.functional.cross_entropy(logits[:8, 4:], batch.y - 4)
         assert value.item() == pytest.approx(

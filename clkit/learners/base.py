@@ -151,9 +151,14 @@ class Learner:
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Called before the first step on `task`; the model holds the weights that training goes on from."""
 
+    def replayed(self, model: nn.Module, batch: Batch) -> Batch:
+        """What the loss is over: the batch, to which a rule may join rows that it kept."""
+        return batch
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """What a step minimises: a scalar."""
-        return self.setting.criterion(model(batch.x), batch.y)
+        joined = self.replayed(model, batch)
+        return self.setting.criterion(model(joined.x), joined.y)
 
     def adjust_gradients(self, model: nn.Module, batch: Batch) -> None:
         """Called between the backward pass and the optimizer's step, to change the gradients in place."""

@@ -58,7 +58,7 @@ class ICaRL(ER):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Binary cross entropy over the seen classes for the current and the replayed rows."""
-        batch = self.replayed(batch)
+        batch = self.replayed(model, batch)
         member, now = self.setting.criterion.member, batch.task.index
         logits = model(batch.x).float()
         target = one_hot(batch.y, self.setting.classes).float()
@@ -240,7 +240,7 @@ class BiC(ER):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy and distillation, the mean over the current rows that are trained on and the replayed ones."""
-        joined = self.replayed(batch)
+        joined = self.replayed(model, batch)
         weight = torch.ones(len(joined.y), device=joined.x.device)
         weight[: batch.size] = (~self.apart[batch.rows]).to(weight, non_blocking=True)
         logits = model(joined.x)

@@ -46,16 +46,12 @@ class ER(Learner):
         """Refuses labels that the memory cannot sort by."""
         check_policy(self.policy, task.train.y)
 
-    def replayed(self, batch: Batch) -> Batch:
-        """The batch with rows of the memory joined to it."""
+    def replayed(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with rows drawn from the memory joined to it."""
         if not len(self.store):
             return batch
         rows = self.store.sample(self.batch or self.setting.batch, self.setting.generator)
         return batch.join(rows["x"], rows["y"])
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross entropy over the current and the replayed rows: a scalar."""
-        return super().loss(model, self.replayed(batch))
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:
         """Offers the current rows to the memory in the task's first epoch, unless they are to be herded."""
@@ -109,9 +105,9 @@ class MemoryOnly(ER):
     none, as in `Sum(MemoryOnly(50), EWC())`.
     """
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of the current rows alone: a scalar."""
-        return Learner.loss(self, model, batch)
+    def replayed(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch alone."""
+        return batch
 
 
 @dataclass
@@ -126,7 +122,7 @@ class ERACE(ER):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy of the current rows among their batch's classes, plus that of the replayed rows: a scalar."""
-        joined = self.replayed(batch)
+        joined = self.replayed(model, batch)
         logits = model(joined.x)
         present = (batch.y.flatten() == torch.arange(logits.shape[-1], device=logits.device)[:, None]).any(1)
         current = self.setting.criterion(logits[: batch.size], batch.y, among=present)
@@ -167,11 +163,7 @@ class MIR(ER):
                 "smaller batch"
             )
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross entropy over the current rows and the most interfered of the candidates: a scalar."""
-        return Learner.loss(self, model, self.interfered(model, batch))
-
-    def interfered(self, model: nn.Module, batch: Batch) -> Batch:
+    def replayed(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with the most interfered candidates joined to it; all of them if they are not more."""
         if not len(self.store):
             return batch
@@ -209,11 +201,11 @@ class Joint(Learner):
         super().start(setting)
         self.past: Examples | None = None
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of the current rows and their share of earlier ones: a scalar."""
-        if self.past is not None:
-            batch = batch.join(*self._drawn(self.past, round(batch.size * len(self.past) / len(batch.task.train))))
-        return super().loss(model, batch)
+    def replayed(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with its share of earlier rows joined to it."""
+        if self.past is None:
+            return batch
+        return batch.join(*self._drawn(self.past, round(batch.size * len(self.past) / len(batch.task.train))))
 
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Keeps the task's data."""
@@ -251,11 +243,7 @@ class DataBuffer(Joint):
     share: checks.Share = 0.05
     mixing: Literal["concatenate", "half"] = "concatenate"
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of the batch with rows of the buffer in the place of some of its own: a scalar."""
-        return Learner.loss(self, model, self.mixed(batch))
-
-    def mixed(self, batch: Batch) -> Batch:
+    def replayed(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with rows of the buffer in the place of some of its own; its `raw` stays."""
         if self.past is None:
             return batch

@@ -10,26 +10,9 @@ from clkit.learners.projection import AGEM, GEM
 from clkit.learners.rehearsal import ER, ERACE, MIR, DataBuffer, Joint, MemoryOnly
 
 LEARNERS: dict[str, type[Learner]] = {
-    "fine-tuning": Learner,
-    "joint": Joint,
-    "data buffer": DataBuffer,
-    "memory only": MemoryOnly,
-    "ER": ER,
-    "ER-ACE": ERACE,
-    "A-GEM": AGEM,
-    "GEM": GEM,
-    "MIR": MIR,
-    "DER": DER,
-    "DER++": DERpp,
-    "GDumb": GDumb,
-    "iCaRL": ICaRL,
-    "BiC": BiC,
-    "L2": L2,
-    "decoupled L2": DecoupledL2,
-    "EWC": EWC,
-    "online EWC": OnlineEWC,
-    "SI": SI,
-    "MAS": MAS,
-    "LwF": LwF,
-    "per task": PerTask,
-}
+    "fine-tuning": Learner, "joint": Joint, "data buffer": DataBuffer, "memory only": MemoryOnly,
+    "ER": ER, "ER-ACE": ERACE, "A-GEM": AGEM, "GEM": GEM, "MIR": MIR, "DER": DER, "DER++": DERpp,
+    "GDumb": GDumb, "iCaRL": ICaRL, "BiC": BiC,
+    "L2": L2, "decoupled L2": DecoupledL2, "EWC": EWC, "online EWC": OnlineEWC, "SI": SI, "MAS": MAS,
+    "LwF": LwF, "per task": PerTask,
+}  # fmt: skip

@@ -92,7 +92,7 @@ class Anchored(Learner):
 
 
 def parameter_values(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that want a gradient, by name."""
+    """Copies of the parameters that want a gradient, by name, each in its own shape."""
     return {name: p.detach().clone() for name, p in trainable(model).items()}
 
 
@@ -119,12 +119,12 @@ class L2(Anchored):
 class DecoupledL2(L2):
     """L2 outside the optimizer: a decay towards the previous weights, as AdamW's weight decay is one towards zero.
 
-    theta <- theta - lr u - lr strength (theta - theta_previous), where u is the optimizer's direction from the task's
+    theta <- theta - lr u - lr strength (theta - theta_previous). Here u is the optimizer's direction from the task's
     gradients alone and lr the step's learning rate; the loss has no penalty. With plain gradient descent it is L2. With
-    momentum or Adam it is not (Loshchilov & Hutter 2019, arXiv 1711.05101, on decay and penalty), and it is still SFA
-    (Kleiman et al. 2025, arXiv 2501.05559) with a merge after every step: with beta = lr strength and a learning rate
-    of lr / (1 - beta). It stays stable while lr strength < 2. As the decay comes after the step, `Training.clip` does
-    not see it.
+    momentum or Adam it is not (Loshchilov & Hutter 2019, arXiv 1711.05101, on decay and penalty). It is then still SFA
+    (Kleiman et al. 2025, arXiv 2501.05559) with a merge after every step, beta = lr strength and a learning rate of
+    lr / (1 - beta). It stays stable while lr strength < 2. The decay comes after the step, so `Training.clip` does not
+    see it.
     """
 
     def term(self, model: nn.Module, batch: Batch) -> Tensor | None:
@@ -207,10 +207,10 @@ class SI(Anchored):
     """Synaptic intelligence: pulls parameters to the previous weights by how much each has lowered the loss.
 
     Zenke et al. 2017 (arXiv 1703.04200): loss + strength sum_i Omega_i (theta_i - theta_previous,i)^2, `strength` the
-    paper's c. Over the steps of a task omega_i = -sum g_i (theta_i after - theta_i before), with g the gradient of the
-    loss without the penalty, and Delta_i is the distance gone. Then Omega_i += max(omega_i, 0) / (Delta_i^2 + xi).
-    The path is made of optimizer steps alone: a consolidation's jumps, in mid-task or at its end, are neither in omega
-    nor in Delta. The gradient is that before clipping.
+    paper's c. Over the steps of a task omega_i = -sum g_i (theta_i after - theta_i before), and Delta_i is the distance
+    gone. g is the gradient of the loss without the penalty. Then Omega_i += max(omega_i, 0) / (Delta_i^2 + xi). The
+    path is made of optimizer steps alone: a consolidation's jumps, in mid-task or at its end, are neither in omega nor
+    in Delta. The gradient is that before clipping.
     """
 
     strength: checks.NotNegative = 0.1
@@ -233,9 +233,8 @@ class SI(Anchored):
     def adjust_gradients(self, model: nn.Module, batch: Batch) -> None:
         """Notes where the step starts and the gradient of the loss without the penalty; changes no gradient."""
         self.before = parameter_values(model)
-        self.slope = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainable(model).items()
-        }
+        live = trainable(model)
+        self.slope = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in live.items()}
         if pull := self.pull(model):
             _sub_([self.slope[n] for n in pull], list(pull.values()))
 

@@ -60,9 +60,8 @@ class Criterion:
         if among is not None:
             space = among if space is None else space & among
         if space is None:
-            return F.cross_entropy(
-                logits.flatten(0, -2), y.flatten(), reduction=reduction, label_smoothing=self.smoothing
-            )
+            flat = logits.flatten(0, -2), y.flatten()
+            return F.cross_entropy(*flat, reduction=reduction, label_smoothing=self.smoothing)
         log_p = logits.masked_fill(~space, float("-inf")).log_softmax(-1)
         hit = -log_p.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         if self.smoothing:
@@ -142,10 +141,8 @@ class Learner:
         Raises ValueError if rows are to be held out of a memory and the rule keeps none.
         """
         if setting.holdout and not self.remembers:
-            raise ValueError(
-                f"holdout: the consolidation asks for {setting.holdout:g} of the memory to be held out and {self!r} "
-                "keeps none; use a learner with a memory, such as ER, or a consolidation without a holdout"
-            )
+            wanted = f"holdout: the consolidation asks for {setting.holdout:g} of a memory and {self!r} keeps none"
+            raise ValueError(f"{wanted}; use a learner with a memory, such as ER, or a consolidation without a holdout")
         self.setting = setting
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
@@ -234,10 +231,8 @@ def _packed(name: str, value: Any) -> Any:
     if value is None or isinstance(value, Tensor | bool | int | float | str):
         return value
     if type(value) not in _KINDS.values():
-        raise TypeError(
-            f"state: {name!r} holds a {type(value).__name__}; give tensors, numbers, texts, examples, lists or dicts "
-            "of them, or an object with state_dict and load_state_dict"
-        )
+        known = "tensors, numbers, texts, examples, lists or dicts of them, or what has state_dict and load_state_dict"
+        raise TypeError(f"state: {name!r} holds a {type(value).__name__}; give {known}")
     parts = value if isinstance(value, tuple) else value.items() if isinstance(value, dict) else vars(value).values()
     return {_KIND: type(value).__name__, "parts": [_packed(name, part) for part in parts]}
 

@@ -20,15 +20,17 @@ class Adding(Protocol):
         ...
 
 
-@dataclass(init=False, repr=False)
+@dataclass(init=False)
 class Sum(Learner):
     """Trains as `first` does with the loss terms of `others` added: `Sum(ER(memory=50), EWC())`.
 
     The others are rules that only add a term to the loss (L2, EWC, OnlineEWC, SI, MAS, LwF) or to the step
-    (DecoupledL2); theirs is of the current rows. Every event of training reaches all parts, in order; what to predict,
-    and what a consolidation may look at, is the first's to say. Each part draws from a generator of its own, so that
-    the first draws the same numbers as alone: with others of strength 0, and in the first task, it trains bit for bit
-    as alone. SI takes the other terms for a part of the loss, and a decay for a part of the step.
+    (DecoupledL2). Their terms are of the current rows. Every event of training reaches all parts, in order. The first
+    says what to predict, and what a consolidation may look at. Each part draws from a generator of its own, so the
+    first draws the same numbers as alone. With others of strength 0, and in the first task, it trains bit for bit as
+    alone. SI takes the other terms for a part of the loss, and a decay for a part of the step.
+
+    Raises TypeError on a part that is no learner, and on others that do more than add a term.
     """
 
     first: Learner
@@ -37,14 +39,10 @@ class Sum(Learner):
     def __init__(self, first: Learner, *others: Learner) -> None:
         for part in (first, *others):
             if not isinstance(part, Learner):
-                raise TypeError(
-                    f"Sum: {part!r} is not a learner; pass instances, for example Sum(ER(memory=50), EWC())"
-                )
+                raise TypeError(f"Sum: {part!r} is not a learner; pass instances, as in Sum(ER(memory=50), EWC())")
         for part in others:
             if not isinstance(part, Adding):
-                raise TypeError(
-                    f"Sum: {part!r} does more than add a term to the loss; put it first, before rules such as EWC()"
-                )
+                raise TypeError(f"Sum: {part!r} does more than add a term to the loss; put it first, as ER in ER + EWC")
         self.first, self.others = first, others
 
     def __repr__(self) -> str:

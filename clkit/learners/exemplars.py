@@ -29,14 +29,16 @@ class ICaRL(ER):
 
     Rebuffi et al. 2017 (arXiv 1611.07725). The memory is filled after a task by herding (algorithm 4) with the trained
     network's features of length one, and shared equally between classes. The loss is the binary cross entropy of the
-    sigmoid outputs, summed over the classes seen so far and averaged over rows,
-    sum_new [1(y = c) log g_c + 1(y != c) log (1 - g_c)] + sum_old [q_c log g_c + (1 - q_c) log (1 - g_c)], negated: the
-    labels decide about this task's classes and the teacher's outputs q about those of earlier tasks, whatever label
-    space the training asks for. A prediction is the class whose mean of exemplar features is nearest, all features and
-    means of length one; the logits are the negative squared distances, and a class without exemplars comes last.
+    sigmoid outputs g, summed over the classes seen so far and averaged over rows:
 
-    The paper passes over the union of new rows and exemplars; here a step's rows are joined by `batch` exemplars, as in
-    ER, so that each exemplar is seen more often. The teacher is the network that training went on from, the means
+    -sum_new [1(y = c) log g_c + 1(y != c) log (1 - g_c)] - sum_old [q_c log g_c + (1 - q_c) log (1 - g_c)]
+
+    The labels decide about this task's classes and the teacher's outputs q about those of earlier tasks, whatever label
+    space the training asks for. A prediction is the class whose mean of exemplar features is nearest, all features and
+    means of length one. The logits are the negative squared distances, and a class without exemplars comes last.
+
+    The paper passes over the union of new rows and exemplars. Here a step's rows are joined by `batch` exemplars, as in
+    ER, so that each exemplar is seen more often. The teacher is the network that training went on from. The means
     belong to the deployed one; before there are any, the network's own logits predict. Classes must not come again
     (domain streams): they would be old and new at once.
     """
@@ -45,12 +47,9 @@ class ICaRL(ER):
     state: ClassVar[tuple[str, ...]] = ("teacher", "means", "known")
 
     def start(self, setting: Setting) -> None:
-        """Begins without a teacher and without exemplars."""
+        """Begins without a teacher and without exemplars. Raises ValueError if classes come in more than one task."""
         if (setting.criterion.member.sum(0) > 1).any():
-            raise ValueError(
-                "stream: some classes come in more than one task, and iCaRL tells old classes from new ones; "
-                "use ER or BiC there"
-            )
+            raise ValueError("stream: some classes come in more than one task, old and new; use ER or BiC there")
         super().start(setting)
         self.teacher: dict[str, Tensor] = {}
         self.means = torch.zeros(0, 0)
@@ -93,13 +92,16 @@ class GDumb(ER):
 
     Prabhu et al. 2020 (ECCV, "GDumb: a simple approach that questions our progress in continual learning"). The steps
     of the stream only offer rows to the memory; their loss is zero. After a task the network goes back to the weights
-    that it had before the first one and is trained for `fit_epochs` on the memory by SGD (momentum 0.9, weight decay
-    1e-6, gradients clipped to norm 10) in batches of `batch` (None: the stream's), its learning rate falling from
-    `max_lr` to `min_lr` by a cosine that starts afresh in epochs 1, 2, 4, 8, ... (SGDR, Loshchilov and Hutter 2017),
-    as in the released code, after a first epoch at a tenth of `max_lr`; 2^k epochs end with a whole cycle. With
-    probability `cutmix` a batch of images has a box of each image replaced by another image's (CutMix, Yun et al. 2019,
-    arXiv 1905.04899, one box a batch, its area uniform in [0, 1] but for the border), its loss shared out by area. The
-    paper fits once, for the last task; here after each, so that there is an accuracy for each.
+    that it had before the first one and is trained for `fit_epochs` on the memory. It is trained by SGD (momentum 0.9,
+    weight decay 1e-6, gradients clipped to norm 10) in batches of `batch` (None: the stream's).
+
+    As in the released code, a first epoch has a tenth of `max_lr`. Then the learning rate falls from `max_lr` to
+    `min_lr` by a cosine that starts afresh in epochs 1, 2, 4, 8, ... (SGDR, Loshchilov and Hutter 2017); 2^k epochs end
+    with a whole cycle. With probability `cutmix` a batch of images is mixed (CutMix, Yun et al. 2019,
+    arXiv 1905.04899): a box of each image is replaced by another image's, and the loss shared out by area. There is one
+    box a batch, its area
+    uniform in [0, 1] but for the border. The paper fits once, for the last task; here after each, so that there is an
+    accuracy for each.
     """
 
     policy: Policy = field(default="balanced", init=False, repr=False)
@@ -191,24 +193,26 @@ class BiC(ER):
     """Distils the last network while learning, then scales and shifts the newest classes' logits to fit held-back rows.
 
     Wu et al. 2019 (arXiv 1905.13260). A share `validation` of each class's rows is never trained on. A step minimises
-    (1 - lambda) CE + lambda D over the current and the replayed rows, where D is the cross entropy between the softened
-    outputs (temperature 2) of the teacher, the last network with its own correction, and of the model, over the
-    teacher's classes, and lambda = n_old / (n_old + n_new) counts classes; the first task has no teacher. Afterwards
-    the logits o of the newest task's classes become a o + b, all others stay, and (a, b) minimise the cross entropy
-    over the seen classes on the validation rows kept in memory, equally many of each class. The memory is divided as
-    the data are: `validation` of it holds validation rows (one for each class at least, if half of it suffices).
+    (1 - lambda) CE + lambda D over the current and the replayed rows. D is the cross entropy between the softened
+    outputs (temperature 2) of teacher and model, over the teacher's classes. The teacher is the last network with its
+    own correction; the first task has none. lambda = n_old / (n_old + n_new) counts classes.
 
-    Released code takes a set number of gradient steps from (1, 0), which stop short where validation rows are few and
+    Afterwards the logits o of the newest task's classes become a o + b, and all others stay. (a, b) minimise the cross
+    entropy over the seen classes on the validation rows kept in memory, equally many of each class. The memory is
+    divided as the data are: `validation` of it holds validation rows (one for each class at least, if half of it
+    suffices).
+
+    Released code takes a set number of gradient steps from (1, 0). They stop short where validation rows are few and
     told apart perfectly, so that there is no minimum. Here L-BFGS finds the minimum, from logits computed once, with
-    ((a - 1)^2 + b^2) / 2 added to the sum over rows: a unit normal prior, which many rows outweigh. This prior is not
-    in the paper; that there is one, and its width, were chosen after looking at test accuracy on scikit-learn's digits,
-    and BiC's accuracies there may be flattered by it.
+    ((a - 1)^2 + b^2) / 2 added to the sum over rows. This is a unit normal prior, which many rows outweigh. It is not
+    in the paper. That there is one, and its width, were chosen after looking at test accuracy on scikit-learn's digits:
+    BiC's accuracies there may be flattered by it.
 
     Some ports multiply D by the temperature's square; the paper does not. Rows of a batch that are not trained on have
     weight 0, though BatchNorm's statistics see their inputs. The teacher's correction is fitted to the weights that
     training goes on from, that of predictions to the deployed ones. A consolidation that asks for a holdout gets the
     validation rows, and nothing else is held out. Where classes come again (domain streams), n_old counts a class once
-    for each task that had it, D is over all earlier classes, and without new classes there is nothing to correct.
+    for each task that had it. D is then over all earlier classes, and without new classes nothing is corrected.
     """
 
     memory: Annotated[int, checks.Range(2, means="an exemplar and a validation row")] = 500
@@ -312,8 +316,8 @@ class BiC(ER):
 def fitted_bias(logits: Tensor, y: Tensor, new: Tensor) -> Tensor:
     """The (a, b) for which a o + b in the `new` classes (a mask) has the least cross entropy: (2,), found by L-BFGS.
 
-    Convex, and ((a - 1)^2 + b^2) / 2 is added to the sum over the rows of `logits` (N, C), so that there is exactly
-    one minimum.
+    `logits` are (N, C), `y` (N,), `new` (C,). The loss is convex; ((a - 1)^2 + b^2) / 2 is added to its sum over rows,
+    so that there is exactly one minimum.
     """
     identity = torch.tensor([1.0, 0.0], dtype=logits.dtype, device=logits.device)
     ab = identity.clone().requires_grad_()

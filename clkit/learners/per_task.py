@@ -25,15 +25,15 @@ class PerTask(Learner):
 
     Adaptive weight modulation (Sverdlov & Ullman 2023, arXiv 2311.15276), Piggyback's masks (Mallya et al. 2018) or
     whatever else the model's rule is. A task starts at the backbone, trains over its own classes alone, and leaves a
-    `TaskState` in `tasks`; what it answers later is a function of that, so forgetting is zero bit for bit. The paper
+    `TaskState` in `tasks`. What it answers later is a function of that, so forgetting is zero bit for bit. The paper
     has the task given when testing.
 
-    - `infer`: how the task is found where it is not given: every finished task answers, and the one wins whose head has
-      the lowest "entropy" (over that of a uniform answer), or whose BatchNorm "statistics" are nearest to the input's.
-      The logits are each task's log probabilities, with 20 subtracted in the tasks that are not chosen.
+    - `infer`: how the task is found where it is not given. Every finished task answers. The one wins whose head has the
+      lowest "entropy" (over that of a uniform answer), or whose BatchNorm "statistics" are nearest to the input's. The
+      logits are each task's log probabilities, with 20 subtracted in the tasks that are not chosen.
     - `begin`: where gains and statistics start: at the "backbone", as in the paper; at the "previous" task; or at the
-      "nearest" earlier one, on whose features ridge regression predicts held-out rows of the new task best, the
-      backbone among them
+      "nearest" one, the backbone among them. On its features ridge regression predicts held-out rows of the new task
+      best.
     - `shared`: parts that all tasks share, among "statistics", "affine" and "head", as a control: then tasks forget
     """
 
@@ -80,7 +80,10 @@ class PerTask(Learner):
         self.live = None
 
     def predict(self, model: nn.Module, x: Tensor, task: Task | None = None) -> Tensor:
-        """Logits in the task given, or in the one that is found; a task that is not begun yet is at its start."""
+        """Logits in the task given, or in the one that is found; a task that is not begun yet is at its start.
+
+        Raises ValueError where the entropy of one class's answer would have to tell tasks apart.
+        """
         net = _modulated(model)
         if task is not None and task.index == self.live:
             return net(x)
@@ -93,10 +96,7 @@ class PerTask(Learner):
             answers.append(logits[..., list(state.classes)].float().log_softmax(-1))
             if self.infer == "entropy":
                 if len(state.classes) == 1:
-                    raise ValueError(
-                        f"infer: the answer of one class, {state.classes}, has no entropy; use 'statistics', or give "
-                        "every task two classes"
-                    )
+                    raise ValueError(f"infer: the answer of one class {state.classes} has no entropy; use 'statistics'")
                 scores.append(F.softmax(answers[-1], -1).mul(-answers[-1]).sum(-1) / log(len(state.classes)))
             else:
                 scores.append(net.distance(x, state))

@@ -19,8 +19,8 @@ EPSILON = 1e-3  # times its mean, added to the diagonal of the Gram matrix (the 
 class AGEM(MemoryOnly):
     """Fine-tuning whose gradient is projected where it would raise the loss on a batch of earlier tasks' examples.
 
-    A-GEM, Chaudhry et al. 2019 (arXiv 1812.00420), equation 11. With g the gradient of the current batch and r that of
-    a batch from the memory, g <- g - min(0, g.r / r.r) r, so that g.r >= 0. Nothing is replayed. While a task is
+    A-GEM, Chaudhry et al. 2019 (arXiv 1812.00420), equation 11: g <- g - min(0, g.r / r.r) r, so that g.r >= 0. Here g
+    is the gradient of the current batch and r that of a batch from the memory. Nothing is replayed. While a task is
     learned the memory holds earlier ones only, so the first task is fine-tuning. Its rows are offered when its training
     ends, before any consolidation, which sees them too (CLeWI's released code merges before it stores the newest task).
     """

@@ -27,7 +27,7 @@ class ER(Learner):
     augmented afresh whenever they are replayed.
 
     The papers leave open when an example is offered to the memory. Here it is offered once, at the end of its first
-    step, so that the reservoir is a uniform sample of the stream however many epochs there are. With "herding" it is
+    step. The reservoir is then a uniform sample of the stream however many epochs there are. With "herding" it is
     offered at the end of the task, in the order that the trained network's features give.
     """
 
@@ -158,10 +158,7 @@ class MIR(ER):
 
     def _check_candidates(self, count: int) -> None:
         if self.candidates is not None and self.candidates < count:
-            raise ValueError(
-                f"candidates: {self.candidates!r}, and {count} are replayed a step; give at least as many, or a "
-                "smaller batch"
-            )
+            raise ValueError(f"candidates: {self.candidates!r}, and {count} are replayed a step; give at least as many")
 
     def replayed(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with the most interfered candidates joined to it; all of them if they are not more."""

@@ -7,7 +7,7 @@ are those given, not copies.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clkit.weights import Weights, check_same, evaluation_mode, live_tensors
+from clkit import checks
+from clkit.checks import Range, Share
+from clkit.weights import Weights, check_same, evaluation_mode, hooked, live_tensors
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Hook = Callable[[str, Any, Tensor, Tensor], Tensor | None]
+REPAIRED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+SweepRows = Annotated[int, Range(2, means="so that there is a variance; 256 is usual")]
+Hook = Callable[[str, Any, tuple[Tensor, ...], Tensor], Tensor | None]
 
 
 class Moments:
@@ -29,7 +32,10 @@ class Moments:
         self.mean = self.squares = torch.zeros(())
 
     def add(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Adds a batch of `count` values a channel with this mean and biased variance (law of total variance)."""
+        """Adds a batch of `count` values a channel, by its mean and biased variance, (channels) each.
+
+        Pooled by the law of total variance.
+        """
         total = self.count + count
         if not self.count:
             self.mean, self.squares = mean.double(), var.double() * count
@@ -40,7 +46,7 @@ class Moments:
         self.count = total
 
     def var(self, correction: int = 0) -> Tensor:
-        """The variance: biased with correction 0, unbiased with 1."""
+        """The variance (channels): biased with correction 0, unbiased with 1."""
         return self.squares / (self.count - correction)
 
 
@@ -49,48 +55,49 @@ def batchnorms(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
 
 
-def refresh(model: nn.Module, weights: Weights, inputs: Tensor, *, batch: int = 256) -> dict[str, Tensor]:
+@checks.arguments
+def refresh(model: nn.Module, weights: Weights, inputs: Tensor, *, batch: SweepRows = 256) -> dict[str, Tensor]:
     """`weights` with the BatchNorm statistics re-estimated on `inputs` (N, ...); the rest is as given.
 
     One sweep in which BatchNorm, and nothing else (no dropout), is in training mode. Batches count by their number
     of values, pooled with the variance between their means; one batch gives its exact mean and unbiased variance.
-    The former statistics have no influence. Rows are split evenly into batches of at most `batch`, or one more where
+    The former statistics have no influence. SweepRows are split evenly into batches of at most `batch`, or one more where
     a row would be left alone. Layers that do not run keep what they had. Without BatchNorm, when `batchnorms(model)`
     is empty, this is a no-op: nothing is run.
 
     Raises ValueError for weights that are not the model's, fewer than 2 rows, and `batch` below 2.
 
-    Ref: the reset in REPAIR (Jordan et al., arXiv 2211.08403) and step 9 of CLeWI (arXiv 2404.04002), whose code
+    Ref: the reset in REPAIR (Jordan et al., arXiv 2211.08403) and step 9 of CLeWI (arXiv 2404.04002). CLeWI's code
     counts a short last batch like a full one and leaves `momentum` at None; neither is done here.
     """
     parts = _split(inputs, batch)
-    _check(model, weights)
-    names = batchnorms(model)
-    found = {name: Moments() for name in names}
-    if names:
-        _sweep(model, weights, parts, names, partial(_standardise, found))
+    check_same(live_tensors(model), weights, names=("the model", "weights"))
+    found = {name: Moments() for name in batchnorms(model)}
+    if found:
+        _sweep(model, weights, parts, found, partial(_standardise, found))
     return {**weights, **_statistics(found, weights)}
 
 
+@checks.arguments
 def repair(
     model: nn.Module,
     weights: Weights,
     *,
     ends: tuple[Weights, Weights],
-    t: float,
+    t: Share,
     inputs: Tensor,
-    batch: int = 256,
+    batch: SweepRows = 256,
 ) -> dict[str, Tensor]:
     """`weights` from between `ends` = (a, b), every channel's statistics moved to where they are between the ends'.
 
-    REPAIR (Jordan et al., arXiv 2211.08403, section 4): with X a channel before its nonlinearity, rescale it so that
-    E[X] = (1-t) E[X_a] + t E[X_b] and std[X] = (1-t) std[X_a] + t std[X_b] over `inputs`. The affine map is folded
+    REPAIR (Jordan et al., arXiv 2211.08403, section 4) rescales a channel X before its nonlinearity, so that over
+    `inputs` (N, ...) E[X] = (1-t) E[X_a] + t E[X_b] and std[X] = (1-t) std[X_a] + t std[X_b]. The affine map is folded
     into weight and bias: the architecture stays what it is. `weights` are usually `lerp(a, b, t)` with `b` aligned
     to `a`. At t = 0 and t = 1 the function of the end is kept.
 
     What the paper leaves open, and what is done here. X is the output of BatchNorm, whose running statistics are
-    re-estimated too, and of every convolution and linear layer that has a bias to keep the shift in; BatchNorm undoes
-    what was done to a convolution before it. The last convolution or linear layer that runs (the classifier) is left
+    re-estimated too. It is also that of every convolution and linear layer that has a bias to keep the shift in;
+    BatchNorm undoes what was done to a convolution before it. The last convolution or linear layer that runs (the classifier) is left
     alone. The ends are measured as they are used, in evaluation mode; the merged network in one sweep in which every
     layer sees inputs already corrected. A channel that is constant in the merged network cannot be scaled and is only
     shifted. BatchNorm without weight and bias is only re-estimated. The calls of a layer that runs several times are
@@ -98,72 +105,55 @@ def repair(
 
     Raises ValueError as `refresh` does, and for t outside [0, 1].
     """
-    if not 0 <= t <= 1:
-        raise ValueError(f"t: {t} is outside [0, 1]; 0 is the first of `ends`, 1 the second")
     parts = _split(inputs, batch)
-    _check(model, weights, *ends)
-    layers: dict[str, Any] = dict(model.named_modules())
+    check_same(live_tensors(model), weights, *ends, names=("the model", "weights", "ends[0]", "ends[1]"))
     norms = batchnorms(model)
-    rescalable = [n for n, m in layers.items() if n in norms or isinstance(m, (*CONVOLUTIONS, nn.Linear))]
-    a = _measure(model, ends[0], parts, rescalable)
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if n in norms or isinstance(m, REPAIRED)}
+    a = _measure(model, ends[0], parts, layers)
     classifier = [name for name in a if name not in norms][-1:]
     names = [name for name in a if name in norms or (name not in classifier and layers[name].bias is not None)]
     b = _measure(model, ends[1], parts, names)
     aims = {n: (a[n].mean.lerp(b[n].mean, t), a[n].var().sqrt().lerp(b[n].var().sqrt(), t)) for n in names}
     found = {name: Moments() for name in names}
 
-    def correct(name: str, layer: Any, x: Tensor, out: Tensor) -> Tensor:
+    def correct(name: str, layer: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         if layer.weight is None:
-            return _standardise(found, name, layer, x, out)
-        values = x if isinstance(layer, _BatchNorm) else out
+            return _standardise(found, name, layer, args, out)
+        values = args[0] if isinstance(layer, _BatchNorm) else out
         mean, var, count = _moments(values, _axis(layer))
         found[name].add(mean, var, count)
         shift, spread = (aim.to(out.dtype) for aim in aims[name])
         shape = [-1 if i == _axis(layer) % out.ndim else 1 for i in range(out.ndim)]
-        factor = torch.where(_alive(mean, var, out.dtype), spread * _sign(layer, layer.weight) / var.sqrt(), 1.0)
+        factor, _ = _factor(layer, layer.weight, mean, var, spread)
         return (values - mean.view(shape)) * factor.view(shape) + shift.view(shape)
 
     _sweep(model, weights, parts, names, correct)
-    merged = {**weights, **_statistics({name: found[name] for name in names if name in norms}, weights)}
+    merged = {**weights, **_statistics({name: found[name] for name in norms if name in found}, weights)}
     for name in names:
-        _fold(merged, name, layers[name], found[name], *aims[name])
+        if layers[name].weight is not None:
+            _fold(merged, name, layers[name], found[name], *aims[name])
     return merged
 
 
 def _split(inputs: Tensor, batch: int) -> tuple[Tensor, ...]:
-    if batch < 2:
-        raise ValueError(f"batch: {batch} is too small for a variance; use 2 or more, 256 is usual")
     if len(inputs) < 2:
         raise ValueError(f"inputs: {len(inputs)} rows have no variance; give 2 or more, from the memory or the task")
     return inputs.tensor_split(min(-(-len(inputs) // batch), len(inputs) // 2))
 
 
-def _check(model: nn.Module, *ws: Weights) -> None:
-    check_same(live_tensors(model), *ws, names=("the model", "weights", "ends[0]", "ends[1]"))
-
-
 def _sweep(model: nn.Module, weights: Weights, parts: Iterable[Tensor], names: Iterable[str], hook: Hook) -> None:
     """Runs the model in evaluation mode with `weights`; what `hook` returns replaces the output of a layer."""
-    layers: dict[str, nn.Module] = dict(model.named_modules())
-    handles = [layers[name].register_forward_hook(partial(_call, hook, name)) for name in names]
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            for rows in parts:
-                functional_call(model, dict(weights), rows)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _call(hook: Hook, name: str, layer: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
-    return hook(name, layer, args[0], out)
+    hooks = [(model.get_submodule(name), partial(hook, name)) for name in names]
+    with torch.no_grad(), evaluation_mode(model), hooked(hooks):
+        for rows in parts:
+            functional_call(model, dict(weights), rows)
 
 
 def _measure(model: nn.Module, weights: Weights, parts: Iterable[Tensor], names: Iterable[str]) -> dict[str, Moments]:
     """The moments of the outputs of those layers that run, in the order in which they run (last)."""
     found: dict[str, Moments] = {}
 
-    def measure(name: str, layer: Any, x: Tensor, out: Tensor) -> None:
+    def measure(name: str, layer: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
         found[name] = found.pop(name, Moments())
         found[name].add(*_moments(out, _axis(layer)))
 
@@ -185,52 +175,47 @@ def _moments(values: Tensor, axis: int) -> tuple[Tensor, Tensor, int]:
     return mean, var * ((count - 1) / count), count
 
 
-def _standardise(found: dict[str, Moments], name: str, layer: Any, x: Tensor, out: Tensor) -> Tensor:
+def _standardise(found: dict[str, Moments], name: str, layer: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     """What BatchNorm puts out in training mode; its statistics go to `found`."""
     mean, var = torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)  # a NaN times 0 stays one
-    out = F.batch_norm(x, mean, var, layer.weight, layer.bias, training=True, momentum=1.0, eps=layer.eps)
-    count = x.numel() // len(mean)
+    out = F.batch_norm(args[0], mean, var, layer.weight, layer.bias, training=True, momentum=1.0, eps=layer.eps)
+    count = out.numel() // len(mean)
     found[name].add(mean, var * ((count - 1) / count), count)
     return out
 
 
-def _sign(layer: Any, weight: Tensor) -> Tensor | float:
-    """BatchNorm's standardised input has no sign: its weight keeps it."""
-    return 1 - 2 * (weight < 0).to(weight.dtype) if isinstance(layer, _BatchNorm) else 1.0
+def _factor(layer: Any, weight: Tensor, mean: Tensor, var: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """What takes a channel's standard deviation to `spread`, and where that can be: (channels) each.
 
-
-def _alive(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether a channel varies by more than rounding in `dtype` does."""
-    return var > torch.finfo(dtype).eps * mean.square()
-
-
-def _key(name: str, tensor: str) -> str:
-    return f"{name}.{tensor}" if name else tensor
+    A channel that varies by no more than rounding does keeps 1. BatchNorm's standardised input has no sign: its weight
+    keeps it.
+    """
+    alive = var > torch.finfo(weight.dtype).eps * mean.square()
+    sign = 1 - 2 * (weight < 0).to(weight.dtype) if isinstance(layer, _BatchNorm) else 1.0
+    return torch.where(alive, spread * sign / var.sqrt(), 1.0), alive
 
 
 def _statistics(found: dict[str, Moments], weights: Weights) -> dict[str, Tensor]:
     pairs = {}
     for name, moments in found.items():
-        if not moments.count:
-            continue
-        mean, var = _key(name, "running_mean"), _key(name, "running_var")
-        pairs[mean] = moments.mean.to(weights[mean].dtype)
-        pairs[var] = moments.var(1).to(weights[var].dtype)
+        if moments.count:
+            mean, var = _key(name, "running_mean"), _key(name, "running_var")
+            pairs[mean] = moments.mean.to(weights[mean].dtype)
+            pairs[var] = moments.var(1).to(weights[var].dtype)
     return pairs
 
 
 def _fold(merged: dict[str, Tensor], name: str, layer: Any, found: Moments, shift: Tensor, spread: Tensor) -> None:
     """Writes the affine map that took a layer's `found` statistics to `shift` and `spread` into its tensors."""
-    if layer.weight is None:
-        return
     weight, bias = merged[_key(name, "weight")], merged[_key(name, "bias")]
-    alive = _alive(found.mean, found.var(), weight.dtype)
-    factor = torch.where(alive, spread * _sign(layer, weight) / found.var().sqrt(), 1.0)
+    factor, alive = _factor(layer, weight, found.mean, found.var(), spread)
     if isinstance(layer, _BatchNorm):
-        new = torch.where(alive, factor * (found.var(1) + layer.eps).sqrt(), weight)
-        bias = shift
+        weight, bias = torch.where(alive, factor * (found.var(1) + layer.eps).sqrt(), weight), shift
     else:
-        new = weight * factor.view(-1, *[1] * (weight.ndim - 1))
-        bias = (bias - found.mean) * factor + shift
-    merged[_key(name, "weight")] = new.to(weight.dtype)
-    merged[_key(name, "bias")] = bias.to(weight.dtype)
+        weight, bias = weight * factor.view(-1, *[1] * (weight.ndim - 1)), (bias - found.mean) * factor + shift
+    for kind, tensor in (("weight", weight), ("bias", bias)):
+        merged[_key(name, kind)] = tensor.to(merged[_key(name, kind)].dtype)
+
+
+def _key(name: str, tensor: str) -> str:
+    return f"{name}.{tensor}".strip(".")

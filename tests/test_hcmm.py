@@ -160,7 +160,7 @@ class TestMerge:
             merged, kept = ws[0], fs[0]
             for w, f in zip(ws[1:], fs[1:], strict=True):
                 merged, kept = importance_merge(merged, w, kept, f, a), carried(kept, f, a, way)
-            twin = merging.fisher(ws, importances=fs, coefficients=coefficients)
+            twin = merging.fisher_merge(ws, importances=fs, coefficients=coefficients)
             assert near(merged, twin, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize(

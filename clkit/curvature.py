@@ -6,15 +6,16 @@ examples at once. Importances have one entry for each parameter that wants a gra
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clkit import checks
+from clkit.checks import Count
 from clkit.data.core import IGNORED
-from clkit.weights import Weights, set_weights
+from clkit.weights import Weights, hooked, set_weights
 
 FisherLabels = Literal["sampled", "true", "exact"]
 LARGEST_CHUNK = 512
@@ -26,6 +27,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+@checks.arguments
 def fisher(
     model: nn.Module,
     x: Tensor,
@@ -34,7 +36,7 @@ def fisher(
     y: Tensor | None = None,
     space: Tensor | None = None,
     generator: torch.Generator | None = None,
-    chunk: int | None = None,
+    chunk: Count | None = None,
 ) -> dict[str, Tensor]:
     """The diagonal Fisher information: the mean over examples of the squared gradient of the log-likelihood.
 
@@ -49,12 +51,13 @@ def fisher(
     gives it. Logits of sequences (N, L, C) are an example each: log-likelihoods add up over positions, those whose `y`
     is -100 left out; their "exact" expectation is not offered. `chunk` examples are done at once (None: as many as
     keep the per-example gradients at 1 GiB in float32, at most 512), which changes nothing but the memory needed.
+
+    Raises ValueError for labels that are missing or not one a row, for no rows, and for a model that wants no gradient.
     """
-    checks.choice("labels", labels, get_args(FisherLabels))
     if labels == "true" and y is None:
         raise ValueError('labels: "true" needs the labels; pass y, or labels="sampled" to draw them from the model')
     if y is not None and len(y) != len(x):
-        raise ValueError(f"y has {len(y)} rows and x has {len(x)}; pass one label for each row of x")
+        raise ValueError(f"y: it has {len(y)} rows and x has {len(x)}; pass one label for each row of x")
     net, chunk = _ready(model, x, chunk)
     with torch.no_grad():
         logits = torch.cat([net(part) for part in x.split(chunk)])
@@ -83,18 +86,20 @@ def fisher(
     return of(y, p.new_ones(len(x)))
 
 
-def sensitivity(model: nn.Module, x: Tensor, *, chunk: int | None = None) -> dict[str, Tensor]:
+@checks.arguments
+def sensitivity(model: nn.Module, x: Tensor, *, chunk: Count | None = None) -> dict[str, Tensor]:
     """How much the squared length of the outputs reacts to each parameter.
 
     The mean over examples of |d ||f(x)||^2 / d theta_i|: the importance of Memory Aware Synapses (Aljundi et al. 2018,
-    arXiv 1711.09601, eq. 4), which needs no labels. `chunk` is as in `fisher`.
+    arXiv 1711.09601, eq. 4), which needs no labels. The inputs `x` (N, ...) are prepared; `chunk` is as in `fisher`.
     """
     net, chunk = _ready(model, x, chunk)
     return _mean_slopes(net, lambda logits: logits.square().sum(), torch.abs, (x,), chunk)
 
 
+@checks.arguments
 @torch.no_grad()
-def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: int = 64) -> dict[str, Tensor]:
+def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: Count = 64) -> dict[str, Tensor]:
     """The Gram matrices X^T X of the inputs of linear layers and convolutions, by the name of the layer's weight.
 
     For every `nn.Linear` that is called, X has a row for each input vector (in); for every ungrouped `nn.Conv2d` one
@@ -102,13 +107,9 @@ def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: int = 64) -> 
     not means: what RegMean needs (arXiv 2212.09849). The model runs with `weights`, in evaluation mode, once over the
     prepared inputs `x`, `chunk` examples at a time. Layers that share a weight, and layers that are called several
     times, add up. Products and sums are in float32, or float64 for weights in float64: a square of `in` numbers a layer
-    is much memory. The model itself is left alone.
+    is much memory. The model itself is left alone. Raises ValueError for weights that are not the model's, or no rows.
     """
-    if not len(x):
-        raise ValueError("x: it has no rows; pass at least one example")
-    if chunk < 1:
-        raise ValueError(f"chunk: {chunk!r}; give the number of examples to do at once, at least 1")
-    net = copy.deepcopy(model).eval()
+    net = _copied(model, x)
     set_weights(net, weights)
     names = {id(p): name for name, p in net.named_parameters()}
     found: dict[str, Tensor] = {}
@@ -118,20 +119,20 @@ def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: int = 64) -> 
         name, gram = names[id(layer.weight)], rows.T @ rows
         found[name] = found[name].add_(gram) if name in found else gram
 
-    for layer in net.modules():
-        plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-        if plain and id(layer.weight) in names:  # a parametrized weight is no parameter
-            layer.register_forward_pre_hook(add)
-    for part in x.split(chunk):
-        net(part)
+    plain = [m for m in net.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)]
+    with hooked(
+        ((m, add) for m in plain if id(m.weight) in names), before=True
+    ):  # a parametrized weight is no parameter
+        for part in x.split(chunk):
+            net(part)
     return found
 
 
 def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """The rows that a layer's weight matrix multiplies: (N, in) for inputs x, at least in float32.
 
-    Of a linear layer (..., in) every input vector; of an ungrouped convolution (N, C, H, W) the patch at each place of
-    the kernel, in x height x width numbers as a kernel is flattened, padding included, place by place.
+    Of a linear layer (..., in) that is every input vector. Of an ungrouped convolution (N, C, H, W) it is the patch at
+    each place of the kernel, place by place: in x height x width numbers as a kernel is flattened, padding included.
     """
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -154,22 +155,27 @@ def ridge(design: Tensor, targets: Tensor, strength: float) -> Tensor:
     return torch.linalg.solve(gram, design.T @ targets)
 
 
-def trace(diagonal: Mapping[str, Tensor]) -> float:
-    """The sum of all entries, in double precision; of the Fisher information it is a measure of plasticity."""
+def diagonal_trace(diagonal: Mapping[str, Tensor]) -> float:
+    """The sum of all entries of tensors of any shape, in double precision.
+
+    That of the Fisher information is a measure of plasticity.
+    """
     return float(torch.stack([t.double().sum() for t in diagonal.values()]).sum()) if diagonal else 0.0
 
 
 def _ready(model: nn.Module, x: Tensor, chunk: int | None) -> tuple[nn.Module, int]:
     """A copy of the model in evaluation mode, and the number of examples to do at once."""
-    if not len(x):
-        raise ValueError("x: it has no rows; pass at least one example")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: {chunk!r}; give the number of examples to do at once, at least 1, or None")
-    net = copy.deepcopy(model).eval()
+    net = _copied(model, x)
     count = sum(p.numel() for p in trainable(net).values())
     if not count:
         raise ValueError("model: it has no parameter that requires a gradient; there is nothing to measure")
     return net, chunk or max(1, min(LARGEST_CHUNK, NUMBERS_AT_ONCE // count))
+
+
+def _copied(model: nn.Module, x: Tensor) -> nn.Module:
+    if not len(x):
+        raise ValueError("x: it has no rows; pass at least one example")
+    return copy.deepcopy(model).eval()
 
 
 def _mean_slopes(

@@ -61,7 +61,7 @@ def refresh(model: nn.Module, weights: Weights, inputs: Tensor, *, batch: SweepR
 
     One sweep in which BatchNorm, and nothing else (no dropout), is in training mode. Batches count by their number
     of values, pooled with the variance between their means; one batch gives its exact mean and unbiased variance.
-    The former statistics have no influence. SweepRows are split evenly into batches of at most `batch`, or one more where
+    The former statistics have no influence. Rows are split evenly into batches of at most `batch`, or one more where
     a row would be left alone. Layers that do not run keep what they had. Without BatchNorm, when `batchnorms(model)`
     is empty, this is a no-op: nothing is run.
 
@@ -90,18 +90,18 @@ def repair(
 ) -> dict[str, Tensor]:
     """`weights` from between `ends` = (a, b), every channel's statistics moved to where they are between the ends'.
 
-    REPAIR (Jordan et al., arXiv 2211.08403, section 4) rescales a channel X before its nonlinearity, so that over
-    `inputs` (N, ...) E[X] = (1-t) E[X_a] + t E[X_b] and std[X] = (1-t) std[X_a] + t std[X_b]. The affine map is folded
+    REPAIR (Jordan et al., arXiv 2211.08403, section 4) rescales a channel X before its nonlinearity. Then, over
+    `inputs` (N, ...), E[X] = (1-t) E[X_a] + t E[X_b] and std[X] = (1-t) std[X_a] + t std[X_b]. The affine map is folded
     into weight and bias: the architecture stays what it is. `weights` are usually `lerp(a, b, t)` with `b` aligned
     to `a`. At t = 0 and t = 1 the function of the end is kept.
 
     What the paper leaves open, and what is done here. X is the output of BatchNorm, whose running statistics are
     re-estimated too. It is also that of every convolution and linear layer that has a bias to keep the shift in;
-    BatchNorm undoes what was done to a convolution before it. The last convolution or linear layer that runs (the classifier) is left
-    alone. The ends are measured as they are used, in evaluation mode; the merged network in one sweep in which every
-    layer sees inputs already corrected. A channel that is constant in the merged network cannot be scaled and is only
-    shifted. BatchNorm without weight and bias is only re-estimated. The calls of a layer that runs several times are
-    pooled.
+    BatchNorm undoes what was done to a convolution before it. The last convolution or linear layer that runs (the
+    classifier) is left alone. The ends are measured as they are used, in evaluation mode; the merged network in one
+    sweep in which every layer sees inputs already corrected. A channel that is constant in the merged network cannot be
+    scaled and is only shifted. BatchNorm without weight and bias is only re-estimated. The calls of a layer that runs
+    several times are pooled.
 
     Raises ValueError as `refresh` does, and for t outside [0, 1].
     """

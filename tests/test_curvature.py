@@ -8,7 +8,7 @@ from torch import nn
 
 import toys
 from clkit import curvature, models
-from clkit.curvature import fisher, grams, sensitivity, trace
+from clkit.curvature import diagonal_trace, fisher, grams, sensitivity
 from clkit.weights import equal, evaluation_mode, get_weights, set_weights
 
 
@@ -135,7 +135,7 @@ class TestFisher:
 
         assert close(fisher(model, x, labels="true", y=y), loop(model, x, objective, torch.square))
         blank = fisher(model, x, y=torch.full_like(y, -100), generator=g)
-        assert trace(blank) == 0 and trace(fisher(model, x, generator=g)) > 0
+        assert diagonal_trace(blank) == 0 and diagonal_trace(fisher(model, x, generator=g)) > 0
         with pytest.raises(ValueError, match=r"logits \(N, C\), not \(5, 3, 7\)"):
             fisher(model, x, labels="exact")
 
@@ -180,8 +180,8 @@ def test_tied_parameters_appear_once_with_both_their_uses():
 
 
 def test_trace_adds_everything_up():
-    assert trace({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]])}) == 6.0
-    assert trace({}) == 0.0
+    assert diagonal_trace({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]])}) == 6.0
+    assert diagonal_trace({}) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_trace_adds_everything_up():
     [
         ({"labels": "real"}, "labels: 'real' is unknown; choose one of sampled, true, exact"),
         ({"labels": "true"}, "pass y"),
-        ({"y": torch.zeros(3, dtype=torch.int64)}, "y has 3 rows and x has 9"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, "y: it has 3 rows and x has 9"),
         ({"chunk": 0}, "chunk: 0"),
         ({"x": torch.zeros(0, 6)}, "x: it has no rows"),
         ({"model": nn.Flatten()}, "no parameter that requires a gradient"),

@@ -359,7 +359,7 @@ class TestSI:
         class Noting(SI):
             def on_consolidated(self, model, task):
                 super().on_consolidated(model, task)
-                growth.append(curvature.trace(self.importance))
+                growth.append(curvature.diagonal_trace(self.importance))
 
         quick(toys.stream(), Noting())
         assert 0 < growth[0] < growth[1] < growth[2]

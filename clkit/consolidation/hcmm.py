@@ -186,7 +186,7 @@ class HCMM:
             return {name: v / context.moment_scale[name] for name, v in context.second_moment.items()}
         moments = {name: v.clone() for name, v in context.second_moment.items()}
         if self.importance == "normalised":
-            mean = curvature.trace(moments) / sum(v.numel() for v in moments.values())
+            mean = curvature.diagonal_trace(moments) / sum(v.numel() for v in moments.values())
             moments = {name: v / mean if mean else v for name, v in moments.items()}
         return moments
 

@@ -226,7 +226,9 @@ def plasticity(result: Result) -> dict[str, float]:
         start, end = ({n: w[n] for n in names} for w in (result.weights[t - 1], result.trained[t]))
         changes.append(weights.norm(weights.sub(end, start)) / weights.norm(start))
         weights.set_weights(net, {n: w.to(device) for n, w in result.trained[t].items()})
-        traces.append(curvature.trace(curvature.fisher(net, result.inputs[t][:100].to(device), labels="exact")))
+        traces.append(
+            curvature.diagonal_trace(curvature.fisher(net, result.inputs[t][:100].to(device), labels="exact"))
+        )
     found = [report["alpha"] for report in result.reports if report]
     return {
         "weight_change": float(torch.tensor(changes).mean()),

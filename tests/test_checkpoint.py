@@ -1,6 +1,7 @@
 """A run that is interrupted and goes on from its checkpoint is the undisturbed run, bit for bit."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -154,13 +155,14 @@ def test_frozen_parameters_stay_frozen(tmp_path):
     assert_same_run(plain, resumed(toys.stream(TASKS), Freezing(), None, [1], tmp_path / "run", training=SHORT))
 
 
-def test_a_finished_run_comes_back_without_training(tmp_path):
+def test_a_finished_run_comes_back_without_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("clkit.training.loop.time.perf_counter", itertools.count().__next__)  # a second a look
     stream = toys.stream(TASKS)
     first = quick(stream, ER(memory=9), checkpoint=tmp_path / "deep" / "run")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["run"]
     again = quick(stream, interrupted(ER(memory=9), 2), checkpoint=str(tmp_path / "deep" / "run"))
     assert_same_run(first, again)
-    assert again.seconds >= first.seconds * 0.9 > 0
+    assert again.seconds >= first.seconds > TASKS
 
 
 def test_an_augmented_run_goes_on(tmp_path):

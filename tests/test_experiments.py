@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import logging
 import os
@@ -12,15 +13,17 @@ import textwrap
 from contextlib import suppress
 from pathlib import Path
 
+import joblib
 import pandas as pd
 import pytest
 import torch
 
 from clkit import data, models
-from clkit.consolidation import CLeWI, NoConsolidation
-from clkit.experiments import Method, SweepError, accuracies, stored_weights, sweep
-from clkit.experiments.parcel import Parcel
-from clkit.learners import ER, Learner
+from clkit.consolidation import SFA, CLeWI, Drift, Merging, NoConsolidation
+from clkit.experiments import Comparison, Method, SweepError, accuracies, stored_weights, study, sweep
+from clkit.experiments import grid as grid_of
+from clkit.experiments.jobs import Parcel
+from clkit.learners import ER, EWC, DERpp, Joint, Learner, MemoryOnly, OnlineEWC, Sum
 from clkit.store import Records, canonical, describe, digest, plain, source_digest
 from clkit.training import Training
 
@@ -146,7 +149,7 @@ def _empty(path):
 
 def _edit(path):
     content = json.loads(path.read_text())
-    content["record"]["summary"]["acc"] = 0.99
+    content["record"]["rows"][0]["acc"] = 0.99
     path.write_text(json.dumps(content))
 
 
@@ -214,9 +217,169 @@ def test_bad_arguments_raise_before_any_run(grid, tmp_path, options, message):
     assert not files(tmp_path / "runs")
 
 
-RUNS = 24
+def test_a_grid_makes_a_method_of_every_combination():
+    swept = grid_of(SFA, "SFA p={p:g} β={beta:g}", p=(0.25, 1.0), beta=[0.2, 0.5], final=False)
+    assert list(swept) == ["SFA p=0.25 β=0.2", "SFA p=0.25 β=0.5", "SFA p=1 β=0.2", "SFA p=1 β=0.5"]
+    assert swept["SFA p=1 β=0.2"] == Method(Learner(), SFA(1.0, 0.2, final=False))
+    named = grid_of(CLeWI, "α={alpha}, {align}", alpha=0.3, align={"by weights": "weights", "not": None}, learner=ER(9))
+    assert named["α=0.3, not"] == Method(ER(9), CLeWI(0.3, align=None)) and next(iter(named)) == "α=0.3, by weights"
+    rehearsed = grid_of(ER, memory=range(1, 3), consolidation=CLeWI(0.1), training=SHORT)
+    assert rehearsed == {f"ER memory={m}": Method(ER(m), CLeWI(0.1), SHORT) for m in (1, 2)}
+    assert grid_of(Joint) | grid_of(EWC, strength=3.0) == {"joint": Method(Joint()), "EWC": Method(EWC(3.0))}
+    assert grid_of(SFA, own=[("linear.",)])["SFA own=('linear.',)"].consolidation == SFA(own=("linear.",))
+    alone = functools.partial(Merging, training="independent")
+    assert grid_of(alone, "{merge}", merge=("ties",)) == {"ties": Method(Learner(), Merging("ties", {}, "independent"))}
+
+    def pulled(strength, lr):
+        return Method(EWC(strength), None, dataclasses.replace(SHORT, lr=lr))
+
+    whole = grid_of(pulled, "{strength:g} {lr:g}", strength=(1.0, 2.0), lr=(0.1, 0.2), model=SMALL)
+    assert whole["2 0.1"] == Method(EWC(2.0), None, dataclasses.replace(SHORT, lr=0.1), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((ER, "ER"), {"memory": (1, 2)}, "name: 'ER' gives 'ER' twice"),
+        ((ER,), {"memory": ()}, "memory: .* is empty"),
+        ((ER,), {"learner": Learner()}, "learner: ER is the learner itself"),
+        ((CLeWI,), {"consolidation": SFA()}, "consolidation: CLeWI is the consolidation itself"),
+        ((Merging,), {"training": "independent"}, r"training: 'independent'; .* partial\(merging, training=...\)"),
+        ((SFA,), {"betta": 1}, "betta"),
+    ],
+)
+def test_a_grid_refuses_what_it_cannot_name_or_make(arguments, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        grid_of(*arguments, **options)
+
+
+SET = {
+    "ft": Method(Learner()),
+    "pulled": Method(Sum(MemoryOnly(50), OnlineEWC(3.0))),
+    "replayed": Method(DERpp(20, alpha=0.2, beta=0.3), None, dataclasses.replace(SHORT, lr=0.05)),
+    "merged": Method(DERpp(20, alpha=0.2, beta=0.3), CLeWI(0.4, align=None)),
+    "aligned": Method(DERpp(20, alpha=0.2, beta=0.3), CLeWI(0.4)),
+    "triggered": Method(Learner(), SFA(Drift(30, 0.2), "equal")),
+    "chosen": Method(Learner(), Merging("ties", {"density": 0.3})),
+}
+
+
+def test_rows_carry_what_their_methods_are_set_to(grid, tmp_path):
+    table = grid({name: SET[name] for name in ("ft", "pulled", "merged")}, seeds=[3], measure=lambda r: {"holdout": 7})
+    results = ["acc", "forgetting", "bwt", "fwt", "last", "plasticity", "holdout"]
+    settings = ["consolidation", "alpha", "consolidation_holdout"]
+    settings += ["learner", "memory", "strength", "learner_alpha", "beta"]
+    assert list(table.columns) == ["stream", "model", "training", "method", "seed", *results, *settings, "hash"]
+    assert table.attrs["settings"] == settings
+    by = table.set_index("method")
+    assert by.learner.tolist() == ["fine-tuning", "memory only + online EWC", "DER++"]
+    assert by.consolidation.tolist() == ["none", "none", "CLeWI"]
+    assert by.memory.tolist()[1:] == [50, 20] and by.strength["pulled"] == 3
+    assert (by.alpha["merged"], by.learner_alpha["merged"], by.beta["merged"]) == (0.4, 0.2, 0.3)
+    assert by.loc["ft", ["memory", "strength", "alpha", "learner_alpha"]].isna().all()
+    assert {*settings} < set(accuracies(table).columns)
+
+
+def test_settings_of_a_kept_table_come_from_its_comparison():
+    streams = {f"c={c}": functools.partial(toy_stream, rows=c) for c in (4, 5)}
+    whole = Comparison(streams, {"mlp": SMALL}, SET, SHORT, range(2))
+    rows = [(s, "mlp", "Training", m, 0.5) for s in streams for m in SET]
+    full = whole.complete(pd.DataFrame(rows, columns=["stream", "model", "training", "method", "acc"]))
+    by = full[full["stream"] == "c=5"].set_index("method")
+    assert by.rows.tolist() == [5] * len(SET) and set(full.rows) == {4, 5}
+    assert by.lr["replayed"] == 0.05 and by.lr["ft"] == 0.1 and "epochs" not in full
+    assert (by.times["triggered"], by.limit["triggered"], by.beta["triggered"]) == (30, 0.2, "equal")
+    assert by["align"]["aligned"] == "activations" and by["align"][["merged", "ft"]].isna().all() and "p" not in by
+    assert (by["merge"]["chosen"], by.density["chosen"]) == ("ties", 0.3)
+    assert whole.config["streams"] == ["c=4", "c=5"] and whole.config["methods"]["ft"] == ["Learner()"]
+
+
+def squares(seed, base, power=2, *, log=None):
+    if log is not None:
+        with Path(log).open("a") as file:
+            file.write(f"{seed} {base}\n")
+    return [{"term": t, "value": seed + t * base**power} for t in range(2)]
+
+
+def one_row(seed, kind):
+    return {"seen": str(kind), "none": float("nan")}
+
+
+def test_a_study_is_one_tidy_table_and_every_call_is_made_once(tmp_path):
+    log, place = tmp_path / "log", {"store": tmp_path / "runs", "jobs": 1}
+    made = study(squares, range(2), base=(1, 10), log=str(log))
+    table = made.run(**place)
+    assert list(table.columns) == ["base", "seed", "term", "value"]
+    assert table["value"].tolist() == [0, 1, 1, 2, 0, 100, 1, 101] and table["base"].tolist() == [1] * 4 + [10] * 4
+    more = study(squares, range(3), base=(1, 10), log=str(log)).run(**place)
+    assert log.read_text().splitlines() == ["0 1", "1 1", "0 10", "1 10", "2 1", "2 10"]
+    pd.testing.assert_frame_equal(more[more.seed < 2].reset_index(drop=True), table)
+    assert len(study(squares, [0], base=1, power=3, log=str(log)).run(**place)) == 2
+    assert len(log.read_text().splitlines()) == 7, "another argument is another call"
+    assert made.config == {"study": "squares", "seeds": [0, 1], "base": [1, 10], "power": 2, "log": str(log)}
+
+
+def test_a_study_takes_named_values_rows_and_tables(tmp_path):
+    place = {"store": tmp_path, "jobs": 1}
+    table = study(one_row, [0], kind={"short": SHORT, "small": SMALL}).run(**place)
+    assert table.kind.tolist() == ["short", "small"] and table.none.isna().all() and "epochs=1" in table.seen[0]
+
+    def frame(seed):
+        return pd.DataFrame({"a": [0.1, seed]})
+
+    assert study(frame, [4]).run(**place).a.tolist() == [0.1, 4]
+    with pytest.raises(TypeError, match=r"kind: .* cannot stand in a column; give a mapping of names"):
+        study(one_row, [0], kind=[SHORT]).run(**place)
+    with pytest.raises(SweepError, match=r"1 of 1 runs failed.*\n.*seed 4: .*\['seed'\] are axes of the study"):
+        study(lambda seed: {"seed": seed}, [4]).run(**place)
+    with pytest.raises(ValueError, match="seeds"):
+        study(frame, [])
+
+
+LOCAL = """
+from clkit import models
+
+def local_mlp(stream, *, seed=0):
+    return models.mlp(stream, hidden=(6,), seed=seed)
+
+def double(seed):
+    return {"twice": 2 * seed}
+"""
+
+
+@pytest.fixture
+def local_module(tmp_path, monkeypatch):
+    """A module that this process alone finds, beside workers that have started before."""
+    joblib.Parallel(n_jobs=2)(joblib.delayed(os.getpid)() for _ in range(4))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "only_here.py").write_text(LOCAL)
+    monkeypatch.syspath_prepend(tmp_path / "folder")
+    yield importlib.import_module("only_here")
+    del sys.modules["only_here"]
+
+
+def test_workers_find_modules_that_the_caller_finds(grid, tmp_path, local_module):
+    table = grid({"ft": Learner(), "ER": ER(10)}, model=local_module.local_mlp, jobs=2)
+    assert table["hash"].nunique() == 2
+    doubled = study(local_module.double, range(3)).run(store=tmp_path / "runs", jobs=2)
+    assert doubled.twice.tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("backend", "package"), [("dask", "distributed"), ("ray", "ray")])
+def test_clusters_find_modules_that_the_caller_finds(grid, local_module, backend, package):
+    module = pytest.importorskip(package, reason=f"needs {package}, which is not installed")
+    if backend == "dask":
+        cluster = module.Client(n_workers=2, threads_per_worker=1)
+    else:
+        cluster = module.init(num_cpus=2)
+        importlib.import_module("ray.util.joblib").register_ray()
+    with cluster, joblib.parallel_config(backend):
+        assert len(grid({"ft": Learner(), "ER": ER(10)}, model=local_module.local_mlp, jobs=None)) == 2
+
+
+BEFORE = 4  # runs that finish before a sweep is killed
 INTERRUPTED = """
-    import os, random, signal, sys, time
+    import os, signal, sys, time
     from pathlib import Path
     import joblib, threadpoolctl, torch, tqdm.auto
     import pandas as pd
@@ -224,16 +387,21 @@ INTERRUPTED = """
     from clkit.experiments import sweep
     from clkit.learners import ER, Learner
     from clkit.store import Records, source_digest
-    from test_experiments import SHORT, SMALL, toy_stream
+    from test_experiments import BEFORE, SHORT, SMALL, toy_stream
 
     place, jobs = Path(sys.argv[2]), int(sys.argv[3])
-    log = place / "log"
-    log.touch()
+    (place / "log").touch()
 
     def measure(result):
-        with open(os.environ["RUN_LOG"], "a") as file:
-            file.write(f"{result.config['learner']} {result.config['seed']}\\n")
+        \"\"\"Writes the run down; once so many have been measured, it does not return.\"\"\"
+        with open(place / "log", "a") as file:
+            file.write(f"{result.config['learner']} {result.config['seed']}/{os.getpid()}\\n")
+        while len(log()) > int(os.environ["RUNS"]):
+            signal.pause()
         return {}
+
+    def log():
+        return [line.split("/") for line in (place / "log").read_text().splitlines()]
 
     def table(store, **options):
         return sweep(toy_stream(rows=40), SMALL, {"ft": Learner(), "ER": ER(10)}, training=SHORT, seeds=range(12),
@@ -244,11 +412,10 @@ INTERRUPTED = """
         assert None not in records
         return {f"{r['config']['learner']} {r['config']['seed']}" for r in records}
 
-    os.environ["RUN_LOG"] = str(log)
     source_digest(), torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # what every child would do again
-    draw = random.Random(int(sys.argv[4]))
     for stop in [signal.SIGKILL, signal.SIGINT, signal.SIGKILL][:3 if jobs == 1 else 1]:
-        before, done = stored(), log.read_text().splitlines()
+        before, done = stored(), len(log())
+        os.environ["RUNS"] = str(done + BEFORE)
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -256,19 +423,22 @@ INTERRUPTED = """
                 table("runs", jobs=jobs)
             finally:
                 os._exit(0)
-        while len(log.read_text().splitlines()) == len(done) and os.waitpid(child, os.WNOHANG) == (0, 0):
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.05))
-        try:
-            os.kill(child, stop)
-            os.waitpid(child, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        assert not before & set(log.read_text().splitlines()[len(done):]), "a stored run was run again"
-        print(len(stored()), "stored")
-    before, done = stored(), log.read_text().splitlines()
+        while len(log()) < done + BEFORE + jobs:  # until every worker is held up
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the sweep ended by itself"
+            time.sleep(0.01)
+        os.kill(child, stop)
+        os.waitpid(child, 0)
+        for _, worker in log()[done:] if jobs > 1 else []:
+            try:
+                os.kill(int(worker), signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        assert not before & {run for run, _ in log()[done:]}, "a stored run was run again"
+        assert len(stored()) == len(before) + BEFORE
+    before, done = stored(), len(log())
+    os.environ["RUNS"] = "1000"
     final = table("runs", jobs=1)
-    assert not before & set(log.read_text().splitlines()[len(done):])
+    assert not before & {run for run, _ in log()[done:]}
     pd.testing.assert_frame_equal(final, table("undisturbed", jobs=1), check_exact=True)
     assert len(stored()) == 24
     assert not list((place / "runs").glob(".*")), "unfinished files were left behind"
@@ -278,17 +448,24 @@ INTERRUPTED = """
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to start many sweeps from one import")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_sweep_ends_with_the_table_of_an_undisturbed_one(tmp_path, jobs):
+    """Sweeps are killed when a run has been computed and not stored yet; how fast they come there does not matter."""
     command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(Path(__file__).parent), str(tmp_path)]
     with (tmp_path / "output").open("w") as file:
-        script = subprocess.Popen([*command, str(jobs), str(jobs)], stdout=file, stderr=file, start_new_session=True)
+        script = subprocess.Popen([*command, str(jobs)], stdout=file, stderr=file, start_new_session=True)
     try:
-        status = script.wait(timeout=120)
+        status = script.wait(timeout=1800)  # against a test that hangs
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(script.pid, signal.SIGKILL)  # the killed sweeps' workers, which would idle for minutes
-    output = (tmp_path / "output").read_text()
-    assert status == 0, output
-    assert 0 < int(output.split()[0]) < RUNS, output
+            os.killpg(script.pid, signal.SIGKILL)
+    assert status == 0, (tmp_path / "output").read_text()
+
+
+def test_what_a_writer_left_that_died_is_cleared_away(tmp_path):
+    store = Records(tmp_path)
+    for key in ("key", "other"):
+        (tmp_path / f".{key}.json.1234").write_text("{")
+    with store.lock("key"):
+        assert [path.name for path in tmp_path.glob(".*")] == [".other.json.1234"]
 
 
 def test_lock_is_exclusive_and_leaves_nothing(tmp_path):

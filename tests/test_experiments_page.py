@@ -11,10 +11,23 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp
 
-from clkit.experiments import Difference, execute, find, page, paired_difference, repository, summarise
+from clkit.experiments import (
+    Comparison,
+    Difference,
+    Method,
+    contrasts,
+    execute,
+    find,
+    page,
+    paired_difference,
+    repository,
+    study,
+    summarise,
+)  # fmt: skip
 from clkit.experiments.notebooks import WIDGET, normalise
 from clkit.experiments.statistics import difference
 from clkit.learners import ER
+from clkit.training import Training
 
 
 def table_of(gains, noise=0.0):
@@ -104,6 +117,21 @@ def test_what_cannot_be_paired_is_refused():
     assert paired_difference(table.assign(stream="s"), "a", "b", by=["stream", "seed"]).n == 2
 
 
+def test_contrasts_are_paired_differences_a_row_a_pair():
+    table = pd.concat([table_of([0.1, 0.2, 0.4]).assign(net=net, loss=1.0) for net in ("x", "y")])
+    table.loc[(table.net == "y") & (table.method == "a"), "acc"] -= 1
+    part = table[table.net == "x"]
+    alone = contrasts(part, [("a", "b"), ("b", "a")])
+    expected = paired_difference(part, "a", "b")
+    assert tuple(alone.loc["a", "b"]) == (*expected, expected.verdict) and alone["mean"]["b", "a"] == -expected.mean
+    assert list(alone.columns) == ["mean", "lower", "upper", "n", "verdict"] and list(alone.index.names) == ["a", "b"]
+    named = contrasts(table, {"gain": ("a", "b")}, within=["net"])
+    assert named.loc["x", "gain"].tolist() == alone.loc["a", "b"].tolist() and named.verdict["y", "gain"] == "loses"
+    assert contrasts(part, {"same": ("a", "b")}, "loss")["mean"]["same"] == 0
+    with pytest.raises(ValueError, match="several rows"):
+        contrasts(table, {"gain": ("a", "b")})
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A repository of its own, as the working folder, with no profile chosen."""
@@ -181,6 +209,37 @@ def test_results_are_computed_once_for_a_configuration(place, profile):
         with pytest.raises(FileNotFoundError, match="--profile paper"):
             page("03-x").published("grid")
         assert not (place / "figures").exists()
+
+
+def test_a_table_is_run_once_and_read_with_its_settings(place):
+    calls = []
+
+    class Counted(Comparison):
+        def run(self, **options):
+            calls.append(1)
+            rows = pd.DataFrame({"stream": "s", "model": "m", "training": "Training", "method": list(self.methods)})
+            return self.complete(rows.assign(acc=[0.5, 0.6]))
+
+    methods = {f"ER {m}": Method(ER(m)) for m in (5, 9)}
+    whole = Counted({"s": lambda seed: None}, {"m": None}, methods, Training(), range(2))
+    first, again = (page("03-x").table(whole, "main") for _ in range(2))
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    assert len(calls) == 1 and again.memory.tolist() == [5, 9] and again.columns[-1] == "memory"
+    stored = json.loads((place / "figures" / "03-x-main-runs.json").read_text())
+    assert stored["data"]["table"]["columns"] == ["stream", "model", "training", "method", "acc"]
+    extra = page("03-x").table(whole, "more", lambda: whole.run().assign(more=1))
+    assert extra.more.tolist() == [1, 1] and len(calls) == 2
+
+
+def test_a_study_is_kept_as_it_is(place):
+    def halved(seed, p):
+        return {"half": seed / 2}
+
+    made = study(halved, range(2), p=(0.1, 0.2))
+    table = page("03-x").table(made, "halves")
+    assert table.half.tolist() == [0, 0.5, 0, 0.5] and table.p.tolist() == [0.1, 0.1, 0.2, 0.2]
+    pd.testing.assert_frame_equal(page("03-x").table(made, "halves"), table)
+    assert json.loads((place / "figures" / "03-x-halves-runs.json").read_text())["config"] == made.config
 
 
 def test_results_that_were_cut_off_are_computed_again(place):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from clkit.experiments.sweep import Comparison, Study
+
 Profile = Literal["fast", "paper"]
 T = TypeVar("T")
 DPI = 200
@@ -132,6 +134,26 @@ class Page:
                 return _unpacked(content["data"])
         write_json(path, {**facts, "profile": self.profile, "data": _packed(compute())})
         return _unpacked(json.loads(path.read_text(encoding="utf-8"))["data"])
+
+    def table(
+        self, whole: "Comparison | Study", name: str, compute: "Callable[[], pd.DataFrame] | None" = None
+    ) -> "pd.DataFrame":
+        """The table of a comparison, its rows with their settings, or of a study: computed once, then read.
+
+        ```python
+        rows = page.table(Comparison(stream, models.convnet, methods, training, range(5)), "main")
+        jumps = page.table(study(merged, range(5), p=(0.1, 0.25)), "jumps")
+        ```
+
+        It is `whole.run()`, or what `compute` gives: `whole.matrices`, for example. It is stored with the figures
+        under the name `<name>-runs`, to be committed, and computed again when `whole.config` has changed.
+        """
+
+        def bare() -> "pd.DataFrame":
+            found = (compute or whole.run)()
+            return found.drop(columns=found.attrs.get("settings", []))
+
+        return whole.complete(self.results(bare, whole.config, f"{name}-runs", commit=True))
 
     def published(self, name: str = "results") -> Any:
         """The committed results of the paper profile, whichever profile is on."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from clkit import checks, data, models
 from clkit.consolidation import CONSOLIDATIONS
-from clkit.experiments.plan import device_kind
+from clkit.experiments.jobs import device_kind
 from clkit.learners import LEARNERS
 from clkit.modulation import RULES, modulated
 from clkit.training import Result, Training, run

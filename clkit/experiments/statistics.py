@@ -1,7 +1,7 @@
 """Means, spreads and paired differences over the rows of a table of runs, with Student's confidence interval."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -39,13 +39,12 @@ def difference(gaps: ArrayLike, level: float = 0.95) -> Difference:
         raise ValueError(f"gaps: an array of shape {values.shape}; give one number for each pair, at least one pair")
     if not 0 < level < 1:
         raise ValueError(f"level: {level!r}; give a share in (0, 1), for example 0.95")
-    mean, n = values.mean(), len(values)
-    if n == 1:
-        return Difference(float(mean), float("nan"), float("nan"), 1)
-    from scipy.stats import t as student
+    from scipy import stats
 
-    half = student.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / n**0.5
-    return Difference(float(mean), float(mean - half), float(mean + half), n)
+    mean, n, lower, upper = values.mean(), len(values), float("nan"), float("nan")
+    if n > 1:
+        lower, upper = mean + stats.sem(values) * np.array(stats.t.interval(level, n - 1))
+    return Difference(float(mean), float(lower), float(upper), n)
 
 
 def summarise(table: "pd.DataFrame", by: str | Sequence[str] = "method", value: str = "acc") -> "pd.DataFrame":
@@ -82,6 +81,42 @@ def paired_difference(
     if alone:
         raise ValueError(f"{a!r} and {b!r} are not paired at {by} = {', '.join(alone[:3])}; run both there")
     return difference([number - second[place] for place, number in first.items()], level)
+
+
+def contrasts(
+    table: "pd.DataFrame",
+    pairs: Mapping[str, tuple[str, str]] | Iterable[tuple[str, str]],
+    value: str = "acc",
+    *,
+    column: str = "method",
+    within: Sequence[str] = (),
+    by: Sequence[str] | None = None,
+    level: float = 0.95,
+) -> "pd.DataFrame":
+    """What one method adds over another, paired by seed: a row for each pair (a, b) with the columns of `Difference`.
+
+    ```python
+    gains = contrasts(table, {"ER": ("ER + CLeWI", "ER"), "MIR": ("MIR + CLeWI", "MIR")})
+    gains.verdict["ER"], contrasts(table, [("ER + CLeWI", "ER")]).loc["ER + CLeWI", "ER"]
+    ```
+
+    Columns: mean (of a's `value` less b's), lower, upper, n, verdict ("gains", "loses", "open"). The index has the
+    names of the pairs, or else a and b; before them, what the columns `within` hold: the pairs are then compared for
+    each of their groups. Other arguments and errors are those of `paired_difference`.
+    """
+    import pandas as pd
+
+    named = {(name,): pair for name, pair in pairs.items()} if isinstance(pairs, Mapping) else {(*p,): p for p in pairs}
+    groups: Any = table.groupby(list(within), sort=False) if within else [((), table)]
+    rows = {}
+    for place, part in groups:
+        for name, (a, b) in named.items():
+            found = paired_difference(part, a, b, value, column=column, by=by, level=level)
+            rows[(*place, *name)] = (*found, found.verdict)
+    own = ["pair"] if isinstance(pairs, Mapping) else ["a", "b"]
+    index = pd.MultiIndex.from_tuples(rows, names=[*within, *own])
+    columns = [*Difference._fields, "verdict"]
+    return pd.DataFrame(rows.values(), index if index.nlevels > 1 else index.get_level_values(0), columns)
 
 
 def _by_place(table: "pd.DataFrame", column: str, name: str, by: list[str], value: str) -> dict[tuple, float]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from clkit import models
 from clkit.data import Stream
 from clkit.data.core import Scenario
-from clkit.experiments.grid import Grid
-from clkit.experiments.plan import Method
+from clkit.experiments import Comparison, Method
 from clkit.learners import EWC, Learner, LwF, PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, Rule, modulated
 from clkit.training import Training
@@ -115,7 +114,7 @@ def modulations(net: str, factors: Sequence[int | tuple[int, int]]) -> dict[str,
     return made
 
 
-def tuning() -> Grid:
+def tuning() -> Comparison:
     """The learning rate of every method and the strengths of EWC and LwF, judged on held-out examples."""
     tried: dict[str, tuple[Rule | None, Sequence[float]]] = {
         "AWM": (Modulation(4, 4), (3e-3, 1e-2, 3e-2, 1e-1)),
@@ -135,10 +134,10 @@ def tuning() -> Grid:
     methods |= {f"EWC, frozen, λ={s:g}": sequential(EWC(s, samples=200), frozen=True) for s in (100.0, 1e3, 1e4)}
     methods |= {f"LwF, frozen, λ={s:g}": sequential(LwF(s), frozen=True) for s in (0.1, 0.3, 1.0, 3.0)}
     streams = {"three scripts, held out": partial(scripts_of, names=TUNED_ON, part="held out")}
-    return Grid(streams, NETS, methods, TRAINING, (0,))
+    return Comparison(streams, NETS, methods, TRAINING, (0,))
 
 
-def table(profile: str = "fast") -> Grid:
+def table(profile: str = "fast") -> Comparison:
     """The accuracy table: AWM and its baselines on six scripts, with Piggyback's mask at its published rate too.
 
     At the paper's scale: the six image sets, ImageNet's MobileNetV2 and 30 epochs, at the learning rates of its code.
@@ -147,12 +146,12 @@ def table(profile: str = "fast") -> Grid:
     methods = baselines(net, 5 if profile == "paper" else RANK) | modulations(net, (4, 2))
     methods["mask, published rate"] = per_task(Mask(), 1e-4, net=net)
     if profile == "paper":
-        return Grid({"six sets": six_sets}, {"mobilenet_v2": IMAGENET}, methods, PAPER, range(3))
+        return Comparison({"six sets": six_sets}, {"mobilenet_v2": IMAGENET}, methods, PAPER, range(3))
     methods |= {"AWM 4, two rates": gains(*PAIRS["AWM"]), "mask, two rates": masks(*PAIRS["mask"])}
-    return Grid(STREAMS, NETS, methods, TRAINING, range(3))
+    return Comparison(STREAMS, NETS, methods, TRAINING, range(3))
 
 
-def forgetting() -> Grid:
+def forgetting() -> Comparison:
     """What is left of each script while others are learned: AWM, and one network that goes on.
 
     EWC and LwF twice: with BatchNorm's statistics going on, and frozen, as in the paper's code.
@@ -163,19 +162,19 @@ def forgetting() -> Grid:
     methods["EWC, frozen"] = sequential(EWC(STRENGTHS["EWC, frozen"], samples=200), frozen=True)
     methods["LwF, frozen"] = sequential(LwF(STRENGTHS["LwF, frozen"]), frozen=True)
     streams = {"latin and six scripts": partial(scripts_of, names=("latin", *SCRIPTS))}
-    return Grid(streams, NETS, methods, TRAINING, range(3))
+    return Comparison(streams, NETS, methods, TRAINING, range(3))
 
 
-def factors() -> Grid:
+def factors() -> Comparison:
     """Accuracy over the number of modulation parameters, and over bytes: half precision, bytes, and masks beside it."""
     net, made = "mobilenet_v2", modulations("mobilenet_v2", FACTORS)
     made["AWM 4, float16"] = per_task(Modulation(4, 4, store="float16"), RATES["AWM"], net=net)
     made["AWM 2x4, int8"] = per_task(Modulation(2, 4, store="int8"), RATES["AWM"], net=net)
     made |= {"mask": baselines()["mask"], "mask, two rates": masks(*PAIRS["mask"])}
-    return Grid(STREAMS, NETS, made, TRAINING, range(3))
+    return Comparison(STREAMS, NETS, made, TRAINING, range(3))
 
 
-def variants() -> Grid:
+def variants() -> Comparison:
     """Other layouts, orders of the channels, interpolations, starts, and the wording of the paper's summary."""
     rules = {
         "AWM 2, reviewed": Modulation(2, 2, layout="reviewed"),
@@ -188,10 +187,10 @@ def variants() -> Grid:
         "grid 16": Modulation(16, 16, mode="grid"),
     }
     methods = {name: per_task(rule, RATES["AWM"]) for name, rule in rules.items()}
-    return Grid(STREAMS, NETS, modulations("mobilenet_v2", (2, 4)) | methods, TRAINING, range(3))
+    return Comparison(STREAMS, NETS, modulations("mobilenet_v2", (2, 4)) | methods, TRAINING, range(3))
 
 
-def which_part() -> Grid:
+def which_part() -> Comparison:
     """What does the work: head and statistics alone, gains on pointwise or on depthwise convolutions alone, on all."""
     convolutions = {f"{n}.weight": m for n, m in untrained().named_modules() if isinstance(m, nn.Conv2d)}
     depthwise = tuple(n for n, m in convolutions.items() if m.groups > 1)
@@ -201,20 +200,20 @@ def which_part() -> Grid:
         methods[f"AWM 4, {name} alone"] = per_task(Modulation(4, 4), RATES["AWM"], layers=layers)
     methods["AWM 4, statistics frozen"] = per_task(Modulation(4, 4), RATES["AWM"], statistics="frozen")
     methods |= modulations("mobilenet_v2", (4,))
-    return Grid(STREAMS, NETS, methods, TRAINING, range(3))
+    return Comparison(STREAMS, NETS, methods, TRAINING, range(3))
 
 
-def architectures() -> Grid:
+def architectures() -> Comparison:
     """AWM and its baselines on a residual network and a vision transformer, at the rates chosen for MobileNetV2."""
     methods: dict[str, Method] = {}
     for net, rank in RANKS.items():
         made = baselines(net, rank) | modulations(net, (4,))
         del made["classifier, statistics frozen"]
         methods |= {f"{net}: {name}": method for name, method in made.items()}
-    return Grid(STREAMS, {"its own": backbone}, methods, TRAINING, range(2))
+    return Comparison(STREAMS, {"its own": backbone}, methods, TRAINING, range(2))
 
 
-def transfer() -> Grid:
+def transfer() -> Comparison:
     """Where a task's gains start, with little training: at the backbone, the previous script, or the nearest one."""
     short = {
         begin: per_task(Modulation(4, 4), RATES["AWM"], learner=PerTask(begin=begin))
@@ -225,23 +224,23 @@ def transfer() -> Grid:
         for name, method in short.items()
         for epochs in (1, 2)
     }
-    return Grid(STREAMS, NETS, methods, TRAINING, range(2))
+    return Comparison(STREAMS, NETS, methods, TRAINING, range(2))
 
 
-def inferred() -> Grid:
+def inferred() -> Comparison:
     """The same with the task not given: found by the entropy of the answers or by BatchNorm's statistics."""
     method = modulations("mobilenet_v2", (4,))["AWM 4"]
     methods = {infer: replace(method, learner=PerTask(infer=infer)) for infer in ("entropy", "statistics")}
     streams = {"six scripts, not given": partial(scripts_of, scenario="class")}
-    return Grid(streams, NETS, methods, TRAINING, (0,))
+    return Comparison(streams, NETS, methods, TRAINING, (0,))
 
 
-def long() -> Grid:
+def long() -> Comparison:
     """Forty tasks of equally many characters, from all scripts, in two orders."""
     methods = modulations("mobilenet_v2", (4,)) | {"fine-tuning": sequential(Learner())}
     short = {name: replace(m, training=replace(m.training or TRAINING, epochs=5)) for name, m in methods.items()}
     streams = {"forwards": forty, "backwards": partial(forty, backwards=True)}
-    return Grid(streams, NETS, short, TRAINING, (0,))
+    return Comparison(streams, NETS, short, TRAINING, (0,))
 
 
 def _rates(net: str) -> Mapping[str, float]:
@@ -272,7 +271,7 @@ def forty(seed: int, backwards: bool = False) -> Stream:
     return replace(stream, tasks=tuple(replace(task, index=i) for i, task in enumerate(tasks)))
 
 
-def costs(grid: Grid) -> "pd.DataFrame":
+def costs(grid: Comparison) -> "pd.DataFrame":
     """What a task of each method stores: numbers trained and bytes, without and with a head of twenty classes.
 
     Nothing is trained or downloaded for it.

@@ -14,5 +14,5 @@ from studies.clewi.grids import (
 )  # fmt: skip
 from studies.clewi.published import ALPHA, DATASETS, PAIRS, RATE, gains, published, side_by_side
 from studies.clewi.studies import curves, planted
-from clkit.experiments.grid import Grid
+from clkit.experiments import Comparison
 from studies.named import stream

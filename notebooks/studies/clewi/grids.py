@@ -10,8 +10,8 @@ import torch
 from clkit import curvature, data, models, weights
 from clkit.consolidation import CLeWI
 from clkit.data import Dataset
-from clkit.experiments.grid import Grid
-from clkit.experiments.plan import Method, Model
+from clkit.experiments import Comparison, Method
+from clkit.experiments.methods import Model
 from clkit.learners import (
     AGEM,
     DER,
@@ -73,7 +73,7 @@ def learners(memory: int, *, beyond: bool = False, fit_epochs: int = 256, ewc: f
     return made | others if beyond else made
 
 
-def main(profile: str = "fast", dataset: str | None = None) -> Grid:
+def main(profile: str = "fast", dataset: str | None = None) -> Comparison:
     """The main table: every learner by itself and with CLeWI.
 
     "fast": digits, a memory of 50, all rules of `learners`, with alpha 0.3 and with alpha searched on held-out memory.
@@ -90,7 +90,7 @@ def main(profile: str = "fast", dataset: str | None = None) -> Grid:
             rule = DERpp(500, alpha=0.1, beta=0.1) if n == "DER++" else rules[n]
             pair = f"{n} + CLeWI"
             methods[pair] = Method(rule, CLeWI(ALPHA[n][place], points=0), replace(training, lr=RATE[pair][place]))
-        return Grid(stream(name), {"resnet18": models.resnet18}, methods, training, range(43, 48), plasticity)
+        return Comparison(stream(name), {"resnet18": models.resnet18}, methods, training, range(43, 48), plasticity)
     training = Training(epochs=10, batch=32, lr=0.1)
     methods = {}
     for n, rule in learners(50, beyond=True, fit_epochs=63).items():
@@ -99,12 +99,12 @@ def main(profile: str = "fast", dataset: str | None = None) -> Grid:
         methods[f"{n} + CLeWI"] = Method(rule, CLeWI(0.3, points=0), own)
         if rule.remembers:
             methods[f"{n} + search"] = Method(rule, CLeWI("search"), own)
-    return Grid(stream(dataset or "digits"), {"convnet": models.convnet}, methods, training, range(5), plasticity)
+    return Comparison(stream(dataset or "digits"), {"convnet": models.convnet}, methods, training, range(5), plasticity)
 
 
 def reduced(
     dataset: str, *, limit: int, epochs: int, memory: int, ewc: float = 10.0, seeds: Sequence[int] = (0, 1, 2)
-) -> Grid:
+) -> Comparison:
     """The paper's main table on `limit` images a class and a small convnet: its pairs at its alphas, one learning rate.
 
     Alphas are those of CIFAR-100 for cifar100 and of CIFAR-10 for others; the learning rate is 0.1, of rules with a
@@ -120,10 +120,10 @@ def reduced(
         if n in PAIRS:
             methods[f"{n} + CLeWI"] = Method(rule, CLeWI(ALPHA[n][place], points=0), own)
     small = {"convnet 16-32-32": partial(models.convnet, widths=(16, 32, 32))}
-    return Grid(stream(dataset, limit=limit), small, methods, training, seeds)
+    return Comparison(stream(dataset, limit=limit), small, methods, training, seeds)
 
 
-def number_of_tasks(profile: str = "fast") -> Grid:
+def number_of_tasks(profile: str = "fast") -> Comparison:
     """The same classes in 5, 10 and 20 tasks: CIFAR-100, or 20 rendered letters."""
     if profile == "paper":
         whole = main("paper", "cifar100")
@@ -135,10 +135,10 @@ def number_of_tasks(profile: str = "fast") -> Grid:
     methods["ER + CLeWI"] = Method(rules["ER"], CLeWI(0.3, points=0))
     methods["ER + search"] = Method(rules["ER"], CLeWI("search"))
     streams = {k: v for count in (5, 10, 20) for k, v in stream("letters", count).items()}
-    return Grid(streams, {"convnet": models.convnet}, methods, Training(10, 32, 0.1), range(3))
+    return Comparison(streams, {"convnet": models.convnet}, methods, Training(10, 32, 0.1), range(3))
 
 
-def alphas(profile: str = "fast") -> Grid:
+def alphas(profile: str = "fast") -> Comparison:
     """How alpha may be chosen: fixed, on a schedule, by search, and merging only where it helps; with ER."""
     (memory, _), merges = _usual(profile), 9 if profile == "paper" else 4
     fixed = [i / 10 for i in range(1, 8)]
@@ -153,7 +153,7 @@ def alphas(profile: str = "fast") -> Grid:
     return _small(profile, methods)
 
 
-def no_rehearsal(profile: str = "fast") -> Grid:
+def no_rehearsal(profile: str = "fast") -> Comparison:
     """Fine-tuning with CLeWI at several alphas: the memory serves matching and re-estimation alone."""
     rule = MemoryOnly(_usual(profile)[0])
     found = {f"alpha {a}": Method(rule, CLeWI(a, points=0)) for a in (0.2, 0.3, 0.5, 0.6, 0.7, 0.8)}
@@ -161,7 +161,7 @@ def no_rehearsal(profile: str = "fast") -> Grid:
     return replace(grid, training=replace(grid.training, lr=0.03))
 
 
-def width(profile: str = "fast") -> Grid:
+def width(profile: str = "fast") -> Comparison:
     """The same network one, two and four times as wide."""
     if profile == "paper":
         made: Mapping[str, Model] = {f"x{k}": partial(models.resnet18, width=64 * k) for k in (1, 2, 4)}
@@ -174,7 +174,7 @@ def width(profile: str = "fast") -> Grid:
     return replace(_small(profile, methods), models=made)
 
 
-def memory_size(profile: str = "fast") -> Grid:
+def memory_size(profile: str = "fast") -> Comparison:
     """ER with and without CLeWI while the memory grows."""
     sizes = (200, 500, 1000, 2000) if profile == "paper" else (20, 50, 100, 200, 500)
     _, alpha = _usual(profile)
@@ -183,7 +183,7 @@ def memory_size(profile: str = "fast") -> Grid:
     return _small(profile, pairs | {f"ER + search {m}": Method(ER(m), CLeWI("search")) for m in sizes})
 
 
-def equal_bytes(dataset: str, memory: int, *, limit: int | None = None, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
+def equal_bytes(dataset: str, memory: int, *, limit: int | None = None, seeds: Sequence[int] = (0, 1, 2)) -> Comparison:
     """CLeWI with a memory against ER whose memory may also have the bytes of the second network that CLeWI keeps."""
     made, shape = partial(models.convnet, widths=(16, 32, 32)), SHAPES[dataset]
     blank = data.Examples(torch.zeros(10, *shape, dtype=torch.uint8), torch.arange(10))
@@ -191,10 +191,10 @@ def equal_bytes(dataset: str, memory: int, *, limit: int | None = None, seeds: S
     total = memory + sum(t.nbytes for t in weights.get_weights(net).values()) // (blank.x[0].nbytes + 1)
     methods = {f"ER {memory}": Method(ER(memory)), f"ER {total}": Method(ER(total))}
     methods[f"ER {memory} + CLeWI"] = Method(ER(memory), CLeWI(0.3, points=0))
-    return Grid(stream(dataset, limit=limit), {"convnet 16-32-32": made}, methods, Training(10, 32, 0.1), seeds)
+    return Comparison(stream(dataset, limit=limit), {"convnet 16-32-32": made}, methods, Training(10, 32, 0.1), seeds)
 
 
-def parts(profile: str = "fast") -> Grid:
+def parts(profile: str = "fast") -> Comparison:
     """What each part of CLeWI adds: permutation and re-estimation on and off, and matching by weights; with ER."""
     memory, alpha = _usual(profile)
     rule = ER(memory)
@@ -248,10 +248,10 @@ def _own(training: Training, rule: Learner) -> Training | None:
     return replace(training, lr=GENTLE) if isinstance(rule, AGEM | Sum) else None
 
 
-def _small(profile: str, methods: Mapping[str, Method]) -> Grid:
+def _small(profile: str, methods: Mapping[str, Method]) -> Comparison:
     """The setting of the smaller studies: digits and the convnet, or CIFAR-100 in ten tasks with ResNet-18."""
     if profile == "paper":
         grid = main("paper", "cifar100")
         training = replace(grid.training, lr=0.1)
         return replace(grid, methods=methods, training=training, seeds=range(43, 46), measure=None)
-    return Grid(stream("digits"), {"convnet": models.convnet}, methods, Training(10, 32, 0.1), range(5))
+    return Comparison(stream("digits"), {"convnet": models.convnet}, methods, Training(10, 32, 0.1), range(5))

@@ -5,8 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from clkit.consolidation import HCMM, Consolidation, Merging
-from clkit.experiments.grid import Grid
-from clkit.experiments.plan import Method
+from clkit.experiments import Comparison, Method
 from clkit.learners import EWC, Joint, Learner, LwF
 from clkit.training import Training
 from studies.hcmm.settings import known, model
@@ -59,10 +58,10 @@ def method(
     return Method(learner or Learner(), consolidation, replace(training, lr=lr), made)
 
 
-def grid(methods: Mapping[str, Method], seeds: Sequence[int], setting: str = "glyphs", **options: object) -> Grid:
+def grid(methods: Mapping[str, Method], seeds: Sequence[int], setting: str = "glyphs", **options: object) -> Comparison:
     """Methods on the stream of a setting; `options` are the stream's."""
     source = partial(known(setting).stream, **options)
-    return Grid({setting: source}, {"zero-shot": partial(model, setting=setting)}, methods, TRAINING, seeds)
+    return Comparison({setting: source}, {"zero-shot": partial(model, setting=setting)}, methods, TRAINING, seeds)
 
 
 def stages(setting: str = "glyphs") -> dict[str, Method]:
@@ -95,19 +94,19 @@ def baselines(setting: str = "glyphs") -> dict[str, Method]:
     return made
 
 
-def table(setting: str = "glyphs", seeds: Sequence[int] = range(5)) -> Grid:
+def table(setting: str = "glyphs", seeds: Sequence[int] = range(5)) -> Comparison:
     """All combinations of the stages, and the baselines."""
     return grid(stages(setting) | baselines(setting), seeds, setting)
 
 
-def joint(setting: str = "glyphs", seeds: Sequence[int] = range(5)) -> Grid:
+def joint(setting: str = "glyphs", seeds: Sequence[int] = range(5)) -> Comparison:
     """All data at once: the glyphs as one task; of the fonts, those seen so far."""
     training = replace(TRAINING, labels="all")
     made = {"joint": method(None, Joint(), setting=setting, lr=3e-3, training=training)}
     return grid(made, seeds, setting, **({} if setting == "fonts" else {"tasks": 1}))
 
 
-def corrections(seeds: Sequence[int] = range(5)) -> Grid:
+def corrections(seeds: Sequence[int] = range(5)) -> Comparison:
     """The correction as the released code has it, and such as do something, on HCMM's other settings.
 
     "steps" are ten full-batch steps of Adam at a rate, "ridge" a closed form; "both" has both parents as the target.
@@ -126,7 +125,7 @@ def corrections(seeds: Sequence[int] = range(5)) -> Grid:
     return grid(made, seeds)
 
 
-def alphas(seeds: Sequence[int] = range(3)) -> Grid:
+def alphas(seeds: Sequence[int] = range(3)) -> Comparison:
     """Accuracy over alpha: both merges, both ways to fine-tune, and importances added up instead of averaged."""
     rules = {"linear": LINEAR, "importance": IMPORTANCE, "importance, sum": replace(IMPORTANCE, accumulate="sum")}
     made = {
@@ -141,7 +140,7 @@ def alphas(seeds: Sequence[int] = range(3)) -> Grid:
     return grid(made, seeds)
 
 
-def rates(seeds: Sequence[int] = range(3)) -> Grid:
+def rates(seeds: Sequence[int] = range(3)) -> Comparison:
     """Accuracy over the learning rate: with and without a merge, in both spaces."""
     merges = {"": None, " + importance": replace(IMPORTANCE, alpha=CHOSEN["glyphs"]["tangent + importance"][1])}
     made = {
@@ -153,7 +152,7 @@ def rates(seeds: Sequence[int] = range(3)) -> Grid:
     return grid(made, seeds)
 
 
-def importances(seeds: Sequence[int] = range(5)) -> Grid:
+def importances(seeds: Sequence[int] = range(5)) -> Comparison:
     """Every importance and both ways to carry it on the fonts, whose tasks have 40, 20, 10 and 5 images a class.
 
     The exact Fisher information, a backward pass for each of sixty classes, takes ten times as long as all the rest and
@@ -172,19 +171,19 @@ SHORT = ("ordinary", "ordinary + linear", "ordinary + importance", "tangent", "t
          "tangent + importance + correction", "MagMax, sequential", "average, sequential")  # fmt: skip
 
 
-def lengths(tasks: int, seeds: Sequence[int] = range(3)) -> Grid:
+def lengths(tasks: int, seeds: Sequence[int] = range(3)) -> Comparison:
     """The same hundred characters in another number of tasks."""
     made = stages() | baselines()
     return grid({name: made[name] for name in SHORT}, seeds, tasks=tasks)
 
 
-def packs(setting: str, seeds: Sequence[int] = range(2)) -> Grid:
+def packs(setting: str, seeds: Sequence[int] = range(2)) -> Comparison:
     """Real images, "cifar100", "pacs" or "mnist, usps", with the settings that were chosen on the glyphs."""
     made = stages(setting) | baselines(setting)
     return grid({name: made[name] for name in (*SHORT, "EWC", "LwF")}, seeds, setting)
 
 
-def paper(seeds: Sequence[int] = range(3)) -> Grid:
+def paper(seeds: Sequence[int] = range(3)) -> Comparison:
     """CLIP's ViT-B/16 on CIFAR-100 in ten tasks: the stages with the released settings, and two baselines."""
     row = partial(method, setting="cifar100, CLIP", training=PAPER, lr=PAPER.lr)
     made = {mode: row(mode=mode) for mode in MODES}
@@ -195,7 +194,7 @@ def paper(seeds: Sequence[int] = range(3)) -> Grid:
     return grid(made, seeds, "cifar100, CLIP")
 
 
-def tuning(setting: str = "glyphs") -> Grid:
+def tuning(setting: str = "glyphs") -> Comparison:
     """Learning rate, alpha and strengths, on seeds that no other grid has: other images, classes, orders, networks."""
     row, made = partial(method, setting=setting), {}
     rates = (1e-3, 3e-3) if setting == "fonts" else (3e-4, 1e-3)
@@ -217,7 +216,7 @@ def tuning(setting: str = "glyphs") -> Grid:
     return grid(made, TUNING_SEEDS, setting)
 
 
-GRIDS: dict[str, Callable[[], Grid]] = {
+GRIDS: dict[str, Callable[[], Comparison]] = {
     "glyphs": table,
     "fonts": partial(table, "fonts"),
     "joint-glyphs": joint,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clkit import landscape, representation
 from clkit.consolidation import HCMM, Consolidation, Context, Merged, Merging, Progress, correct, importance_merge
 from clkit.data import Stream
-from clkit.experiments.grid import Grid, accuracies
+from clkit.experiments import Comparison, accuracies
 from clkit.experiments.statistics import AXES, paired_difference
 from clkit.training import Result, run
 from clkit.weights import Weights, get_weights, set_weights
@@ -55,10 +55,10 @@ class Remembering:
         return merged
 
 
-def courses(grid: Grid, **options: Any) -> "pd.DataFrame":
+def courses(grid: Comparison, **options: Any) -> "pd.DataFrame":
     """The runs of a grid, with what they read of all classes: "zero_shot", before any task, and "course", after each.
 
-    Both are means over all tasks, those still to come among them; `options` are those of `Grid.run`.
+    Both are means over all tasks, those still to come among them; `options` are those of `Comparison.run`.
     """
     table = grid.run(**options)
     means = accuracies(table).groupby([*AXES, "after_task"], sort=False).accuracy.mean().unstack()

@@ -12,9 +12,8 @@ from torch import nn
 from clkit import data, models, weights
 from clkit.consolidation import SFA, Cosine, Drift, Merging, Plateau, Velocity
 from clkit.data import Stream
-from clkit.experiments.grid import Grid
+from clkit.experiments import Comparison, Method
 from clkit.experiments.pages import Page
-from clkit.experiments.plan import Method
 from clkit.experiments.statistics import Difference, paired_difference
 from clkit.learners import EWC, L2, LEARNERS, DataBuffer, Joint, Learner, OnlineEWC
 from clkit.training import Result, Training, run
@@ -65,7 +64,7 @@ def even_odd(name: str = "digits", head: str = "masked", *, limit: int | None = 
     return data.shared_head(stream) if head == "shared" else stream
 
 
-def frontier(name: str = "digits", head: str = "masked", profile: str = "fast") -> Grid:
+def frontier(name: str = "digits", head: str = "masked", profile: str = "fast") -> Comparison:
     """Old against new accuracy over every knob: p and beta of SFA, the strengths of L2 and EWC, the buffer's share."""
     limit = None if name == "digits" or profile == "paper" else 300
     ps = PS if name == "digits" and head != "plain" else (0.05, 0.25, 1.0)
@@ -74,11 +73,11 @@ def frontier(name: str = "digits", head: str = "masked", profile: str = "fast") 
     methods |= averaging(ps, BETAS) | pulling() | replaying()
     labels = "task" if head == "masked" else "all"
     training = Training(epochs=16 if name == "digits" else 6, batch=32, lr=0.1, labels=labels)
-    return Grid({words: lambda seed: even_odd(name, head, limit=limit)}, {"mlp 128-64": small_mlp}, methods, training,
-                range(5), ends)  # fmt: skip
+    streams = {words: lambda seed: even_odd(name, head, limit=limit)}
+    return Comparison(streams, {"mlp 128-64": small_mlp}, methods, training, range(5), ends)
 
 
-def adaptive(head: str = "shared") -> Grid:
+def adaptive(head: str = "shared") -> Comparison:
     """When to merge: SFA's fixed p against triggers that see the weights, the loss, the speed or the gradient."""
     triggers: dict[str, Any] = {}
     for limit in (0.1, 0.15, 0.2, 0.25, 0.3):
@@ -96,7 +95,7 @@ def adaptive(head: str = "shared") -> Grid:
     return replace(frontier("digits", head), methods=methods)
 
 
-def similarity() -> Grid:
+def similarity() -> Comparison:
     """The frequency-retention curve: p from 0.1 to 1 over two tasks that are the more alike the smaller their angle.
 
     The digits upright, then turned by an angle, or with a share of their pixels permuted: one head for both.
@@ -105,10 +104,10 @@ def similarity() -> Grid:
     for share in (0.25, 0.5, 1.0):
         streams[f"{share:.0%} of pixels permuted"] = partial(_permuted, 2, share)
     methods = {"fine-tuning": Method(Learner())} | averaging([i / 10 for i in range(1, 11)], (0.5,))
-    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(8, 32, 0.1), range(3), ends)
+    return Comparison(streams, {"mlp 128-64": small_mlp}, methods, Training(8, 32, 0.1), range(3), ends)
 
 
-def long() -> Grid:
+def long() -> Comparison:
     """A hundred tasks, whose course has 20 and 50: the digits, another permutation of half of their pixels in each."""
     streams = {"100 tasks": partial(_permuted, 100, 0.5)}
     methods = {
@@ -120,10 +119,10 @@ def long() -> Grid:
         "online EWC": Method(OnlineEWC(1.0, gamma=0.9)),
         "buffer 5%, concatenate": Method(DataBuffer(0.05)),
     }
-    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(3, 32, 0.1), range(2), course)
+    return Comparison(streams, {"mlp 128-64": small_mlp}, methods, Training(3, 32, 0.1), range(2), course)
 
 
-def checkpoints() -> Grid:
+def checkpoints() -> Comparison:
     """Several earlier checkpoints as the anchor, against one with other weights, and against buffers of 5 and 10 %."""
     streams = {"10 tasks": partial(_permuted, 10, 0.5)}
     methods: dict[str, Method] = {"fine-tuning": Method(Learner()), "joint": Method(Joint())}
@@ -136,10 +135,10 @@ def checkpoints() -> Grid:
         each = SFA(p, 0.6, (0.3, 0.2, 0.1))
         methods[f"SFA p={p:g}, 0.3 + 0.2 + 0.1 of the last three"] = Method(Learner(), each)
     methods |= replaying((0.05, 0.1))
-    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(8, 32, 0.1), range(3), course)
+    return Comparison(streams, {"mlp 128-64": small_mlp}, methods, Training(8, 32, 0.1), range(3), course)
 
 
-def conflict() -> Grid:
+def conflict() -> Comparison:
     """Two tasks on the same images and the same head, from independent labels to exact contradiction.
 
     Even or odd, then at least five or not; with the share c of the second task's labels the opposite of the first's.
@@ -152,10 +151,10 @@ def conflict() -> Grid:
     }
     methods = {"fine-tuning": Method(Learner()), "L2 λ=0.1": Method(L2(0.1)), "EWC λ=30": Method(EWC(30.0))}
     methods |= averaging((0.25, 1.0), (0.2, 0.5)) | {"buffer 10%, half": Method(DataBuffer(0.1, "half"))}
-    return Grid(streams, {"mlp 128-64": small_mlp}, methods, Training(16, 32, 0.1), range(3), ends)
+    return Comparison(streams, {"mlp 128-64": small_mlp}, methods, Training(16, 32, 0.1), range(3), ends)
 
 
-def parts() -> Grid:
+def parts() -> Comparison:
     """What the paper leaves open: optimizer state, schedule, first task, final merge, head; on even then odd."""
     adam, heavy = {"optimizer": "adamw", "lr": 0.002}, {"momentum": 0.9, "lr": 0.02}
     base = frontier("digits", "masked")
@@ -175,7 +174,7 @@ def parts() -> Grid:
     return replace(base, methods=methods)
 
 
-def streams(name: str = "letters", profile: str = "fast") -> Grid:
+def streams(name: str = "letters", profile: str = "fast") -> Comparison:
     """Twenty tasks of five classes, the task given: rendered letters, or CIFAR-100, with a small transformer.
 
     The transformer has learned something else before (other scripts; CIFAR-10), as the paper's have. Knobs are single
@@ -200,7 +199,9 @@ def streams(name: str = "letters", profile: str = "fast") -> Grid:
     if profile == "paper":
         vit = partial(models.vit, patch=4, dim=192, depth=6, heads=6)
         whole = {"cifar100, 20 tasks": partial(_twenty, "cifar100", None)}
-        return Grid(whole, {"vit 192 x 6": vit}, methods, replace(adam, epochs=20, augment=True), range(5), course)
+        return Comparison(
+            whole, {"vit 192 x 6": vit}, methods, replace(adam, epochs=20, augment=True), range(5), course
+        )
     limit = None if name == "letters" else 60
     if name != "letters":
         left = ("L2", "SFA p=1 β=0.2", "joint", "task arithmetic", "buffer 5%, concatenate")
@@ -209,7 +210,9 @@ def streams(name: str = "letters", profile: str = "fast") -> Grid:
     words = f"{name}, 20 tasks" + (f", {limit} images a class" if limit else "")
     seeds = range(3) if name == "letters" else range(2)
     chosen = {words: partial(_twenty, name, limit)}
-    return Grid(chosen, {"vit 48 x 2, pretrained": partial(pretrained, source=name)}, methods, adam, seeds, course)
+    return Comparison(
+        chosen, {"vit 48 x 2, pretrained": partial(pretrained, source=name)}, methods, adam, seeds, course
+    )
 
 
 def small_mlp(stream: Stream, *, seed: int = 0) -> nn.Module:
@@ -235,12 +238,12 @@ def _body(source: str) -> weights.Weights:
     return run(data.split(earlier, 1), _vit, training=adam, device="cpu", progress=False).weights[0]
 
 
-def stored(page: Page, grid: Grid, name: str) -> "pd.DataFrame":
+def stored(page: Page, grid: Comparison, name: str) -> "pd.DataFrame":
     """The runs of a grid with their knobs, computed once and then read from the files of a notebook's page."""
     return knobs(page.results(grid.run, grid.config, f"{name}-runs", commit=True), grid)
 
 
-def knobs(table: "pd.DataFrame", grid: Grid) -> "pd.DataFrame":
+def knobs(table: "pd.DataFrame", grid: Comparison) -> "pd.DataFrame":
     """A table of runs with what each method is set to: kind, p, beta, strength, share; blank where it has none."""
     rows: dict[str, dict[str, Any]] = {}
     rules = {rule: name for name, rule in LEARNERS.items()}

@@ -15,8 +15,7 @@ from clkit import alignment, data, landscape, models, weights
 from clkit.consolidation import SFA, CLeWI, Merging, WiSEFT
 from clkit.data import Examples, Stream, Text
 from clkit.evaluation import bits_per_byte, exact_match
-from clkit.experiments.grid import Grid
-from clkit.experiments.plan import Method
+from clkit.experiments import Comparison, Method
 from clkit.learners import ER, EWC, L2, DataBuffer, Joint, Learner
 from clkit.training import Result, Training, run
 from studies.sfa.grids import knobs
@@ -43,17 +42,17 @@ def text(name: str, *, real: bool = False, windows: int = WINDOWS) -> Text:
     return data.texts(name, path=path, context=CONTEXT, limit=windows)
 
 
-def three_domains() -> Grid:
+def three_domains() -> Comparison:
     """Math, Law, Code: SFA over p and beta, and what it is compared with; bits per byte and exact-match arithmetic."""
     methods = {"fine-tuning": Method(Learner()), "joint": Method(Joint())}
     methods |= _averaging({0.1: (0.1, 0.2, 0.5), 0.25: (0.1, 0.2, 0.3, 0.5, 0.7), 1.0: (0.1, 0.2, 0.3, 0.5, 0.7)})
     methods |= {f"L2 λ={s:g}": Method(L2(s)) for s in (0.01, 0.03, 0.1)}
     methods |= {f"EWC λ={s:g}": Method(EWC(s, samples=256)) for s in (10.0, 100.0, 1000.0)}
     methods |= {f"buffer {s:.0%}": Method(DataBuffer(s)) for s in (0.01, 0.05, 0.1)} | _posthoc()
-    return Grid({"math, law, code": partial(_texts, DOMAINS)}, GPT, methods, ADAM, range(1), reading)
+    return Comparison({"math, law, code": partial(_texts, DOMAINS)}, GPT, methods, ADAM, range(1), reading)
 
 
-def from_base() -> Grid:
+def from_base() -> Comparison:
     """The same stream from a network that has read a little of everything: merges of fine-tuned networks assume one."""
     every = three_domains()
     kept = ("fine-tuning", "joint", "L2 λ=0.03", "EWC λ=100", "EWC λ=1000", "buffer 1%", "buffer 5%")
@@ -62,7 +61,7 @@ def from_base() -> Grid:
     return replace(every, models={"gpt 64 x 2, has read": well_read}, methods=methods)
 
 
-def orders() -> Grid:
+def orders() -> Comparison:
     """All six orders of the three domains."""
     kept = ("fine-tuning", "SFA p=0.25 β=0.5", "SFA p=1 β=0.5", "EWC λ=100")
     methods = {name: three_domains().methods[name] for name in kept}
@@ -70,7 +69,7 @@ def orders() -> Grid:
     return replace(three_domains(), streams=streams, methods=methods)
 
 
-def real_texts() -> Grid:
+def real_texts() -> Comparison:
     """GSM8K, the US Code, MBPP and HumanEval in the place of the embedded texts; fewer methods."""
     kept = ("fine-tuning", "joint", "SFA p=0.25 β=0.2", "SFA p=0.25 β=0.5", "SFA p=1 β=0.5", "EWC λ=10", "EWC λ=100",
             "buffer 5%")  # fmt: skip
@@ -79,7 +78,7 @@ def real_texts() -> Grid:
     return replace(three_domains(), streams=streams, methods=methods, measure=partial(reading, sums=False))
 
 
-def aligned() -> Grid:
+def aligned() -> Comparison:
     """CLeWI on a small vision transformer, by the symmetry derived from its graph: replay with and without merging."""
     rule = ER(50)
     methods = {"ER": Method(rule)} | {
@@ -89,10 +88,10 @@ def aligned() -> Grid:
     }
     vit = partial(models.vit, patch=2, dim=48, depth=2)
     training = Training(15, 32, 0.002, optimizer="adamw")
-    return Grid({"digits, 5 tasks": _digits}, {"vit 48 x 2": vit}, methods, training, range(3))
+    return Comparison({"digits, 5 tasks": _digits}, {"vit 48 x 2": vit}, methods, training, range(3))
 
 
-def aligned_text() -> Grid:
+def aligned_text() -> Comparison:
     """`aligned` for the byte-level GPT: Math, Law, Code with a memory of 50 windows."""
     chosen = ("ER", "CLeWI α=0.3, by activations", "CLeWI α=0.3, not aligned")
     methods = aligned().methods
@@ -143,7 +142,7 @@ def reading(result: Result, sums: bool = True) -> dict[str, Any]:
     return {"bits": bits.tolist(), "exact": exact} | {name: float(value) for name, value in last.items()}
 
 
-def final_bits(table: "pd.DataFrame", grid: Grid) -> "pd.DataFrame":
+def final_bits(table: "pd.DataFrame", grid: Comparison) -> "pd.DataFrame":
     """A table of runs with its knobs, the line of a figure that a row lies on, and what it knew at its end.
 
     The columns math, law and code are bits per byte after the last task, whatever the order; `sums` is the share of

@@ -9,8 +9,7 @@ import torch
 from clkit import landscape, weights
 from clkit.consolidation import SFA, Context, Merged, merge_steps
 from clkit.data import Stream
-from clkit.experiments.grid import Grid
-from clkit.experiments.plan import Method
+from clkit.experiments import Comparison, Method
 from clkit.learners import L2, Learner
 from clkit.training import Training, run
 from studies.sfa.grids import conflict, even_odd, frontier, small_mlp
@@ -72,7 +71,7 @@ def merges(head: str = "masked", p: float = 0.25, beta: float = 0.5, seeds: Sequ
     return pd.DataFrame(rows)
 
 
-def against_l2(head: str = "shared", beta: float = 0.5) -> Grid:
+def against_l2(head: str = "shared", beta: float = 0.5) -> Comparison:
     """SFA at every p and L2 at the strength that the theory gives for it, on even then odd digits: a grid."""
     grid = frontier("digits", head)
     stream, training = even_odd("digits", head), grid.training

@@ -1,0 +1,186 @@
+"""Jobs of a sweep or a study: several at once, each stored as soon as it is computed and never computed twice."""
+
+import functools
+import io
+import pickle
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:
+    import cloudpickle
+except ImportError:  # joblib before 1.6 brings it along
+    from joblib.externals import cloudpickle  # type: ignore[attr-defined]
+
+from clkit.store import Records, digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Record = dict[str, Any]
+
+
+class SweepError(RuntimeError):
+    """Some runs of a sweep or study failed; `failures` has settings and tracebacks, `table` the runs that finished."""
+
+    def __init__(self, failures: Sequence[tuple[str, str]], table: "pd.DataFrame") -> None:
+        self.failures, self.table = list(failures), table
+        lines = [f"{setting}: {trace.strip().splitlines()[-1]}" for setting, trace in failures]
+        super().__init__(
+            f"{len(failures)} of {len(failures) + len(table)} runs failed; the others are stored\n" + "\n".join(lines)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Something to compute and to store in `records`, under the hash of its configuration.
+
+    `compute()` gives a record, in which "rows" are the rows of a table, and a tree of tensors, or None; with `keep` a
+    record that was stored without tensors is computed again.
+    """
+
+    configuration: Record
+    compute: Callable[[], tuple[Record, Any]]
+    records: Records
+    keep: bool = False
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The hash of the configuration."""
+        return digest(self.configuration)
+
+    def finish(self) -> tuple[str, Record | None, str]:
+        """Computes the job where it is called and stores it there: its key, its record or else the error as text."""
+        from threadpoolctl import threadpool_limits
+
+        try:
+            with threadpool_limits(1):
+                return self.key, self.records.remember(self.configuration, self.compute, tensors=self.keep), ""
+        except Exception:
+            return self.key, None, traceback.format_exc()
+
+
+def tabulate(
+    points: Sequence[tuple[Mapping[str, Any], Job]], *, jobs: int | None, device: str, progress: bool
+) -> tuple["pd.DataFrame", list[tuple[str, str]]]:
+    """The table of all jobs' rows, each after its point's axes, and the settings and tracebacks of jobs that failed.
+
+    `jobs` run at once, by default one a core on the CPU and one on another device. Points with equal keys are one job.
+    `attrs` of the table: "store", the folder, and "seconds" by key.
+    """
+    import joblib
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    queue = {job.key: job for _, job in points}
+    store = points[0][1].records
+    waiting: list[Any] = [job for job in queue.values() if store.read(job.key, tensors=job.keep) is None]
+    parallel, failed = _parallel(jobs, -1 if device == "cpu" else 1), dict[str, str]()
+    if parallel.n_jobs != 1:
+        seen: dict[int, tuple[Tensor, np.ndarray]] = {}
+        waiting = [Parcel(job, seen) for job in waiting]
+    with tqdm(total=len(queue), initial=len(queue) - len(waiting), disable=not progress, unit="run") as bar:
+        for key, record, error in parallel(joblib.delayed(_finish)(job) for job in waiting):
+            if record is None:
+                failed[key] = error
+            elif store.read(key) is None:  # computed on a machine that does not share this folder
+                store.write(key, record)
+            bar.update()
+    found = {key: stored(store, key) for key in queue if key not in failed}
+    rows = [axes | row for axes, job in points if job.key in found for row in found[job.key]["rows"]]
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys(name for row in (points[0][0], *rows) for name in row)))
+    table.attrs |= {"store": str(store.folder), "seconds": {key: r["seconds"] for key, r in found.items()}}
+    settings = {job.key: ", ".join(f"{n} {v}" for n, v in axes.items() if n != "hash") for axes, job in points[::-1]}
+    return table, [(settings[key], error) for key, error in failed.items()]
+
+
+def stored(store: Records, key: str) -> Record:
+    """The record of a job that has finished; KeyError if there is none."""
+    record = store.read(key)
+    if record is None:
+        raise KeyError(f"{key}: {store.folder} holds no such run; pass the store of the sweep, or run it again")
+    return record
+
+
+def device_kind(device: str) -> str:
+    """What a device is, "cpu" or "cuda" for example; "auto" is the GPU if there is one. Else raises ValueError."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} is unknown; use 'cpu', 'cuda' or 'auto'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r} was asked for and torch sees no GPU; use 'cpu' or 'auto'")
+    return kind
+
+
+class Parcel:
+    """A value, packed for the way to another process, which may not find its modules by itself; never a file.
+
+    Functions of notebooks and scripts go along whole; of modules the folders do, of all that this process imports from.
+    Plain tensors on the CPU travel as arrays, which joblib maps into the memory of all processes at once: `seen` has
+    the arrays packed before, by the ids of their tensors.
+    """
+
+    def __init__(self, value: Any, seen: dict[int, tuple[Tensor, np.ndarray]] | None = None) -> None:
+        file = io.BytesIO()
+        packer = _Packer(file, {} if seen is None else seen)
+        packer.dump(value)
+        self.folders = [str(Path(folder).absolute()) for folder in sys.path]  # "" is the working folder
+        self.rest, self.arrays = file.getvalue(), packer.arrays
+
+    def open(self) -> Any:
+        """The value again; its tensors share the arrays' memory where that may be written to."""
+        sys.path += [folder for folder in self.folders if folder not in sys.path]
+        return _Unpacker(io.BytesIO(self.rest), self.arrays).load()
+
+
+class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO, seen: dict[int, tuple[Tensor, np.ndarray]]) -> None:
+        super().__init__(file)
+        self.seen = seen
+        self.arrays: list[np.ndarray] = []
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if type(obj) is not Tensor:
+            return None
+        try:
+            _, array = self.seen.setdefault(id(obj), (obj, obj.numpy()))
+        except (TypeError, RuntimeError):  # on a GPU, of a type that numpy does not have, or with a gradient
+            return None
+        self.arrays.append(array)
+        return len(self.arrays) - 1
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, arrays: list[np.ndarray]) -> None:
+        super().__init__(file)
+        self.arrays = arrays
+
+    def persistent_load(self, pid: int) -> Tensor:
+        return torch.from_numpy(np.require(np.asarray(self.arrays[pid]), requirements="W"))
+
+
+def _parallel(jobs: int | None, default: int) -> Any:
+    """The engine: joblib's active backend, with `jobs`, else as many as it is configured for, else `default`.
+
+    One run at a time goes to a worker and comes back as soon as it has finished, where the backend can do that.
+    """
+    import joblib
+
+    backend, configured = cast(tuple[Any, int | None], joblib.parallel.get_active_backend())
+    ready = "generator_unordered" if backend.supports_return_generator else "list"
+    options: dict[str, Any] = {"batch_size": 1, "return_as": ready, "mmap_mode": "c"}
+    return joblib.Parallel(n_jobs=jobs or (default if configured in (None, 1) else configured), **options)
+
+
+def _finish(job: "Job | Parcel") -> tuple[str, Record | None, str]:
+    return (job.open() if isinstance(job, Parcel) else job).finish()

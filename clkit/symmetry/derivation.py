@@ -117,11 +117,12 @@ class Walk:
         if node.op != "call_function" or not any(map(is_shape, tree_leaves(_shapes(value), is_leaf=is_shape))):
             return None
         arguments = _bind(node, current)
-        weight = node.args[1] if base_name(node).startswith("conv") else None
+        name = base_name(node)
+        weight = node.args[1] if name.startswith("conv") else None
         fibre = self.fibres.get(program.sources.get(getattr(weight, "name", ""), ""))
-        why = f"{base_name(node)} ({node.name})"
-        result = propagate(Call(self.points, why, _shapes(value), arguments, self.constants, fibre), node.target)
-        if base_name(node) in ("lift_fresh_copy", "detach", "clone", "alias"):
+        why, shapes = f"{name} ({node.name})", _shapes(value)
+        result = propagate(Call(name, node.target, self.points, why, shapes, arguments, self.constants, fibre))
+        if name in ("lift_fresh_copy", "detach", "clone", "alias"):
             kept = arguments.get("self")
             if kept in self.constants:
                 self.constants[result] = self.constants[kept]

@@ -1,12 +1,16 @@
-"""Rules for operations that move elements, or work on each by itself: their labels move the same way."""
+"""The table of rules, and those for operations that move elements or work on each by itself.
 
-from collections.abc import Sequence
+A rule ties and pins points until the operation commutes with every permutation that is left. It returns the label of
+the operation's result, a list where there are several, or `NotImplemented` for a case that it does not understand.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from clkit.symmetry.labels import (
@@ -28,8 +32,11 @@ from clkit.symmetry.points import Ids, Points
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One operation at work: where points are tied, its name for reports, its result's shape, its arguments."""
+    """One operation at work: its ATen name, what computes it, where points are tied, its name for reports, its result's
+    shape, its arguments."""
 
+    name: str
+    target: Any
     points: Points
     why: str
     shape: Any
@@ -44,16 +51,36 @@ class Call:
         """The labels among the named arguments."""
         return [a for name in names if isinstance(a := self.arguments.get(name), Label)]
 
-    def dim(self, name: str = "dim", of: str = "self") -> int:
-        """A dimension argument, counted from the front."""
-        return self[name] % len(self[of].dims)
+    def dim(self) -> int:
+        """The argument `dim`, counted from the front."""
+        return self["dim"] % len(self["self"].dims)
+
+
+Rule = Callable[[Call], Any]
+RULES: dict[str, Rule] = {}  # by an operation's ATen name, without its overload and the underscore of what is in place
+
+
+def rule(operations: str) -> Callable[[Rule], Rule]:
+    """Enters a function in the table under the names of the operations that it is for."""
+
+    def enter(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operations.split(), function))
+        return function
+
+    return enter
 
 
 def is_shape(value: Any) -> bool:
-    """Is it the shape of one tensor (and not a list of shapes)?"""
+    """Whether it is the shape of one tensor, and not a list of shapes."""
     return isinstance(value, torch.Size)
 
 
+def reason(label: Label, dims: Sequence[int]) -> str:
+    """Why the first fixed factor of some dimensions is."""
+    return next((f.why for d in dims for f in label.dims[d] if f.why), "position")
+
+
+@rule("copy rsub masked_fill floor_divide")
 def pointwise_rule(call: Call) -> Any:
     """Elementwise, with broadcasting."""
     if not is_shape(call.shape):
@@ -61,127 +88,92 @@ def pointwise_rule(call: Call) -> Any:
     return join(call.points, [a for a in tree_leaves(call.arguments) if isinstance(a, Label)], call.why)
 
 
-def filled_rule(call: Call) -> Label:
-    """One number everywhere."""
-    return expand(Label(((),) * len(call.shape)), call.shape)
-
-
+@rule("alias clone contiguous detach lift_fresh_copy to _to_copy type_as fill zero")
+@rule("dropout feature_dropout alpha_dropout hardswish relu6 log_sigmoid")
 def same_rule(call: Call) -> Label:
     """Each element stays where it is."""
     return call.labels(*call.arguments)[0]
 
 
+@rule("zeros_like ones_like full_like")
+def filled_rule(call: Call) -> Label:
+    """One number everywhere."""
+    return expand(Label(((),) * len(call.shape)), call.shape)
+
+
+@rule("new_zeros new_ones new_full new_empty empty_like")
 def constant_rule(call: Call) -> Label:
     """A tensor that knows the shape of another only."""
     return fixed(call.shape, "constant")
 
 
+@rule("view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as")
 def reshape_rule(call: Call) -> Label:
     """The same elements in row-major order in another shape."""
     return reshape(call.points, same_rule(call), call.shape, call.why)
 
 
-def permute_rule(call: Call) -> Label:
-    """`permute`."""
-    return reorder(call["self"], [d % len(call["self"].dims) for d in call["dims"]])
-
-
-def transpose_rule(call: Call) -> Label:
-    """`transpose`, `t`, `mT`: two dimensions change places (the last two if none are named)."""
-    rank = len(call["self"].dims)
-    order = list(range(rank))
-    if rank > 1:
-        a, b = (d % rank for d in [v for k, v in call.arguments.items() if k != "self"] or (-1, -2))
-        order[a], order[b] = b, a
-    return reorder(call["self"], order)
-
-
-def reverse_rule(call: Call) -> Label:
-    """`T`: the dimensions in reverse."""
-    return reorder(call["self"], range(len(call["self"].dims))[::-1])
-
-
+@rule("expand expand_as broadcast_to")
 def expand_rule(call: Call) -> Label:
     """Repeats without a copy."""
     return expand(call["self"], call.shape)
 
 
-def take_rule(call: Call, dim: int, index: Sequence[int] | Ids) -> Label:
-    """Known indices along a dimension."""
-    return gather(call.points, call["self"], dim, np.asarray(index, np.int64), call.why)
+@rule("permute transpose swapaxes swapdims t mT")
+def transpose_rule(call: Call) -> Label:
+    """Dimensions in another order, which the operation shows on a tensor of the sizes 1, 2, 3, ..."""
+    sizes = torch.empty([*range(1, len(call["self"].dims) + 1)], device="meta")
+    return reorder(call["self"], [n - 1 for n in call.target(**call.arguments | {"self": sizes}).shape])
 
 
-def slice_rule(call: Call) -> Label:
-    """Every so many from here to there along a dimension."""
-    dim = call.dim()
-    picked = range(call["self"].shape[dim])[slice(call["start"], call["end"], call["step"])]
-    return take_rule(call, dim, picked)
+@rule("numpy_T")
+def reverse_rule(call: Call) -> Label:
+    """`T`: the dimensions in reverse."""
+    return reorder(call["self"], range(len(call["self"].dims))[::-1])
 
 
-def select_rule(call: Call) -> Label:
-    """One index of a dimension, which goes."""
-    dim = call.dim()
-    label = take_rule(call, dim, [call["index"] % call["self"].shape[dim]])
-    return reorder(label, [d for d in range(len(label.dims)) if d != dim])
+@rule("slice select narrow split split_with_sizes chunk tensor_split unbind index_select roll flip channel_shuffle")
+def take_rule(call: Call) -> Any:
+    """Elements at known indices along dimensions, for `channel_shuffle` along the channels."""
+    return _take(call, call.target, call["self"], call.arguments.get("dims", [call.arguments.get("dim", 1)]))
 
 
-def narrow_rule(call: Call) -> Label:
-    """A run of indices along a dimension."""
-    return take_rule(call, call.dim(), range(call["start"], call["start"] + call["length"]))
+@rule("repeat")
+def repeat_rule(call: Call) -> Any:
+    """All dimensions, and new ones in front, one after the other several times."""
+    shape = call["self"].shape
+    label = expand(call["self"], [1] * (len(call["repeats"]) - len(shape)) + [*shape])
+    return _take(call, call.target, label, range(len(label.dims)))
 
 
-def pieces_rule(call: Call) -> list[Label]:
-    """`split`, `chunk` and their kin: runs one after the other."""
-    dim = call.dim()
-    stops = np.cumsum([0, *(shape[dim] for shape in call.shape)])
-    return [take_rule(call, dim, range(a, b)) for a, b in pairwise(stops)]
-
-
-def unbind_rule(call: Call) -> list[Label]:
-    """All indices of a dimension, one result each."""
-    dim = call.dim()
-    rest = [d for d in range(len(call["self"].dims)) if d != dim]
-    return [reorder(take_rule(call, dim, [i]), rest) for i in range(call["self"].shape[dim])]
-
-
-def roll_rule(call: Call) -> Any:
-    """Cyclic shifts along dimensions."""
-    label = call["self"]
-    if len(call["dims"]) != len(call["shifts"]):
-        return NotImplemented
-    for shift, dim in zip(call["shifts"], call["dims"], strict=True):
-        index = np.roll(np.arange(label.shape[dim]), shift)
-        label = gather(call.points, label, dim % len(label.dims), index, call.why)
-    return label
-
-
-def flip_rule(call: Call) -> Label:
-    """Reversed dimensions."""
-    label = call["self"]
-    for dim in call["dims"]:
-        index = np.arange(label.shape[dim])[::-1]
-        label = gather(call.points, label, dim % len(label.dims), index, call.why)
-    return label
-
-
-def repeat_rule(call: Call) -> Label:
-    """`repeat`: whole dimensions one after the other."""
-    label = call["self"]
-    label = Label(((),) * (len(call["repeats"]) - len(label.dims)) + label.dims, label.parts)
-    for dim, times in enumerate(call["repeats"]):
-        index = np.tile(np.arange(label.shape[dim]), times)
-        label = gather(call.points, label, dim, index, call.why)
-    return label
-
-
+@rule("repeat_interleave")
 def repeat_interleave_rule(call: Call) -> Any:
     """Every index of a dimension so many times."""
     if not isinstance(call.arguments.get("repeats"), int) or call["dim"] is None:
         return NotImplemented
-    dim = call.dim()
-    return take_rule(call, dim, np.repeat(np.arange(call["self"].shape[dim]), call["repeats"]))
+    return take_rule(call)
 
 
+def _take(call: Call, operation: Any, label: Label, dims: Sequence[int], but: str = "") -> Any:
+    """The label of what an operation takes along dimensions: it shows the indices on the numbers 0, 1, 2, ..."""
+    given = {k: call.constants.get(a) if isinstance(a, Label) else a for k, a in call.arguments.items()}
+    given = {k: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for k, a in given.items()}
+    if not dims or given.get("index", 0) is None:
+        return NotImplemented
+    rank, taken = len(label.dims), [label] * (1 if is_shape(call.shape) else len(call.shape))
+    for dim in (d % rank for d in dims):
+        numbers = torch.arange(label.shape[dim]).view([-1 if d == dim else 1 for d in range(rank)])
+        shown = operation(**{k: a for k, a in given.items() if k != but} | {"self": numbers})
+        for i, moved in enumerate([shown] if isinstance(shown, Tensor) else shown):
+            line = tuple(slice(None) if d == dim else 0 for d in range(rank))
+            index = moved[line] if moved.ndim == rank else moved.reshape(-1)
+            taken[i] = gather(call.points, taken[i], dim, index.numpy(), call.why)
+            if moved.ndim < rank:
+                taken[i] = reorder(taken[i], [d for d in range(rank) if d != dim])
+    return taken[0] if is_shape(call.shape) else taken
+
+
+@rule("index")
 def index_rule(call: Call) -> Any:
     """Indexing by tensors: by known numbers along one dimension; unknown ones pin the dimensions they index."""
     label, indices = call["self"], call["indices"]
@@ -190,43 +182,31 @@ def index_rule(call: Call) -> Any:
     if any(isinstance(i, Label) and i.parts for i in indices) or places != list(range(places[0], places[-1] + 1)):
         return NotImplemented
     if len(places) == 1 and values[0] is not None and values[0].ndim == 1:
-        return take_rule(call, places[0], values[0] % label.shape[places[0]])
+        return gather(call.points, label, places[0], values[0] % label.shape[places[0]], call.why)
     label = drop(call.points, label, label.touching(places), call.why)
     tail = len(label.dims) - places[-1] - 1
     new = fixed(call.shape[places[0] : len(call.shape) - tail], call.why).dims
     return Label((*label.dims[: places[0]], *new, *label.dims[places[-1] + 1 :]), label.parts)
 
 
-def index_select_rule(call: Call) -> Any:
-    """Known numbers along one dimension."""
-    value = call.constants.get(call["index"])
-    return NotImplemented if value is None else take_rule(call, call.dim(), value)
-
-
-def slice_scatter_rule(call: Call) -> Label:
-    """A copy with a slice written over."""
-    piece = slice_rule(call)
-    join(call.points, [piece, call["src"]], call.why)
-    return _written(call["self"], call.why)
-
-
-def select_scatter_rule(call: Call) -> Label:
-    """A copy with one index of a dimension written over."""
-    join(call.points, [select_rule(call), call["src"]], call.why)
-    return _written(call["self"], call.why)
-
-
-def _written(label: Label, why: str) -> Label:
-    dims = [[f if f.why or label.part(f) else Factor(f.size, why) for f in row] for row in label.dims]
+@rule("slice_scatter select_scatter")
+def scatter_rule(call: Call) -> Label:
+    """A copy with a slice, or with one index of a dimension, written over."""
+    label, aten = call["self"], torch.ops.aten
+    taken = aten.select.int if "index" in call.arguments else aten.slice.Tensor
+    join(call.points, [_take(call, taken, label, [call["dim"]], but="src"), call["src"]], call.why)
+    dims = [[f if f.why or label.part(f) else Factor(f.size, call.why) for f in row] for row in label.dims]
     return Label(tuple(tuple(row) for row in dims), label.parts)
 
 
+@rule("cat concat concatenate")
 def cat_rule(call: Call) -> Label:
     """One after the other along a dimension."""
     labels = [label for label in call["tensors"] if 0 not in label.shape]
     return cat(call.points, labels, call["dim"] % len(labels[0].dims), call.why)
 
 
+@rule("stack")
 def stack_rule(call: Call) -> Label:
     """One after the other along a new dimension."""
     dim = call["dim"] % (len(call["tensors"][0].dims) + 1)
@@ -234,6 +214,7 @@ def stack_rule(call: Call) -> Label:
     return cat(call.points, labels, dim, call.why)
 
 
+@rule("pad constant_pad_nd")
 def pad_rule(call: Call) -> Label:
     """Constant padding moves with the rest; other kinds pin the dimensions they pad."""
     label, pad = call["self"], call["pad"]
@@ -254,22 +235,9 @@ def pad_rule(call: Call) -> Label:
     return label
 
 
-def shuffle_rule(call: Call) -> Label:
-    """`channel_shuffle`."""
-    label, groups = call["self"], call["groups"]
-    n, c, *space = label.shape
-    label = reshape(call.points, label, (n, groups, c // groups, *space), call.why)
-    label = reorder(label, [0, 2, 1, *range(3, len(label.dims))])
-    return reshape(call.points, label, (n, c, *space), call.why)
-
-
+@rule("glu")
 def glu_rule(call: Call) -> Label:
     """The first half of a dimension times the sigmoid of the second."""
-    dim = call.dim()
-    half = call["self"].shape[dim] // 2
-    return join(call.points, [take_rule(call, dim, range(half)), take_rule(call, dim, range(half, 2 * half))], call.why)
-
-
-def reason(label: Label, dims: Sequence[int]) -> str:
-    """Why the first fixed factor of some dimensions is."""
-    return next((f.why for d in dims for f in label.dims[d] if f.why), "position")
+    label, dim = call["self"], call.dim()
+    halves = np.split(np.arange(label.shape[dim]), 2)
+    return join(call.points, [gather(call.points, label, dim, half, call.why) for half in halves], call.why)

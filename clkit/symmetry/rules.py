@@ -5,13 +5,12 @@ of its result (a list where there are several). Elementwise operations need no e
 elementwise nor in the table has all its operands pinned, which costs coverage and never correctness.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clkit.symmetry import moving
 from clkit.symmetry.labels import (
     Factor,
     Label,
@@ -28,7 +27,7 @@ from clkit.symmetry.labels import (
     still,
     whole,
 )  # fmt: skip
-from clkit.symmetry.moving import Call, is_shape, pointwise_rule, reason, same_rule
+from clkit.symmetry.moving import RULES, Call, Rule, is_shape, pointwise_rule, reason, rule, same_rule
 from clkit.symmetry.points import Ids, Points
 
 LETTERS = "abcdefghijklmnop"
@@ -38,6 +37,7 @@ def _contract(call: Call, labels: Sequence[Label], terms: Sequence[str], out: st
     return contract(call.points, labels, terms, out, call.why)
 
 
+@rule("linear")
 def linear_rule(call: Call) -> Label:
     """x @ weight.T + bias."""
     rows = LETTERS[: len(call["input"].dims) - 1]
@@ -52,17 +52,20 @@ def _product(call: Call, a: Label, b: Label) -> Label:
     return _contract(call, [a, b], terms, outer + x[:-1] + y[1:])
 
 
+@rule("matmul mm bmm mv dot")
 def matmul_rule(call: Call) -> Label:
     """`matmul` and its special cases."""
     return _product(call, *call.labels(*call.arguments))
 
 
+@rule("addmm baddbmm addmv")
 def addmm_rule(call: Call) -> Label:
     """A sum with a matrix product."""
     first, a, b = call.labels(*call.arguments)
     return join(call.points, [first, _product(call, a, b)], call.why)
 
 
+@rule("einsum")
 def einsum_rule(call: Call) -> Any:
     """`einsum`, but for traces."""
     equation, labels = call["equation"].replace(" ", ""), call["tensors"]
@@ -80,6 +83,7 @@ def einsum_rule(call: Call) -> Any:
     return _contract(call, labels, terms, out.replace("...", dots))
 
 
+@rule("scaled_dot_product_attention")
 def attention_rule(call: Call) -> Any:
     """Scaled dot-product attention; a causal mask pins the positions."""
     query, key, value = call.labels("query", "key", "value")
@@ -95,6 +99,7 @@ def attention_rule(call: Call) -> Any:
     return _contract(call, [scores, value], [outer + "xy", outer + "yz"], outer + "xz")
 
 
+@rule("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d")
 def convolution_rule(call: Call) -> Any:
     """Convolutions: like a product over channels; positions in images and kernels are pinned."""
     x, weight = call["input"], call["weight"]
@@ -146,11 +151,15 @@ def line(points: Points, label: Label, dim: int, why: str) -> Ids:
     return parts[0].points if parts else still(points, label.shape[dim], reason(label, [dim]))
 
 
+@rule("max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
+@rule("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
+@rule("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d")
+@rule("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d")
 def spatial_rule(call: Call) -> Any:
     """Pooling and resizing: the last dimensions are pinned."""
     shapes = tree_leaves(call.shape, is_leaf=is_shape)
     label, rank = same_rule(call), len(shapes[0])
-    count = next(int(c) for c in call.why if c.isdigit())  # the operation's name says how many
+    count = next(int(c) for c in call.name if c.isdigit())  # the operation's name says how many
     dims = range(rank - count, rank)
     why = reason(label, dims)
     label = drop(call.points, label, label.touching(dims), call.why)
@@ -165,6 +174,7 @@ def _channels(call: Call, label: Label, *names: str) -> Label:
     return join(call.points, [label, *spread], call.why)
 
 
+@rule("batch_norm _native_batch_norm_legit_no_training instance_norm")
 def batch_norm_rule(call: Call) -> Any:
     """Normalisation of each channel."""
     label = call["input"]
@@ -174,6 +184,7 @@ def batch_norm_rule(call: Call) -> Any:
     return out if is_shape(call.shape) else [out, *(fixed(s, call.why) for s in call.shape[1:])]
 
 
+@rule("group_norm")
 def group_norm_rule(call: Call) -> Label:
     """Normalisation of each run of channels: these move in blocks."""
     label, shape = call["input"], call["input"].shape
@@ -183,6 +194,7 @@ def group_norm_rule(call: Call) -> Label:
     return _channels(call, label, "weight", "bias")
 
 
+@rule("layer_norm rms_norm")
 def layer_norm_rule(call: Call) -> Label:
     """Normalisation over the last dimensions."""
     label, rank = call["input"], len(call["input"].dims)
@@ -190,12 +202,14 @@ def layer_norm_rule(call: Call) -> Label:
     return join(call.points, [label, *call.labels("weight", "bias")], call.why)
 
 
+@rule("softmax log_softmax _softmax _log_softmax _safe_softmax")
 def softmax_rule(call: Call) -> Label:
     """A dimension is normalised whatever its order."""
     split(call.points, call["self"], [call.dim()], call.why)
     return call["self"]
 
 
+@rule("mean sum amax amin var std norm linalg_vector_norm logsumexp prod any all")
 def reduce_rule(call: Call) -> Label:
     """Sums and the like, over some or all dimensions."""
     label, dims = call["self"], call.arguments.get("dim")
@@ -204,6 +218,7 @@ def reduce_rule(call: Call) -> Label:
     return reduce(call.points, label, list(dims), bool(call.arguments.get("keepdim")), call.why)
 
 
+@rule("cumsum cumprod sort argsort topk max min argmax argmin")
 def ordered_rule(call: Call) -> Any:
     """Operations that look at the order along one dimension: that one is pinned."""
     if call.arguments.get("dim") is None:
@@ -218,22 +233,24 @@ def ordered_rule(call: Call) -> Any:
     return out if is_shape(call.shape) else [out for _ in shapes]
 
 
+@rule("embedding")
 def embedding_rule(call: Call) -> Label:
     """Rows of a weight that the input picks."""
     weight = drop(call.points, call["weight"], call["weight"].touching([0]), "input")
     return Label((*fixed(call.shape[:-1], "input").dims, weight.dims[1]), weight.parts)
 
 
+@rule("prelu")
 def prelu_rule(call: Call) -> Label:
     """Leaky ReLU with a slope for each channel."""
     return _channels(call, call["self"], "weight") if len(call["self"].dims) > 1 else pointwise_rule(call)
 
 
-def propagate(call: Call, target: Any) -> Any:
+def propagate(call: Call) -> Any:
     """The label of an operation's result, nested as the result is."""
     operands = [a for a in tree_leaves(call.arguments) if isinstance(a, Label)]
     live = any(label.parts for label in operands)
-    result = rule(call) if live and (rule := _rule(target)) else NotImplemented
+    result = known(call) if live and (known := _rule(call)) else NotImplemented
     if result is not NotImplemented:
         return result
     reasons = [f.why for label in operands for row in label.dims for f in row if f.why]
@@ -243,60 +260,10 @@ def propagate(call: Call, target: Any) -> Any:
     return tree_map(lambda shape: None if shape is None else fixed(shape, why), call.shape, is_leaf=is_shape)
 
 
-def _rule(target: Any) -> Callable[[Call], Any] | None:
+def _rule(call: Call) -> Rule | None:
+    target = call.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
     if torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags:
-        return moving.pointwise_rule
-    return RULES.get(target._schema.name.removeprefix("aten::").rstrip("_"))
-
-
-_TABLE: tuple[tuple[str, Callable[[Call], Any]], ...] = (
-    ("alias clone contiguous detach lift_fresh_copy to _to_copy type_as fill zero", moving.same_rule),
-    ("dropout feature_dropout alpha_dropout hardswish relu6 log_sigmoid", moving.same_rule),
-    ("copy rsub masked_fill floor_divide", moving.pointwise_rule),
-    ("zeros_like ones_like full_like", moving.filled_rule),
-    ("new_zeros new_ones new_full new_empty empty_like", moving.constant_rule),
-    ("view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as", moving.reshape_rule),
-    ("permute", moving.permute_rule),
-    ("transpose swapaxes swapdims t mT", moving.transpose_rule),
-    ("numpy_T", moving.reverse_rule),
-    ("expand expand_as broadcast_to", moving.expand_rule),
-    ("slice", moving.slice_rule),
-    ("select", moving.select_rule),
-    ("narrow", moving.narrow_rule),
-    ("split split_with_sizes chunk tensor_split", moving.pieces_rule),
-    ("unbind", moving.unbind_rule),
-    ("roll", moving.roll_rule),
-    ("flip", moving.flip_rule),
-    ("repeat", moving.repeat_rule),
-    ("repeat_interleave", moving.repeat_interleave_rule),
-    ("index", moving.index_rule),
-    ("index_select", moving.index_select_rule),
-    ("slice_scatter", moving.slice_scatter_rule),
-    ("select_scatter", moving.select_scatter_rule),
-    ("cat concat concatenate", moving.cat_rule),
-    ("stack", moving.stack_rule),
-    ("pad constant_pad_nd", moving.pad_rule),
-    ("channel_shuffle", moving.shuffle_rule),
-    ("glu", moving.glu_rule),
-    ("prelu", prelu_rule),
-    ("linear", linear_rule),
-    ("matmul mm bmm mv dot", matmul_rule),
-    ("addmm baddbmm addmv", addmm_rule),
-    ("einsum", einsum_rule),
-    ("scaled_dot_product_attention", attention_rule),
-    ("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d", convolution_rule),
-    ("max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d", spatial_rule),
-    ("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", spatial_rule),
-    ("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", spatial_rule),
-    ("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d", spatial_rule),
-    ("batch_norm _native_batch_norm_legit_no_training instance_norm", batch_norm_rule),
-    ("group_norm", group_norm_rule),
-    ("layer_norm rms_norm", layer_norm_rule),
-    ("softmax log_softmax _softmax _log_softmax _safe_softmax", softmax_rule),
-    ("mean sum amax amin var std norm linalg_vector_norm logsumexp prod any all", reduce_rule),
-    ("cumsum cumprod sort argsort topk max min argmax argmin", ordered_rule),
-    ("embedding", embedding_rule),
-)
-RULES = {name: rule for names, rule in _TABLE for name in names.split()}
+        return pointwise_rule
+    return RULES.get(call.name)

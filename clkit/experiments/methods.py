@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Model = nn.Module | ModelFactory
 SWEPT = (Mapping, list, tuple, range, np.ndarray)
-PARTS = ("consolidation", "learner", "training", "model", "stream")
+_PARTS = ("consolidation", "learner", "training", "model", "stream")
 """What a run consists of, in the order in which their settings get the plain names of columns."""
 
 
@@ -127,10 +127,10 @@ def with_settings(
         rows.append([_plain(part) for part in (*parts, streams[stream])])
         for k, part in enumerate(parts[:2]):
             kinds = [word(type(each)) for each in (part.parts if isinstance(part, Sum) else [part])]
-            rows[-1][k] = {PARTS[k]: ("none" if part is None else " + ".join(kinds), True)} | rows[-1][k]
+            rows[-1][k] = {_PARTS[k]: ("none" if part is None else " + ".join(kinds), True)} | rows[-1][k]
     table, added = table.copy(), []
     place = len(table.columns) - ("hash" in table)
-    for k, part in enumerate(PARTS):
+    for k, part in enumerate(_PARTS):
         told = dict.fromkeys(name for row in rows for name, (_, tells) in row[k].items() if tells)
         for name in told:
             column = [row[k].get(name, (None,))[0] for row in rows]

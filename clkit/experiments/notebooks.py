@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from clkit import checks
 from clkit.experiments.pages import repository, suffix
 from clkit.store import write_text
 
@@ -47,9 +47,7 @@ def find(names: Sequence[str] = (), root: Path | None = None) -> list[Path]:
         stem = name.removesuffix(".ipynb").rpartition("/")[2]
         found = [path for known_name, path in known.items() if known_name.startswith(stem)]
         if not found:
-            close = get_close_matches(stem, known, 1, 0.3)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"no notebook begins with {name!r}; there are {', '.join(known)}{hint}")
+            raise checks.unknown("names", name, known, cutoff=0.3)
         chosen |= dict.fromkeys(found)
     return sorted(chosen) if names else list(known.values())
 
@@ -113,7 +111,11 @@ def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: boo
     )
     started, begun, error = time.perf_counter(), time.time(), ""
     try:
-        asyncio.run(client.async_execute(env=env))
+        with tempfile.TemporaryDirectory(prefix="clkit") as sockets:
+            manager: Any = client.create_kernel_manager()
+            if os.name == "posix":  # over TCP a kernel warns, in the midst of the progress bar, that others may listen
+                manager.transport, manager.ip = "ipc", str(Path(sockets) / "kernel")
+            asyncio.run(client.async_execute(env=env))
     except CellExecutionError as failure:
         error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
     except DeadKernelError:
@@ -121,7 +123,8 @@ def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: boo
     seconds = time.perf_counter() - started
     if check and not error:
         pairs = zip(book.cells, stored, strict=True)
-        changed = [i for i, (cell, old) in enumerate(pairs) if _compared(cell) and _printed(cell) != old]
+        tagged = [(i, cell, old) for i, (cell, old) in enumerate(pairs) if COMPARED in cell.metadata.get("tags", [])]
+        changed = [i for i, cell, old in tagged if _printed(cell) != old]
         error = f"cells {changed} print other than what is stored" if changed else ""
     if write and not error:
         write_text(path, nbformat.writes(normalise(book)) + "\n")
@@ -166,10 +169,6 @@ def _passing(output: Any) -> bool:
         return output.name == "stderr"
     data = output.get("data", {})
     return WIDGET in data and bool(re.match(r"\s*([^|]*:\s*)?\d+%\|", data.get("text/plain", "")))
-
-
-def _compared(cell: Any) -> bool:
-    return COMPARED in cell.metadata.get("tags", [])
 
 
 def _printed(cell: Any) -> str:

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from clkit import checks
 from clkit.store import Records, cache_root, digest, plain, source_digest, write_atomically, write_json, write_text
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from clkit.experiments.sweep import Comparison, Study
 
-Profile = Literal["fast", "paper"]
+PROFILES = ("fast", "paper")
 T = TypeVar("T")
 DPI = 200
 
@@ -30,13 +31,10 @@ def page(name: str, profile: str | None = None) -> "Page":
     `profile` is "fast" (the laptop) or "paper" (the paper's own scale), by default $CLKIT_PROFILE, else "fast".
     Figures go to the repository's figures folder, or to $CLKIT_FIGURES.
     """
-    chosen = profile or os.environ.get("CLKIT_PROFILE") or "fast"
-    if chosen not in get_args(Profile):
-        raise ValueError(f"profile: {chosen!r} is unknown; choose one of {', '.join(get_args(Profile))}")
+    chosen = checks.choice("profile", profile or os.environ.get("CLKIT_PROFILE") or "fast", PROFILES)
     _check_name("name", name)
     root = repository()
-    folder = os.environ.get("CLKIT_FIGURES")
-    return Page(name, chosen, root, Path(folder) if folder else root / "figures")
+    return Page(name, chosen, root, Path(os.environ.get("CLKIT_FIGURES") or root / "figures"))
 
 
 def repository(start: Path | None = None) -> Path:

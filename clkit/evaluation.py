@@ -1,6 +1,7 @@
 """How well a model does on the tasks of a stream; on the device, in one pass."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import log
 from typing import NamedTuple
 
@@ -9,9 +10,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from clkit.data import Stream, Task, Text
+from clkit import checks
+from clkit.data import Examples, Problem, Stream, Task, Text
 from clkit.data.core import IGNORED
-from clkit.weights import Weights, check_same, evaluation_mode, live_tensors
+from clkit.weights import Weights, check_same, evaluation_mode, live_tensors, set_weights
 
 EVALUATION_BATCH = 1024
 LOGITS = 2**24  # numbers that the logits of a batch may have, where a row has many targets
@@ -29,7 +31,13 @@ class Evaluation(NamedTuple):
     loss: np.ndarray
 
 
-@torch.no_grad()
+class Score(NamedTuple):
+    """How well weights do on examples: the mean loss, and the accuracy in [0, 1], over all classes."""
+
+    loss: float
+    accuracy: float
+
+
 def evaluate(
     model: nn.Module,
     stream: Stream,
@@ -39,50 +47,91 @@ def evaluate(
 ) -> Evaluation:
     """Tests a model, in evaluation mode, on the test data of every task of a stream; one host synchronisation in all.
 
-    `predict` maps a model, prepared inputs and a task (in the "task" scenario, else None) to logits; the default
-    calls the model. Batches of token targets are smaller than `batch` where their logits would take much memory.
-    The training flags of the model's modules are as before afterwards.
+    `predict` maps a model, prepared inputs (N, ...) and a task (in the "task" scenario, else None) to logits (N, C), or
+    (N, L, C) for tokens; the default calls the model. Batches of token targets are smaller than `batch` where their
+    logits would take much memory. The training flags of the model's modules are as before afterwards. Raises ValueError
+    for a model with fewer outputs than the stream has classes.
     """
-    predict = predict or (lambda model, x, task: model(x))
+
+    def logits(task: Task, x: Tensor) -> Tensor:
+        x = task.prepare(x)
+        return predict(model, x, task if stream.scenario == "task" else None) if predict else model(x)
+
+    rows = [_means(model, partial(logits, t), t.test, t.classes, len(stream.classes), batch) for t in stream]
+    hits, masked, loss = torch.stack(rows, 1).cpu().numpy()
+    return Evaluation(masked.copy() if stream.scenario == "task" else hits, masked, loss)
+
+
+def score(model: nn.Module, examples: Examples, weights: Weights) -> Score:
+    """Judges weights, written into `model`, by prepared examples on its device, in evaluation mode."""
+    set_weights(model, weights)
+    accuracy, _, loss = _means(model, model, examples).tolist()
+    return Score(loss, accuracy)
+
+
+@torch.no_grad()
+def _means(
+    model: nn.Module,
+    logits_of: Callable[[Tensor], Tensor],
+    examples: Examples,
+    own: Sequence[int] = (0,),
+    classes: int = 1,
+    batch: int = EVALUATION_BATCH,
+) -> Tensor:
+    """The accuracy, the accuracy among the classes `own`, and the loss, means over all targets: (3,), on the device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    rows = []
+    among = torch.tensor(own, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     with evaluation_mode(model):
-        for task in stream:
-            rows_each = min(batch, max(1, LOGITS // (task.test.y[0].numel() * len(stream.classes))))
-            own = torch.tensor(task.classes, device=device)
-            sums = torch.zeros(4, dtype=torch.float64, device=device)
-            for start in range(0, len(task.test), rows_each):
-                part = task.test[start : start + rows_each].to(device)
-                logits = predict(model, task.prepare(part.x), task if stream.scenario == "task" else None).float()
-                if logits.shape[-1] < len(stream.classes):
-                    raise ValueError(
-                        f"model: it has {logits.shape[-1]} outputs and the stream {len(stream.classes)} classes; "
-                        "give it a head for all of them"
-                    )
-                inside = logits[..., own]
-                loss = nn.functional.cross_entropy(logits.flatten(0, -2), part.y.flatten(), reduction="sum")
-                hits = (logits.argmax(-1) == part.y).sum()
-                masked = (own[inside.argmax(-1)] == part.y).sum()
-                counted = (part.y != IGNORED).sum()
-                sums += torch.stack([masked if stream.scenario == "task" else hits, masked, loss, counted]).double()
-            rows.append(sums[:3] / sums[3])
-    return Evaluation(*torch.stack(rows, 1).cpu().numpy())
+        rows = min(batch, max(1, LOGITS // (examples.y[0].numel() * classes)))
+        for start in range(0, len(examples), rows):
+            part = examples[start : start + rows].to(device)
+            logits = logits_of(part.x).float()
+            if logits.shape[-1] < classes:
+                raise ValueError(
+                    f"model: it has {logits.shape[-1]} outputs and the stream {classes} classes; "
+                    "give it a head for all of them"
+                )
+            loss = nn.functional.cross_entropy(logits.flatten(0, -2), part.y.flatten(), reduction="sum")
+            hits = (logits.argmax(-1) == part.y).sum()
+            masked = (among[logits[..., among].argmax(-1)] == part.y).sum()
+            sums += torch.stack([hits, masked, loss, (part.y != IGNORED).sum()]).double()
+    return sums[:3] / sums[3]
 
 
 @torch.no_grad()
 def outputs(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
-    """What `model` gives for prepared inputs with other `weights` in place of its own: a teacher's logits.
+    """What `model` gives for prepared inputs (N, ...) with other `weights` in place of its own: a teacher's logits.
 
-    In evaluation mode and without a gradient; the model's own weights, statistics and training flags stay as they are.
+    They are (N, C), or (N, L, C) for tokens; in evaluation mode and without a gradient. The model's own weights,
+    statistics and training flags stay as they are.
     """
     with evaluation_mode(model):
         return torch.func.functional_call(model, dict(weights), (x,))
 
 
 def side_pass(model: nn.Module, x: Tensor) -> Tensor:
-    """What `model` gives for prepared inputs in the mode it is in, with gradients, its buffers left as they are."""
+    """What `model` gives for prepared inputs (N, ...) in the mode it is in, its buffers left as they are.
+
+    Logits (N, C), or (N, L, C) for tokens, with gradients.
+    """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return torch.func.functional_call(model, buffers, (x,))
+
+
+@torch.no_grad()
+def continued(model: nn.Module, x: Tensor, length: int, *, context: int, weights: Weights | None = None) -> Tensor:
+    """The `length` tokens (N, length) by which a model continues prompts `x` (N, L), the likeliest one each time.
+
+    The model, tokens (N, L) to logits (N, L, C), sees the last `context` tokens. `weights` on its device take the place
+    of its own. In evaluation mode; the model stays as it is.
+    """
+    start = x.shape[1]
+    with evaluation_mode(model):
+        for _ in range(length):
+            logits = torch.func.functional_call(model, dict(weights or {}), (x[:, -context:],))
+            x = torch.cat([x, logits[:, -1:].argmax(-1)], 1)
+    return x[:, start:]
 
 
 def bits_per_byte(losses: ArrayLike, bytes_per_token: float | Sequence[float] = 1.0) -> np.ndarray:
@@ -90,7 +139,7 @@ def bits_per_byte(losses: ArrayLike, bytes_per_token: float | Sequence[float] = 
 
     `losses` (..., tasks), such as the matrix `result.losses` of a run. `bytes_per_token` is 1 where tokens are bytes,
     else one number for each task: `[text.bytes_per_token for text in datasets]`. Makes models comparable that read
-    the same text in other tokens. One that knows nothing of bytes has 8.
+    the same text in other tokens. One that knows nothing of bytes has 8. Raises ValueError for numbers not above 0.
     """
     width = np.asarray(bytes_per_token, dtype=np.float64)
     if not (width > 0).all():
@@ -98,47 +147,41 @@ def bits_per_byte(losses: ArrayLike, bytes_per_token: float | Sequence[float] = 
     return np.asarray(losses, dtype=np.float64) / (log(2) * width)
 
 
-@torch.no_grad()
+@checks.arguments
 def exact_match(
     model: nn.Module,
     text: Text,
     *,
     weights: Weights | None = None,
-    limit: int | None = None,
-    batch: int = EVALUATION_BATCH,
+    limit: checks.Count | None = None,
+    batch: checks.Count = EVALUATION_BATCH,
 ) -> float:
     """The share, in [0, 1], of a text's held-out problems that a model answers exactly, by greedy decoding.
 
-    A model (N, L) to (N, L, C) is shown a prompt and goes on for as many tokens as the longest of the solutions has,
-    always with the likeliest one. Its answer is the rest of the line behind the first marker; a line that does not end
-    is no answer. Steps before the marker are not judged. Prompts of equal length go through together, without padding;
-    the model sees the last tokens, as many as the text's windows have. `weights` takes the place of the model's own;
-    `limit` asks about the first so many problems. The model stays as it is.
+    A model, tokens (N, L) to logits (N, L, C), is shown a prompt. It goes on for as many tokens as the longest of the
+    solutions has, as in `continued`; it sees as many of the last tokens as the text's windows have. Its answer is the
+    rest of the line behind the first marker; a line that does not end is no answer. Steps before the marker are not
+    judged. Prompts of equal length go through together, `batch` at a time, without padding. `weights` take the place of
+    the model's own; `limit` asks about the first so many problems. The model stays as it is. Raises ValueError for a
+    text without problems, and for weights of another model.
     """
     if not text.problems:
         raise ValueError(f"text: {text.name!r} has no problems to answer; use data.texts('math')")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: {limit}; give a number of problems from 1 on, or None for all")
     if weights is not None:
         check_same(live_tensors(model), weights, names=("the model", "weights"))
     problems = text.problems[:limit]
-    context = text.train.x.shape[1]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    own = {} if weights is None else {name: tensor.to(device) for name, tensor in weights.items()}
+    own = {name: tensor.to(device) for name, tensor in (weights or {}).items()}
     length = max(len(text.encode(problem.solution)) for problem in problems)
-    groups: dict[int, list[tuple[int, list[int]]]] = {}
-    for number, problem in enumerate(problems):
+    groups: dict[int, list[tuple[Problem, list[int]]]] = {}
+    for problem in problems:
         prompt = text.encode(problem.prompt)
-        groups.setdefault(len(prompt), []).append((number, prompt))
+        groups.setdefault(len(prompt), []).append((problem, prompt))
     right = 0
-    with evaluation_mode(model):
-        for group in groups.values():
-            for start in range(0, len(group), batch):
-                numbers, prompts = zip(*group[start : start + batch], strict=True)
-                x = torch.tensor(prompts, device=device)
-                for _ in range(length):
-                    logits = torch.func.functional_call(model, own, (x[:, -context:],))
-                    x = torch.cat([x, logits[:, -1:].argmax(-1)], 1)
-                for number, found in zip(numbers, x[:, len(prompts[0]) :].tolist(), strict=True):
-                    right += problems[number].answer_in(text.decode(found)) == problems[number].answer
+    for group in groups.values():
+        for start in range(0, len(group), batch):
+            asked, prompts = zip(*group[start : start + batch], strict=True)
+            x = torch.tensor(prompts, device=device)
+            found = continued(model, x, length, context=text.train.x.shape[1], weights=own).tolist()
+            right += sum(p.answer_in(text.decode(f)) == p.answer for p, f in zip(asked, found, strict=True))
     return right / len(problems)

@@ -124,7 +124,7 @@ def test_a_merging_run_stopped_in_any_hook_goes_on(hook, tmp_path):
 class Everything:
     """Trains on from a mean of all that it is given, and deploys the base weights after the last task."""
 
-    holdout, uses_history = 0.0, True
+    uses_history = True
 
     def __repr__(self):
         return "Everything()"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import toys
 from clkit import data, models, representation
 from clkit.consolidation import HCMM
-from clkit.consolidation.correction import projections
+from clkit.consolidation.hcmm import projections
 from clkit.tangent import Linearized
 from clkit.training import Training, label
 from clkit.weights import equal, get_weights, set_weights

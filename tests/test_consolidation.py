@@ -35,7 +35,7 @@ from toys import quick
 pytestmark = pytest.mark.usefixtures("one_symmetry")
 SETTINGS = {
     "none": NoConsolidation(),
-    "CLeWI": CLeWI(alpha=0.4),
+    "CLeWI": CLeWI(alpha=0.4, points=11),
     "CLeWI without alignment": CLeWI(alpha=0.4, align=None, points=0),
     "CLeWI by weights": CLeWI(alpha=0.4, align="weights", refresh=False),
     "CLeWI as released": CLeWI(alpha=0.4, statistic="clewi2024"),
@@ -102,7 +102,7 @@ class TestContract:
         result = ran(consolidation, tasks=1)
         same = equal(result.weights[0], result.trained[0])
         assert same == (name not in FROM_THE_FIRST)
-        if not consolidation.holdout and same:
+        if not getattr(consolidation, "holdout", 0) and same:
             assert equal(result.weights[0], ran(None, tasks=1).weights[0])
 
     def test_only_ends_of_tasks_after_the_first_are_due_at_most(self, name):
@@ -112,7 +112,7 @@ class TestContract:
         assert name in FROM_THE_FIRST or not any(due(Progress(0, step, 6, False)) for step in range(1, 7))
 
     def test_training_is_left_alone_where_it_is_said_to_be(self, name):
-        if SETTINGS[name].holdout:
+        if getattr(SETTINGS[name], "holdout", 0):
             pytest.skip("training replays less of the memory")
         plain, result = ran(None), ran(SETTINGS[name])
         same = all(equal(a, b) for a, b in zip(plain.trained, result.trained, strict=True))
@@ -143,8 +143,7 @@ class Watched:
     """A consolidation, and whether it left what it was given as it was."""
 
     inner: object
-    holdout = property(lambda self: 0.0)
-    uses_history = property(lambda self: self.inner.uses_history)
+    uses_history = property(lambda self: getattr(self.inner, "uses_history", False))
 
     def due(self, progress):
         return self.inner.due(progress)
@@ -158,7 +157,7 @@ class Watched:
         return merged
 
 
-@pytest.mark.parametrize("name", [n for n, c in SETTINGS.items() if not c.holdout])
+@pytest.mark.parametrize("name", [n for n, c in SETTINGS.items() if not getattr(c, "holdout", 0)])
 def test_what_a_consolidation_is_given_stays_as_it_was(toy, name):
     convnet(toy, Watched(SETTINGS[name]))
 

@@ -46,8 +46,6 @@ def started(learner: Learner, stream: Stream, seed: int = 0) -> Learner:
 class DeployOnly:
     """Evaluates half of the weights and trains on as if nothing were."""
 
-    holdout, uses_history = 0.0, False
-
     def due(self, progress):
         return progress.end
 
@@ -58,7 +56,9 @@ class DeployOnly:
 @pytest.mark.parametrize("name", RULES)
 class TestAll:
     @pytest.mark.parametrize(
-        "consolidation", [CLeWI(alpha=0.4), CLeWI(alpha="search", points=3, holdout=0.3)], ids=["fixed", "search"]
+        "consolidation",
+        [CLeWI(alpha=0.4, points=2), CLeWI(alpha="search", points=3, holdout=0.3)],
+        ids=["fixed", "search"],
     )
     def test_consolidations_find_examples(self, pictures, name, consolidation):
         result = quick(pictures, RULES[name], consolidation, model=toys.small_convnet)

@@ -14,8 +14,7 @@ from torch import nn
 import toys
 from clkit import curvature, merging, models, normalization, store
 from clkit.consolidation import HCMM, Context, Progress, importance_merge
-from clkit.consolidation.correction import descend, mismatch, projections
-from clkit.consolidation.hcmm import carried, shares
+from clkit.consolidation.hcmm import carried, descend, feature_loss, projections, shares
 from clkit.curvature import ridge
 from clkit.learners import ER, Learner
 from clkit.representation import activations
@@ -54,7 +53,9 @@ def seen(stream, consolidation, learner=None, **more):
     class Spy(HCMM):
         def __call__(self, context):
             moments = context.second_moment or {}
-            contexts.append(replace(context, second_moment={n: t.clone() for n, t in moments.items()} or None))
+            copied = {n: t.clone() for n, t in moments.items()} or None
+            known = {"inputs": context.inputs, "moment_scale": context.moment_scale, "second_moment": copied}
+            contexts.append(Context(**vars(context) | known))
             returned.append(super().__call__(context))
             places = [{t.data_ptr() for t in tree.values()} for tree in (moments, returned[-1].memo or {})]
             assert not places[0] & places[1], "the optimizer's own tensors are kept"
@@ -313,7 +314,7 @@ class TestMemory:
     def test_the_same_bytes_after_every_task_and_no_earlier_data(self, consolidation, tmp_path):
         stream = toys.stream(5)
         _, contexts, returned = seen(stream, consolidation)
-        assert not consolidation.uses_history and not consolidation.holdout
+        assert not hasattr(consolidation, "uses_history") and not hasattr(consolidation, "holdout")
         sizes = set()
         for t, (context, merged) in enumerate(zip(contexts, returned, strict=True)):
             assert context.history == () and torch.equal(context.inputs, stream[t].prepare(stream[t].train.x))
@@ -357,7 +358,8 @@ def made(stream, model, previous, current, importances=False):
     old, new = (old, new) if importances else (None, None)
     more = {"score": None, "symmetry": None, "memo": old, "second_moment": new, "moment_scale": {}}
     more |= {"history": (), "held_out": False, "losses": torch.zeros(0), "gradients": dict}
-    return Context(model, previous, previous, current, inputs=inputs, progress=Progress(1, 4, 4, True), **more)
+    more |= {"model": model, "base": previous, "previous": previous, "current": current, "inputs": inputs}
+    return Context(progress=Progress(1, 4, 4, True), **more)
 
 
 def moved(weights, names=None, by=0.1):
@@ -406,7 +408,7 @@ class TestCorrection:
         losses = []
         for steps in (0, 1, 5, 20, 60):
             move = descend(x, features, [(1.0, target)], loss, lr=0.01, steps=steps)
-            losses.append(float(mismatch(features + x @ move, [(1.0, target)], loss)))
+            losses.append(float(feature_loss(features + x @ move, [(1.0, target)], loss)))
         assert losses == sorted(losses, reverse=True) and losses[-1] < losses[1] < losses[0]
         if loss == "squared":
             move = descend(x, features, [(1.0, target)], loss, lr=0.05, steps=400)
@@ -414,8 +416,8 @@ class TestCorrection:
 
     def test_the_mismatch_is_a_mean(self):
         f, a, b = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2, 2), torch.tensor([[6.0, 8.0], [1.0, 0.0]])
-        assert float(mismatch(f, [(0.25, a), (0.75, b)], "squared")) == pytest.approx(0.25 * 26 / 4 + 0.75 * 27 / 4)
-        assert float(mismatch(f, [(1.0, b)], "cosine")) == pytest.approx(0.5)
+        assert float(feature_loss(f, [(0.25, a), (0.75, b)], "squared")) == pytest.approx(0.25 * 26 / 4 + 0.75 * 27 / 4)
+        assert float(feature_loss(f, [(1.0, b)], "cosine")) == pytest.approx(0.5)
 
     @pytest.mark.parametrize("network", NETWORKS)
     @pytest.mark.parametrize("consolidation", CORRECTIONS)
@@ -434,7 +436,7 @@ class TestCorrection:
             parents = [(0.6, previous), (0.4, context.current)]
         targets = [(part, rows(net, w, context.inputs, layer)) for part, w in parents]
         features = [rows(net, w, context.inputs, layer) for w in (plain, merged.deploy)]
-        found = [float(mismatch(f, targets, consolidation.loss)) for f in features]
+        found = [float(feature_loss(f, targets, consolidation.loss)) for f in features]
         assert merged.report["mismatch"] == pytest.approx(found, rel=1e-3) and found[1] < found[0]
 
     @pytest.mark.parametrize("consolidation", CORRECTIONS)
@@ -467,11 +469,11 @@ class TestCorrection:
         context = made(stream, copy.deepcopy(net), previous, moved(previous), importances=True)
         plain = replace(consolidation, correction="none", loss="squared")(context).deploy
         every = consolidation(context).report["mismatch"]
-        monkeypatch.setattr("clkit.consolidation.correction.ROWS", 45)
+        monkeypatch.setattr("clkit.consolidation.hcmm.ROWS", 45)
         merged = consolidation(context)
         assert merged.report["mismatch"][0] != every[0] == pytest.approx(merged.report["mismatch"][0], rel=0.3)
         target, *features = (rows(net, w, context.inputs, "conv3") for w in (previous, plain, merged.deploy))
-        before, after = (float(mismatch(f, [(1.0, target)], consolidation.loss)) for f in features)
+        before, after = (float(feature_loss(f, [(1.0, target)], consolidation.loss)) for f in features)
         assert after < before == pytest.approx(every[0], rel=1e-3)
 
     @pytest.mark.parametrize("network", NETWORKS)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import toys
 from clkit import data, models, representation, tangent
 from clkit.consolidation import HCMM
-from clkit.consolidation.correction import projections
+from clkit.consolidation.hcmm import projections
 from clkit.models import CosineHead, prototypes, with_prototypes
 from clkit.models.networks import SCALE
 from clkit.tangent import Linearized

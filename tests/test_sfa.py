@@ -22,7 +22,7 @@ from clkit.consolidation import (
     WiSEFT,
     merge_steps,
 )
-from clkit.consolidation.triggers import Since, distance
+from clkit.consolidation.sfa import Since, distance
 from clkit.learners import ER, Learner
 from clkit.training import Training
 from clkit.weights import add, combine, equal, lerp, norm, sub
@@ -254,7 +254,7 @@ class TestSFA:
             ({"p": 1.5}, "p: 1.5"),
             ({"p": "drift"}, r"p: 'drift'; .* Drift\(0.1\)"),
             ({"beta": -0.1}, "beta: -0.1"),
-            ({"beta": (0.5, 2)}, "beta: 2"),
+            ({"beta": (0.5, 2)}, r"beta: \(0.5, 2\)"),
             ({"beta": ()}, "beta: "),
             ({"beta": "even"}, "'even' is unknown"),
             ({"beta": float("nan")}, "beta: nan"),

@@ -10,11 +10,12 @@ from torch import nn
 
 import toys
 from clkit import data, models
-from clkit.consolidation import Merged, Progress
+from clkit.consolidation import EMA, CLeWI, Merged, Progress
 from clkit.data import Examples, Normalize, Stream, Task
 from clkit.evaluation import evaluate
 from clkit.learners import ER, Learner
 from clkit.training import Training, label, run
+from clkit.training.loop import _Loop
 from clkit.weights import equal, get_weights, hooked
 from toys import quick
 
@@ -48,8 +49,6 @@ for hook in ("begin_task", "adjust_gradients", "after_step", "after_training", "
 class Shift:
     """Adds 1 to the output bias where training goes on, 10 where it is deployed."""
 
-    holdout, uses_history = 0.0, False
-
     def due(self, progress):
         return progress.end
 
@@ -79,7 +78,7 @@ def test_the_order_of_events_is_the_one_that_the_docstring_tells(toy):
 class DeployNothing(Shift):
     """Deploys zeros, looks at everything, draws random numbers, and trains on from the current weights."""
 
-    holdout, uses_history = 0.0, True
+    uses_history = True
 
     def due(self, progress):
         return True
@@ -91,7 +90,15 @@ class DeployNothing(Shift):
         return Merged(context.current, {n: torch.zeros_like(t) for n, t in context.current.items()})
 
 
-@pytest.mark.parametrize("learner", [Learner(), ER(memory=9)])
+class Drawing(ER):
+    """Shows a consolidation examples that it draws, by its own generator and by torch's."""
+
+    def examples(self, task):
+        rows = torch.randperm(len(task.train), generator=self.setting.generator)[:5]
+        return Examples(task.prepare(task.train.x[rows]) + torch.randn(1), task.train.y[rows])
+
+
+@pytest.mark.parametrize("learner", [Learner(), ER(memory=9), Drawing(memory=9)])
 def test_a_deploy_only_consolidation_leaves_training_bit_identical(learner):
     class Dropped(nn.Module):
         def __init__(self, stream, seed):
@@ -107,6 +114,55 @@ def test_a_deploy_only_consolidation_leaves_training_bit_identical(learner):
     plain, with_ = (quick(toys.stream(), learner, c, model=factory) for c in (None, DeployNothing()))
     assert all(equal(a, b) for a, b in zip(plain.trained, with_.trained, strict=True))
     assert all(not t.any() for t in with_.weights[0].values())
+
+
+def test_training_is_the_same_whether_or_not_the_examples_are_asked_for(toy):
+    class Asking(Shift):
+        def __call__(self, context):
+            assert torch.equal(context.inputs, context.inputs) and context.score(context.current).loss > 0
+            return Merged(context.current, context.current)
+
+    class Silent(Shift):
+        def __call__(self, context):
+            return Merged(context.current, context.current)
+
+    asking, silent = (quick(toy, Drawing(9), c()) for c in (Asking, Silent))
+    unkept = quick(toy, Drawing(9), Silent(), keep=False)
+    assert all(equal(a, b) for a, b in zip(asking.weights, silent.weights, strict=True))
+    assert np.array_equal(np.concatenate(unkept.training_loss), np.concatenate(silent.training_loss))
+    assert all(torch.equal(a, b) for a, b in zip(asking.inputs, silent.inputs, strict=True))
+
+
+def test_what_is_first_asked_for_after_the_call_is_refused(toy):
+    contexts = []
+
+    class Keeping(Shift):
+        def __call__(self, context):
+            contexts.append(context)
+            assert context.held_out is False
+            return super().__call__(context)
+
+    quick(toys.stream(1), ER(9), Keeping())
+    assert contexts[0].held_out is False and contexts[0].progress.end
+    with pytest.raises(AttributeError, match=r"context: 'inputs' is not there; ask for one of .* during the call"):
+        contexts[0].inputs  # noqa: B018
+
+
+def test_work_that_nobody_asks_for_is_not_done(toy, monkeypatch):
+    asked = []
+
+    class Noting(ER):
+        def examples(self, task):
+            asked.append(task.index)
+            return super().examples(task)
+
+    for name in ("moments", "aside"):
+        whole = getattr(_Loop, name)
+        monkeypatch.setattr(_Loop, name, lambda self, *a, w=whole, n=name: asked.append(n) or w(self, *a))
+    quick(toy, Noting(9), EMA(), keep=False)
+    assert asked == []
+    quick(toys.stream(2), Noting(9), CLeWI(0.3, align=None), keep=False)
+    assert asked == ["aside", 1]
 
 
 def test_results_have_their_shapes_and_ranges(toy):
@@ -242,7 +298,8 @@ def test_every_setting_learns(training):
 
 def test_channels_last_changes_no_result_beyond_rounding():
     a, b = (
-        quick(toys.images(tasks=1), model=toys.small_convnet, training=Training(1, 8, channels_last=c)) for c in (0, 1)
+        quick(toys.images(tasks=1), model=toys.small_convnet, training=Training(1, 8, channels_last=c))
+        for c in (False, True)
     )
     for name, tensor in a.weights[0].items():
         assert torch.allclose(tensor, b.weights[0][name], atol=1e-5)

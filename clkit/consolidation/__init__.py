@@ -5,13 +5,11 @@ whether it is `due`; called with a `Context` it returns the weights that trainin
 are deployed. It knows no learner, no loss and no label.
 """
 
-from clkit.consolidation.base import Consolidation, Context, Merged, NoConsolidation, Progress, Score
+from clkit.consolidation.base import Consolidation, Context, Merged, NoConsolidation, Progress
 from clkit.consolidation.clewi import CLeWI
-from clkit.consolidation.correction import correct
-from clkit.consolidation.hcmm import HCMM, importance_merge
+from clkit.consolidation.hcmm import HCMM, correct, importance_merge
 from clkit.consolidation.posthoc import EMA, Merging, WiSEFT
-from clkit.consolidation.sfa import SFA, merge_steps
-from clkit.consolidation.triggers import Cosine, Drift, Plateau, Trigger, Velocity
+from clkit.consolidation.sfa import SFA, Cosine, Drift, Plateau, Trigger, Velocity, merge_steps
 
 CONSOLIDATIONS: dict[str, type[Consolidation]] = {
     "none": NoConsolidation,

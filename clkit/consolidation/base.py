@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from clkit import alignment
+from clkit.evaluation import Score
 from clkit.weights import Weights
 
 
@@ -19,25 +20,25 @@ class Progress(NamedTuple):
     end: bool
 
 
-class Score(NamedTuple):
-    """How well weights do on the examples that a consolidation may be judged by."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(eq=False)
 class Context:
-    """All that a consolidation may look at.
+    """All that a consolidation may look at, by attribute.
 
-    `model` is a scratch copy on the training device, free to be overwritten. `base` are the weights before the first
-    task, `previous` those deployed after the last one, `current` those being trained, `history` those trained on each
-    earlier task if the consolidation's `uses_history` is true. `inputs` are prepared inputs that the learner lets
-    it see; `score` judges weights by labelled examples, held out of replay if the consolidation's `holdout` is above 0
-    and the learner has a memory, and is None where the learner has nothing to judge by. `losses` are those of the
-    task's steps so far, `gradients` gives the last step's by parameter name. `second_moment` is Adam's, by parameter
-    name, if that is the optimizer, and None before its first step; divided by `moment_scale`, 1 - beta2^n after n
-    steps, it is free of Adam's bias to zero. `memo` is what the consolidation itself returned last, None at first.
+    What takes work is made when it is first asked for, by a function in `later` under the attribute's name; the other
+    attributes are given. Raises AttributeError for one that is neither, and for one that is first asked for when the
+    consolidation has returned.
+
+    - `model`: a scratch copy on the training device, free to be overwritten
+    - `base`: the weights before the first task; `previous`: those deployed after the last one; `current`: those being
+      trained; `history`: those trained on each earlier task, if the consolidation's `uses_history` is true
+    - `inputs` (N, ...): prepared inputs that the learner lets it see
+    - `score`: judges weights by labelled examples, None where the learner has none. `held_out` says whether these are
+      kept from replay: the share `holdout` of the learner's memory, if it has one
+    - `progress`, and `losses` (step,), the loss of every step of the task so far
+    - `gradients()`: those of the last step, by parameter name
+    - `second_moment`: Adam's running mean of squared gradients, by parameter name; None for another optimizer and
+      before the first step. Divided by `moment_scale`, 1 - beta2^n after n steps, it is free of Adam's bias to zero
+    - `symmetry()`: the permutation symmetry of the model
+    - `memo`: what the consolidation itself returned last, None at first
     """
 
     model: nn.Module
@@ -56,6 +57,21 @@ class Context:
     symmetry: Callable[[], alignment.Symmetry]
     memo: Any
 
+    def __init__(self, later: dict[str, Callable[[], Any]] | None = None, **given: Any) -> None:
+        vars(self).update(given, later=later or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in vars(self).get("later", ()):
+            what = ", ".join(Context.__annotations__)
+            raise AttributeError(f"context: {name!r} is not there; ask for one of {what}, during the call")
+        vars(self)[name] = found = self.later[name]()
+        return found
+
+
+def scheduled(weight: float | tuple[float, ...], merge: int) -> float:
+    """The weight of the merge that is number `merge`, from 0: of several, one a merge, the last one repeats."""
+    return weight[min(merge, len(weight) - 1)] if isinstance(weight, tuple) else weight
+
 
 class Merged(NamedTuple):
     """What a consolidation returns: weights to train on from, weights to deploy, and what to report about them.
@@ -73,22 +89,14 @@ class Merged(NamedTuple):
 
 
 class Consolidation(Protocol):
-    """The two questions that the loop asks, and what a consolidation needs to answer them.
+    """The two questions that the loop asks. What a consolidation needs to answer them it may say besides:
 
-    One that reads Adam's second moments has a true `uses_moments` besides; another optimizer is then refused. One that
-    not every network suits has a `check(model, x)`, which raises ValueError: it is called with a scratch copy and one
-    prepared input before anything is trained.
+    - `holdout`: the share of the learner's memory to keep from replay, for judging by
+    - `uses_history`: true, if the weights trained on all earlier tasks are to be kept
+    - `uses_moments`: true, if it reads Adam's second moments; another optimizer is then refused
+    - `check(model, x)`: raises ValueError for a network that it does not suit; called with a scratch copy and one
+      prepared input before anything is trained
     """
-
-    @property
-    def holdout(self) -> float | None:
-        """The share of a memory to keep from replay, for judging by; None or 0 for none."""
-        ...
-
-    @property
-    def uses_history(self) -> bool:
-        """Whether the weights trained on all earlier tasks are to be kept."""
-        ...
 
     def due(self, progress: Progress) -> bool:
         """Whether to combine weights now."""
@@ -103,9 +111,6 @@ class Consolidation(Protocol):
 class NoConsolidation:
     """Leaves the weights as they were trained: the identity of the family."""
 
-    holdout = 0.0
-    uses_history = False
-
     def due(self, progress: Progress) -> bool:
         """Never."""
         return False
@@ -113,10 +118,3 @@ class NoConsolidation:
     def __call__(self, context: Context) -> Merged:
         """Trains on from, and deploys, the current weights."""
         return Merged(context.current, context.current)
-
-
-def share(name: str, value: object, *, of: str) -> float:
-    """A number in [0, 1], or a ValueError that says what 0 and 1 would mean."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: {value!r}; give a number in [0, 1], {of}")
-    return value

@@ -1,69 +1,28 @@
-"""HCMM: after a task, merge by what Adam's second moments say of each weight, then correct the features."""
+"""HCMM: after a task, merge by what Adam's second moments say of each weight, then correct the features.
 
-from collections.abc import Iterator, Mapping
+The correction moves one weight matrix, so that the features of the merged network come closer to its parents'.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn import functional as F
 
-from clkit import curvature, normalization
-from clkit.consolidation.base import Context, Merged, Progress, share
-from clkit.consolidation.correction import correct, projection
-from clkit.weights import Weights, check_same, set_weights
+from clkit import checks, curvature, normalization, tangent
+from clkit.consolidation.base import Context, Merged, Progress
+from clkit.weights import Weights, check_same, evaluation_mode, hooked, set_weights
 
-MOMENTS = ("corrected", "raw", "normalised")
-CHOICES = {
-    "importance": (*MOMENTS, "fisher", "none"),
-    "accumulate": ("ema", "sum"),
-    "correction": ("steps", "ridge", "none"),
-    "target": ("previous", "both"),
-    "loss": ("squared", "cosine"),
-}
-
-
-def shares(old: Weights, new: Weights, alpha: float) -> dict[str, Tensor]:
-    """How far every number goes from its previous value (0) to its current one (1): w = alpha F / F_total.
-
-    F_total = (1 - alpha) F_old + alpha F, with the importances `old` and `new` by name; one without a name is 0
-    throughout, and where F_total is 0 w is alpha. In double precision, so that no importance is too small.
-    """
-    found = {}
-    for name, before, after in _pairs(old, new):
-        part = alpha * after.double()
-        total = (1 - alpha) * before.double() + part
-        found[name] = torch.where(total > 0, part / total.where(total > 0, 1), alpha)
-    return found
-
-
-def importance_merge(
-    previous: Weights, current: Weights, old: Weights, new: Weights, alpha: float
-) -> dict[str, Tensor]:
-    """Goes from the previous weights to the current ones, in every number as far as its importance says.
-
-    ((1 - alpha) F_old theta_old + alpha F theta) / ((1 - alpha) F_old + alpha F), computed as theta_old + w (theta -
-    theta_old) with w of `shares`, which is alpha where both importances are 0 and for names that have none: nothing is
-    divided by zero, alpha = 0 gives the previous weights and alpha = 1 the current ones, bitwise. alpha weights the NEW
-    weights. `old` and `new` hold importances, at least 0, of tensors of the weights, in a common unit.
-    """
-    share("alpha", alpha, of="0 for the old weights, 1 for the new")
-    check_same(previous, current, names=("previous", "current"))
-    for label, known in (("old", old), ("new", new)):
-        for name, tensor in known.items():
-            if name not in previous or tensor.shape != previous[name].shape:
-                raise ValueError(
-                    f"{label}: {name!r} of shape {tuple(tensor.shape)} is no tensor of the weights; give importances "
-                    "of the same architecture"
-                )
-            if (tensor < 0).any():
-                raise ValueError(f"{label}: {name!r} has negative entries; give squares or magnitudes")
-    return _step(previous, current, shares(old, new, alpha), alpha)
-
-
-def carried(old: Weights, new: Weights, alpha: float, accumulate: str) -> dict[str, Tensor]:
-    """The importance that is kept: (1 - alpha) F_old + alpha F for "ema", F_old + F for "sum"."""
-    a, b = (1 - alpha, alpha) if accumulate == "ema" else (1.0, 1.0)
-    return {name: a * before + b * after for name, before, after in _pairs(old, new)}
+Alpha = Annotated[float, checks.Range(0, 1, means="0 for the old weights, 1 for the new")]
+Loss = Literal["squared", "cosine"]
+Layer = nn.Linear | nn.Conv2d
+Targets = Sequence[tuple[float, Tensor]]
+READ_BATCH = 256
+ROWS = 8192  # of features that a correction looks at, evenly spaced among all
 
 
 @dataclass(frozen=True)
@@ -74,17 +33,17 @@ class HCMM:
     the tangent space, is a `run` on a `tangent.Linearized` model. Training goes on from what is deployed. Kept between
     two tasks are the weights and one importance for each trained number: the same bytes after every task, and no data.
 
-    Merging: theta <- ((1 - alpha) F_old theta_old + alpha F theta) / ((1 - alpha) F_old + alpha F), number by number,
-    where alpha weights the NEW weights: 0 keeps the old ones, 1 the new ones. See `importance_merge`.
+    Merging is `importance_merge`, number by number, where alpha weights the NEW weights: 0 keeps the old ones, 1 the
+    new ones.
 
-    - `importance`, F: Adam's second moments at the task's last step, which need `Training(optimizer="adamw")`, "raw"
-      (the released code), "corrected" for Adam's bias to zero, or "normalised" to a mean of 1 over all numbers; the
-      exact diagonal "fisher" information of the new network, all classes competing, as a mean over what the learner
-      lets a consolidation see, for logits (N, C); or "none": theta <- (1 - alpha) theta_old + alpha theta (what the
-      released code does in the domain-incremental setting). Raw moments grow with a task's steps, as 1 - 0.999^n.
-    - `accumulate`: F_old of the next task is (1 - alpha) F_old + alpha F, "ema" (released), in which the first task's
-      share fades as (1 - alpha)^(T-1); or F_old + F, "sum": the precisions of a Laplace approximation, with which
-      alpha = 0.5 gives the importance-weighted mean of all that the tasks were trained to
+    - `importance`, F. Adam's second moments at the task's last step, which need `Training(optimizer="adamw")`: "raw"
+      (the released code), "corrected" for Adam's bias to zero, or "normalised" to a mean of 1 over all numbers. Raw
+      moments grow with a task's steps, as 1 - 0.999^n. "fisher": the exact diagonal Fisher information of the new
+      network, all classes competing, for logits (N, C); a mean over what the learner lets a consolidation see. "none":
+      theta <- (1 - alpha) theta_old + alpha theta (what the released code does in the domain-incremental setting)
+    - `accumulate`: F_old of the next task. "ema" (released) is (1 - alpha) F_old + alpha F: the first task's share
+      fades as (1 - alpha)^(T-1). "sum" is F_old + F, the precisions of a Laplace approximation: alpha = 0.5 then gives
+      the importance-weighted mean of all that the tasks were trained to
 
     Every trained parameter is merged by its importance, the head, if it is trained, too: its rows for classes that a
     loss leaves out have second moments of 0 and stay with the tasks that trained them. What has no importance in either
@@ -109,42 +68,31 @@ class HCMM:
     The report has the mean `share` of the new weights over the numbers with an importance, and the `mismatch` before
     and after the correction.
 
-    Raises ValueError for other settings than these, before training for a network without such a projection, and at the
-    end of a task where there is nothing to work on: no second moments, no inputs.
+    Raises ValueError before training for a network without such a projection. At the end of a task it raises ValueError
+    where there is nothing to work on: no second moments, no inputs.
     """
 
-    alpha: float = 0.4
-    importance: str = "corrected"
-    accumulate: str = "ema"
-    correction: str = "steps"
-    target: str = "previous"
-    loss: str = "squared"
-    ridge: float = 100.0
-    correction_steps: int = 10
-    correction_lr: float = 1e-4
+    alpha: Alpha = 0.4
+    importance: Literal["corrected", "raw", "normalised", "fisher", "none"] = "corrected"
+    accumulate: Literal["ema", "sum"] = "ema"
+    correction: Literal["steps", "ridge", "none"] = "steps"
+    target: Literal["previous", "both"] = "previous"
+    loss: Loss = "squared"
+    ridge: checks.Positive = 100.0
+    correction_steps: checks.Count = 10
+    correction_lr: checks.Positive = 1e-4
     projection: str | None = None
     refresh: bool = False
-    holdout = 0.0
-    uses_history = False
 
     def __post_init__(self) -> None:
-        share("alpha", self.alpha, of="0 for the old weights, 1 for the new")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        checks.fields(self)
         if self.loss == "cosine" and self.correction == "ridge":
             raise ValueError('loss: "cosine" has no closed form; use correction="steps", or loss="squared"')
-        for name in ("ridge", "correction_lr"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name}: {value!r}; give a number above 0")
-        if not isinstance(self.correction_steps, int) or self.correction_steps < 1:
-            raise ValueError(f"correction_steps: {self.correction_steps!r}; give a number of steps, at least 1")
 
     @property
     def uses_moments(self) -> bool:
         """Whether it reads Adam's second moments."""
-        return self.importance in MOMENTS
+        return self.importance not in ("fisher", "none")
 
     def check(self, model: nn.Module, x: Tensor) -> None:
         """Raises ValueError unless the network has the projection that is to be corrected, if one is."""
@@ -157,16 +105,29 @@ class HCMM:
 
     def __call__(self, context: Context) -> Merged:
         """Merges, corrects, and takes the importance along."""
-        new = self._measured(context)
+        new, old = self._measured(context), context.memo or {}
         if not context.progress.task:
             return Merged(context.current, context.current, memo=new)
-        old = context.memo or {}
         w = shares(old, new, self.alpha)
         count = sum(part.numel() for part in w.values())
         report: dict[str, Any] = {"share": float(sum(part.sum() for part in w.values())) / count if w else self.alpha}
         merged = self._settled(context, _step(context.previous, context.current, w, self.alpha))
         if self.correction != "none":
-            corrected, report["mismatch"] = self._corrected(context, merged)
+            parents = [(1.0, context.previous)]
+            if self.target == "both":
+                parents = [(1 - self.alpha, context.previous), (self.alpha, context.current)]
+            corrected, report["mismatch"] = correct(
+                context.model,
+                merged,
+                parents,
+                context.inputs,
+                by=self.correction,
+                loss=self.loss,
+                strength=self.ridge,
+                steps=self.correction_steps,
+                lr=self.correction_lr,
+                name=self.projection,
+            )
             merged = self._settled(context, corrected)
         return Merged(merged, merged, report, carried(old, new, self.alpha, self.accumulate) or None)
 
@@ -193,23 +154,51 @@ class HCMM:
     def _settled(self, context: Context, merged: Weights) -> Weights:
         return normalization.refresh(context.model, merged, context.inputs) if self.refresh else merged
 
-    def _corrected(self, context: Context, merged: Weights) -> tuple[Weights, list[float]]:
-        """The merged weights with the projection's moved, and the mismatch before and after."""
-        parents = [(1.0, context.previous)]
-        if self.target == "both":
-            parents = [(1 - self.alpha, context.previous), (self.alpha, context.current)]
-        return correct(
-            context.model,
-            merged,
-            parents,
-            context.inputs,
-            by=self.correction,
-            loss=self.loss,
-            strength=self.ridge,
-            steps=self.correction_steps,
-            lr=self.correction_lr,
-            name=self.projection,
-        )
+
+def importance_merge(
+    previous: Weights, current: Weights, old: Weights, new: Weights, alpha: float
+) -> dict[str, Tensor]:
+    """Goes from the previous weights to the current ones, in every number as far as its importance says.
+
+    ((1 - alpha) F_old theta_old + alpha F theta) / ((1 - alpha) F_old + alpha F), computed as theta_old + w (theta -
+    theta_old) with w of `shares`. w is alpha where both importances are 0, and for names that have none: nothing is
+    divided by zero, alpha = 0 gives the previous weights and alpha = 1 the current ones, bitwise. alpha weights the NEW
+    weights. `old` and `new` hold importances, at least 0, of tensors of the weights, in a common unit and in the shapes
+    of the weights. Raises ValueError for others, for an alpha outside [0, 1] and for weights that do not match.
+    """
+    checks.value("alpha", alpha, Alpha)
+    check_same(previous, current, names=("previous", "current"))
+    for label, known in (("old", old), ("new", new)):
+        for name, tensor in known.items():
+            if name not in previous or tensor.shape != previous[name].shape:
+                raise ValueError(
+                    f"{label}: {name!r} of shape {tuple(tensor.shape)} is no tensor of the weights; give importances "
+                    "of the same architecture"
+                )
+            if (tensor < 0).any():
+                raise ValueError(f"{label}: {name!r} has negative entries; give squares or magnitudes")
+    return _step(previous, current, shares(old, new, alpha), alpha)
+
+
+def shares(old: Weights, new: Weights, alpha: float) -> dict[str, Tensor]:
+    """How far every number goes from its previous value (0) to its current one (1): w = alpha F / F_total.
+
+    F_total = (1 - alpha) F_old + alpha F, with the importances `old` and `new` by name, each in its tensor's shape; one
+    without a name is 0 throughout, and where F_total is 0 w is alpha. In double precision, so that no importance is too
+    small.
+    """
+    found = {}
+    for name, before, after in _pairs(old, new):
+        part = alpha * after.double()
+        total = (1 - alpha) * before.double() + part
+        found[name] = torch.where(total > 0, part / total.where(total > 0, 1), alpha)
+    return found
+
+
+def carried(old: Weights, new: Weights, alpha: float, accumulate: str) -> dict[str, Tensor]:
+    """The importance that is kept: (1 - alpha) F_old + alpha F for "ema", F_old + F for "sum", in the same shapes."""
+    a, b = (1 - alpha, alpha) if accumulate == "ema" else (1.0, 1.0)
+    return {name: a * before + b * after for name, before, after in _pairs(old, new)}
 
 
 def _pairs(old: Weights, new: Weights) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -224,3 +213,144 @@ def _step(previous: Weights, current: Weights, w: Mapping[str, Tensor], alpha: f
         name: torch.lerp(tensor, current[name], w[name].to(tensor.dtype) if name in w else alpha)
         for name, tensor in previous.items()
     }
+
+
+@checks.arguments
+def correct(
+    model: nn.Module,
+    merged: Weights,
+    parents: Sequence[tuple[float, Weights]],
+    inputs: Tensor,
+    *,
+    by: Literal["steps", "ridge"] = "steps",
+    loss: Loss = "squared",
+    strength: checks.Positive = 100.0,
+    steps: checks.Count = 10,
+    lr: checks.Positive = 1e-4,
+    name: str | None = None,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Moves one weight matrix of merged weights so that its layer's outputs come closer to the parents' on `inputs`.
+
+    The last stage of holistic merging (arXiv 2509.23592) by itself; `consolidation.HCMM` has what each setting does.
+    `model` is a scratch copy, which is overwritten; `parents` are shares and weights; `inputs` (N, ...) are prepared.
+    `by` is "steps" of Adam at `lr` on the `loss`, or "ridge" regression of a `strength`; `name` is the weight's, a
+    pattern, or None for the last one before the head. Gives the corrected weights, and the mismatch before and after.
+    Raises ValueError for no inputs, and where `name` is not one weight.
+    """
+    full, layer = projection(model, inputs, name)
+    targets = [(part, _read(model, parent, inputs, layer)[1]) for part, parent in parents]
+    design, features = _read(model, merged, inputs, layer)
+    if by == "ridge":
+        wanted = torch.stack([part * target for part, target in targets]).sum(0)
+        move = curvature.ridge(design, wanted - features, strength)
+    else:
+        move = descend(design, features, targets, loss, lr=lr, steps=steps)
+    both = [feature_loss(f, targets, loss) for f in (features, features + design @ move)]
+    weight = merged[full]
+    moved = weight.double() + move.T.view_as(weight)
+    return {**merged, full: moved.to(weight.dtype)}, torch.stack(both).tolist()
+
+
+def feature_loss(features: Tensor, targets: Targets, loss: Loss) -> Tensor:
+    """How far features (N, F) are from each of the targets (N, F), times the target's share, added up: a scalar.
+
+    "squared" is the mean squared difference, "cosine" the mean over rows of 1 - the cosine, which is half the squared
+    distance at unit length.
+    """
+
+    def apart(target: Tensor) -> Tensor:
+        if loss == "squared":
+            return (features - target).square().mean()
+        return (F.normalize(features, dim=1) - F.normalize(target, dim=1)).square().sum(1).mean() / 2
+
+    return torch.stack([part * apart(target) for part, target in targets]).sum()
+
+
+def descend(design: Tensor, features: Tensor, targets: Targets, loss: Loss, *, lr: float, steps: int) -> Tensor:
+    """The M (in, out) that full-batch steps of Adam reach from 0, minimising `feature_loss` of features + design M.
+
+    For a design (N, in), features (N, out) and targets (N, out).
+    """
+    move = design.new_zeros(design.shape[1], features.shape[1]).requires_grad_()
+    optimizer = torch.optim.Adam([move], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        feature_loss(features + design @ move, targets, loss).backward()
+        optimizer.step()
+    return move.detach()
+
+
+def projection(model: nn.Module, inputs: Tensor, wanted: str | None) -> tuple[str, Layer]:
+    """The name of the weight that `wanted`, a name or pattern, fits, or of the last before the head, and its layer.
+
+    `inputs` (N, ...) are prepared. Raises ValueError where that is not one weight, and for no inputs.
+    """
+    if not len(inputs):
+        raise ValueError("inputs: the memory is empty where features are needed; offer it examples first")
+    found, last = projections(model, inputs[:1])
+    if wanted is None:
+        if last is None:
+            raise ValueError(
+                "projection: no linear layer or convolution that is trained and runs once comes before the head; "
+                f'name one of {list(found)}, or use correction="none"'
+            )
+        return last, found[last]
+    fits = [name for name in found if fnmatchcase(name, wanted)]
+    if len(fits) != 1:
+        raise ValueError(f"projection: {wanted!r} fits {fits or 'no weight'}; give the name of one of {list(found)}")
+    return fits[0], found[fits[0]]
+
+
+def projections(model: nn.Module, x: Tensor) -> tuple[dict[str, Layer], str | None]:
+    """The layers whose weight matrix can be corrected, by the name of the weight, and the last one before the head.
+
+    Those are the trainable linear layers and ungrouped convolutions that run once when the model is called with the
+    prepared inputs `x` (N, ...), in this order. The head is the last linear layer that runs, else the last convolution.
+    For a linearised model the layers are its network's.
+    """
+    names: dict[int, str] = {}
+    ran: list[str] = []
+    layers: dict[str, Layer] = {}
+    hooks = []
+    for prefix, layer in tangent.layers(model).items():
+        if isinstance(layer, Layer):
+            name = names.setdefault(id(layer.weight), f"{prefix}.weight".strip("."))
+            layers[name] = layer
+            hooks.append((layer, lambda *_, name=name: ran.append(name)))
+    with hooked(hooks), torch.no_grad(), evaluation_mode(model):
+        model(x)
+    linear = [name for name in ran if isinstance(layers[name], nn.Linear)]
+    head = ran.index((linear or ran)[-1]) if ran else 0
+    wanted = curvature.trainable(model)
+    fit = {
+        name: layers[name]
+        for name in ran
+        if name in wanted and ran.count(name) == 1 and getattr(layers[name], "groups", 1) == 1
+    }
+    return fit, next((name for name in reversed(ran[:head]) if name in fit), None)
+
+
+@torch.no_grad()
+def _read(model: nn.Module, weights: Weights, inputs: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """What a layer's weight matrix multiplies (N, in), and the layer's outputs (N, out), in double precision.
+
+    A linearised model's outputs are affine in the weight with the inputs at its point of expansion as the design. Of
+    more than `ROWS` rows (places of a convolution, tokens) evenly spaced ones are taken, the same for any weights.
+    """
+    set_weights(model, weights)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    room = ROWS
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        value = tangent.value(out)
+        value = value.movedim(1, -1) if isinstance(layer, nn.Conv2d) else value
+        both = curvature.input_rows(layer, unpack_dual(args[0])[0]), value.flatten(0, -2)
+        rows = torch.linspace(0, len(both[0]) - 1, min(len(both[0]), room), device=out.device).long()
+        pairs.append((both[0][rows].double(), both[1][rows].double()))
+
+    with hooked([(layer, keep)]), evaluation_mode(model):
+        for part in inputs.split(READ_BATCH):
+            room = max(1, ROWS * len(part) // len(inputs))
+            model(part)
+    design, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return design, outputs

@@ -6,10 +6,10 @@ from the base in every task.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from clkit import curvature
-from clkit.consolidation.base import Context, Merged, Progress, share
+from clkit import checks, curvature
+from clkit.consolidation.base import Context, Merged, Progress
 from clkit.merging import MERGES, merge
 from clkit.weights import Weights, lerp, set_weights
 
@@ -24,15 +24,9 @@ class WiSEFT:
     (CoMA, arXiv 2312.08977), and the two agree bit for bit in the second task. The first task is deployed as trained.
     """
 
-    alpha: float = 0.5
-    old: str = "previous"
-    holdout = 0.0
-    uses_history = False
-
-    def __post_init__(self) -> None:
-        share("alpha", self.alpha, of="0 for the old weights, 1 for the new")
-        if self.old not in ("previous", "base"):
-            raise ValueError(f'old: {self.old!r} is unknown; choose "previous" or "base"')
+    alpha: Annotated[float, checks.Range(0, 1, means="0 for the old weights, 1 for the new")] = 0.5
+    old: Literal["previous", "base"] = "previous"
+    __post_init__ = checks.fields
 
     def due(self, progress: Progress) -> bool:
         """At the end of every task but the first."""
@@ -125,16 +119,9 @@ class EMA:
     anew in each. Training is not touched.
     """
 
-    decay: float | None = 0.99
-    every: int = 1
-    holdout = 0.0
-    uses_history = False
-
-    def __post_init__(self) -> None:
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"decay: {self.decay!r}; give the share of the average that stays, in [0, 1), or None")
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every: {self.every!r}; give a number of steps, at least 1")
+    decay: checks.Part | None = 0.99
+    every: checks.Count = 1
+    __post_init__ = checks.fields
 
     def due(self, progress: Progress) -> bool:
         """At every `every`-th step, and at the end of every task."""

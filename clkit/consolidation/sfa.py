@@ -1,17 +1,57 @@
-"""SFA: during a task and at its end, average with the weights that the previous task ended with."""
+"""SFA: during a task and at its end, average with the weights that the previous task ended with.
+
+The paper merges at fixed intervals. A trigger makes them adaptive, from what can be seen without old data: a frozen
+dataclass that looks a number of times a task (`looks`) and says each time whether to merge. Its notes, a tree of
+tensors and plain values, come back at the next look of the same task.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from clkit import normalization
-from clkit.consolidation.base import Context, Merged, Progress, share
-from clkit.consolidation.triggers import Since, Trigger, distance
-from clkit.weights import Weights, combine, lerp
+from clkit import checks, normalization
+from clkit.consolidation.base import Context, Merged, Progress, scheduled
+from clkit.weights import Weights, combine, lerp, norm, sub
 
-ANCHORS = ("previous", "uniform", "recency")
+Interval = Annotated[float, checks.Range(0, 1, "low", "the interval between merges as a share of a task's steps")]
+Beta = Annotated[float, checks.Range(0, 1, means="0 for the new weights, 1 for the old")]
+
+
+class Since(NamedTuple):
+    """Where the task's last merge left off, or its start: the step, the weights, and the anchor they are pulled to."""
+
+    step: int
+    weights: Weights
+    anchor: Weights
+
+
+class Trigger(Protocol):
+    """When it looks, and whether it wants a merge now."""
+
+    def looks(self, progress: Progress) -> bool:
+        """Whether to look after this step."""
+        ...
+
+    def __call__(self, context: Context, since: Since, notes: Any) -> tuple[bool, Any]:
+        """Whether to merge now, and the notes for the next look; `notes` is None at the task's first."""
+        ...
+
+
+def parameters(context: Context, weights: Weights) -> Weights:
+    """The parameters among weights: without BatchNorm's statistics, whose scale says nothing of a distance."""
+    names = dict(context.model.named_parameters())
+    return {name: tensor for name, tensor in weights.items() if name in names}
+
+
+def distance(context: Context, anchor: Weights) -> float:
+    """||theta - anchor|| / ||anchor|| over the parameters."""
+    start = parameters(context, anchor)
+    length = norm(start)
+    moved = norm(sub(parameters(context, context.current), start))
+    return moved / length if length else float(moved > 0)
 
 
 def interval(steps: int, p: float) -> int:
@@ -58,53 +98,33 @@ class SFA:
     """
 
     p: float | Trigger = 0.25
-    beta: float | tuple[float, ...] | str = 0.5
-    anchor: str | tuple[float, ...] = "previous"
+    beta: Beta | tuple[Beta, ...] | Literal["equal"] = 0.5
+    anchor: Literal["previous", "uniform", "recency"] | tuple[checks.NotNegative, ...] = "previous"
     include_base: bool = False
     final: bool = True
     first: bool = False
-    optimizer: str = "keep"
+    optimizer: Literal["keep", "reset"] = "keep"
     own: tuple[str, ...] = ()
-    untouched: str = "average"
+    untouched: Literal["average", "keep"] = "average"
     refresh: bool = False
-    holdout = 0.0
-    uses_history = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, int | float) and not 0 < self.p <= 1:
-            raise ValueError(f"p: {self.p!r}; give the interval between merges as a share of a task's steps, in (0, 1]")
-        if not isinstance(self.p, int | float) and not callable(self.p):
+        checks.fields(self)
+        if isinstance(self.p, str) or (not callable(self.p) and not isinstance(self.p, Real)):
             raise ValueError(f"p: {self.p!r}; give a number in (0, 1] or a trigger, for example Drift(0.1)")
-        if isinstance(self.beta, str):
-            if self.beta != "equal":
-                raise ValueError(f'beta: {self.beta!r} is unknown; give numbers in [0, 1] or "equal"')
-        else:
-            betas = (self.beta,) if isinstance(self.beta, int | float) else tuple(self.beta)
-            if not betas:
-                raise ValueError("beta: () is empty; give a number in [0, 1] for each task after the first")
-            for beta in betas:
-                share("beta", beta, of="0 for the new weights, 1 for the old")
-            object.__setattr__(self, "beta", self.beta if isinstance(self.beta, int | float) else betas)
-        if isinstance(self.anchor, str):
-            if self.anchor not in ANCHORS:
-                raise ValueError(f"anchor: {self.anchor!r} is unknown; choose one of {', '.join(ANCHORS)} or weights")
-        else:
-            object.__setattr__(self, "anchor", tuple(self.anchor))
-            if not all(w >= 0 for w in self.anchor) or not 0 < sum(self.anchor) < float("inf"):
-                raise ValueError(f"anchor: {self.anchor!r}; give weights of the latest ends, newest first, at least 0")
-            if self.anchor[0] == 0:
-                raise ValueError(f"anchor: {self.anchor!r}; the newest end needs a weight above 0: after the first "
-                                 "task it is the only one")  # fmt: skip
-        for name, known in (("optimizer", ("keep", "reset")), ("untouched", ("average", "keep"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        object.__setattr__(self, "own", tuple(self.own))
+        if not callable(self.p):
+            object.__setattr__(self, "p", checks.value("p", self.p, Interval))
+        if self.beta == ():
+            raise ValueError("beta: () is empty; give a number in [0, 1], or one for each task after the first")
+        if not isinstance(self.anchor, str) and not (self.anchor and self.anchor[0] > 0):
+            raise ValueError(f"anchor: {self.anchor!r}; the newest end needs a weight above 0: after the first task it "
+                             "is the only one")  # fmt: skip
 
     def due(self, progress: Progress) -> bool:
         """At the steps of `merge_steps`, or where the trigger wants to look; not in the first task unless `first`."""
         if progress.task == 0 and not self.first:
             return False
-        if not isinstance(self.p, int | float):
+        if callable(self.p):
             return progress.end or (progress.step < progress.steps and self.p.looks(progress))
         divides = progress.step % interval(progress.steps, self.p) == 0
         return self.final or divides if progress.end else divides and progress.step < progress.steps
@@ -112,26 +132,20 @@ class SFA:
     def __call__(self, context: Context) -> Merged:
         """Averages with the anchor."""
         progress, memo = context.progress, self._memo(context)
-        if not isinstance(self.p, int | float):
+        if callable(self.p):
             wanted, memo["notes"] = self.p(context, Since(*memo["since"]), memo["notes"])
             if not (self.final if progress.end else wanted):
                 return Merged(context.current, context.current, self._report(memo), memo)
         memo["steps"] = [*memo["steps"], progress.step]
         memo["drift"] = [*memo["drift"], distance(context, memo["anchor"])]
-        merged = self._spared(context, lerp(context.current, memo["anchor"], self._beta(progress.task)))
+        task = progress.task
+        beta = task / (task + 1) if isinstance(self.beta, str) else scheduled(self.beta, max(task - 1, 0))
+        merged = self._spared(context, lerp(context.current, memo["anchor"], beta))
         if self.refresh:
             merged = normalization.refresh(context.model, merged, context.inputs)
         memo["since"] = (progress.step, merged, memo["anchor"]) if callable(self.p) else None
         kept = {"task": progress.task, "ends": memo["ends"]} if progress.end else memo
         return Merged(merged, merged, self._report(memo), kept, fresh=self.optimizer == "reset")
-
-    def _beta(self, task: int) -> float:
-        if self.beta == "equal":
-            return task / (task + 1)
-        if isinstance(self.beta, tuple):
-            return self.beta[min(max(task - 1, 0), len(self.beta) - 1)]
-        assert not isinstance(self.beta, str)
-        return self.beta
 
     def _memo(self, context: Context) -> dict[str, Any]:
         """The state of this task: that of the last call, or made anew in the task's first."""
@@ -176,3 +190,105 @@ class SFA:
     @staticmethod
     def _report(memo: dict[str, Any]) -> dict[str, Any]:
         return {"steps": list(memo["steps"]), "drift": list(memo["drift"])}
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """Looks evenly, `times` a task."""
+
+    times: checks.Count = 20
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+
+    def looks(self, progress: Progress) -> bool:
+        """At every `times`-th part of the task's steps."""
+        return progress.step % max(1, round(progress.steps / self.times)) == 0
+
+
+@dataclass(frozen=True)
+class Drift(_Looking):
+    """Merges when the weights have come further than `limit` from the anchor, relative to the anchor's length."""
+
+    limit: checks.Positive = 0.1
+
+    def __call__(self, context: Context, since: Since, notes: Any) -> tuple[bool, Any]:
+        """Compares the distance with the limit."""
+        return distance(context, since.anchor) > self.limit, None
+
+
+@dataclass(frozen=True)
+class Plateau(_Looking):
+    """Merges when the loss has stopped falling: the task is learned, so a merge costs the least of it.
+
+    The mean loss since the last look is compared with that of as many steps before; a fall by less than the share
+    `tolerance` counts as none. Both windows lie after the last merge.
+    """
+
+    tolerance: checks.Part = 0.05
+
+    def __call__(self, context: Context, since: Since, notes: Any) -> tuple[bool, Any]:
+        """Compares the loss of two windows of steps."""
+        step, window = context.progress.step, max(1, round(context.progress.steps / self.times))
+        if step - since.step < 2 * window:
+            return False, None
+        before, after = context.losses[step - 2 * window : step].unflatten(0, (2, window)).mean(1).tolist()
+        return after > (1 - self.tolerance) * before, None
+
+
+@dataclass(frozen=True)
+class Velocity(_Looking):
+    """Merges at intervals that shrink while the weights move faster and grow while they slow down.
+
+    The speed of an interval is the distance that the parameters came in it over its steps. An interval faster than the
+    one before makes the next shorter by `factor`, a slower one makes it longer, between the `shortest` and the
+    `longest`, shares of a task's steps; `start` is the first. The rule of AimMerging (arXiv 2509.17348) without its
+    forgetting trigger, which needs stored data; that paper leaves the factor to be chosen.
+    """
+
+    times: checks.Count = 50
+    start: Interval = 0.25
+    shortest: Interval = 0.05
+    longest: Interval = 0.5
+    factor: Annotated[float, checks.Range(1, open="low")] = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.shortest <= self.start <= self.longest:
+            raise ValueError(
+                f"start: {self.start!r}, with shortest {self.shortest!r} and longest {self.longest!r}; give "
+                "shortest <= start <= longest"
+            )
+
+    def __call__(self, context: Context, since: Since, notes: Any) -> tuple[bool, Any]:
+        """Merges at the end of an interval and sets the next one's length."""
+        notes = notes or {"interval": self.start, "speed": None}
+        taken = context.progress.step - since.step
+        if taken < max(1, round(notes["interval"] * context.progress.steps)):
+            return False, notes
+        speed = norm(sub(parameters(context, context.current), parameters(context, since.weights))) / taken
+        last = notes["speed"]
+        change = 1.0 if last is None else 1 / self.factor if speed > last else self.factor
+        return True, {"interval": min(max(notes["interval"] * change, self.shortest), self.longest), "speed": speed}
+
+
+@dataclass(frozen=True)
+class Cosine(_Looking):
+    """Merges when the gradient no longer drives the weights away from the anchor.
+
+    The cosine between the last step's descent direction and theta - anchor is positive while training moves on outward
+    and falls to 0, or below, once the task is learned; a merge is due when it is below `limit`.
+    """
+
+    limit: Annotated[float, checks.Range(-1, 1)] = 0.0
+
+    def __call__(self, context: Context, since: Since, notes: Any) -> tuple[bool, Any]:
+        """Compares the cosine with the limit."""
+        gradients = context.gradients()
+        moved = {n: context.current[n] - since.anchor[n] for n in gradients if n in context.current}
+        parts = [torch.stack([-(gradients[n] * m).sum(), gradients[n].square().sum(), m.square().sum()]) for n, m in
+                 moved.items()]  # fmt: skip
+        if not parts:
+            return False, None
+        inner, a, b = torch.stack(parts).double().sum(0).tolist()
+        return bool(a and b) and inner / (a * b) ** 0.5 < self.limit, None

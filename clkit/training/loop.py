@@ -25,26 +25,26 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit import alignment, store
+from clkit import alignment, checks, store
 from clkit.checkpoint import Checkpoint, model_state, random_state, restore_model, restore_random
-from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress, Score
+from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
 from clkit.data import Examples, Stream, Task
-from clkit.data.core import IGNORED
-from clkit.evaluation import EVALUATION_BATCH, Evaluation, evaluate
+from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.training.result import Result
 from clkit.training.settings import Training
-from clkit.weights import Weights, check_finite, evaluation_mode, get_weights, set_weights
+from clkit.weights import Weights, check_finite, get_weights, set_weights
 
 ModelFactory = Callable[..., nn.Module]
+T = TypeVar("T")
 
 
 def label(model: nn.Module | ModelFactory) -> str:
@@ -59,6 +59,7 @@ def label(model: nn.Module | ModelFactory) -> str:
     return f"{model.__module__}.{getattr(model, '__qualname__', type(model).__name__)}"
 
 
+@checks.arguments
 def run(
     stream: Stream,
     model: nn.Module | ModelFactory,
@@ -66,11 +67,11 @@ def run(
     consolidation: Consolidation | None = None,
     training: Training | None = None,
     *,
-    seed: int = 0,
+    seed: checks.Index = 0,
     device: torch.device | str = "auto",
     progress: bool = True,
     keep: bool = True,
-    watch: int | None = None,
+    watch: checks.Index | None = None,
     checkpoint: Path | str | None = None,
 ) -> Result:
     """Trains a model on the tasks of a stream one after another and tests it on all of them after each.
@@ -91,7 +92,7 @@ def run(
     learner = copy.deepcopy(learner if learner is not None else Learner())
     rule: Consolidation = consolidation if consolidation is not None else NoConsolidation()
     training = training if training is not None else Training()
-    _check(stream, model, learner, rule, training, seed, watch)
+    _check(stream, model, learner, rule, training)
     started = time.perf_counter()
     place, model = _device(device), getattr(model, "_orig_mod", model)  # of a compiled module, the module
     identity: dict[str, Any] = {}  # of the run: all that its result depends on
@@ -114,33 +115,9 @@ def run(
         net: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(stream, seed=seed)
         net = getattr(net, "_orig_mod", net)
         options: dict[str, Any] = {"progress": progress, "keep": keep, "watch": watch, "started": started}
-        loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, **options)
+        loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, record, **options)
         identity["initial weights"] = store.describe(net, "model") if checkpoint is not None else None
-        past = loop.run(Checkpoint(checkpoint, identity) if checkpoint is not None else None)
-    plain = copy.deepcopy(loop.model) if training.compile else loop.model
-    return past.result(config=record, model=plain, learner=learner)
-
-
-@dataclass(eq=False)
-class _Past:
-    """The finished tasks of a run: what its Result tells of them."""
-
-    initial: np.ndarray
-    accuracy: list[np.ndarray] = field(default_factory=list)
-    masked: list[np.ndarray] = field(default_factory=list)
-    losses: list[np.ndarray] = field(default_factory=list)
-    weights: list[Weights] = field(default_factory=list)
-    trained: list[Weights] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)
-    reports: list[dict[str, Any]] = field(default_factory=list)
-    training_loss: list[np.ndarray] = field(default_factory=list)
-    watched: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def result(self, **more: Any) -> Result:
-        """The Result, the rows of its matrices stacked."""
-        matrices: dict[str, Any] = {name: np.stack(getattr(self, name)) for name in ("accuracy", "masked", "losses")}
-        return Result(**vars(self) | matrices | more)
+        return loop.run(Checkpoint(checkpoint, identity) if checkpoint is not None else None)
 
 
 class _Loop:
@@ -155,6 +132,7 @@ class _Loop:
         training: Training,
         seed: int,
         device: torch.device,
+        record: dict[str, Any],
         *,
         progress: bool,
         keep: bool,
@@ -163,11 +141,13 @@ class _Loop:
     ) -> None:
         self.stream, self.model, self.learner = stream, model, learner
         self.consolidation, self.training, self.device = consolidation, training, device
-        self.keep, self.watch = keep, watch
+        self.progress, self.keep, self.watch, self.seed, self.started = progress, keep, watch, seed, started
+        self.result = Result(record, model, learner)
         seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
-        self.order, self.augmenter, own = (torch.Generator(device).manual_seed(s) for s in seeds)
+        self.order, self.augmenter, self.own = (torch.Generator(device).manual_seed(s) for s in seeds)
         self.criterion = Criterion(stream, training.labels, training.label_smoothing, device)
-        learner.start(Setting(own, self.criterion, len(stream.classes), training.batch, consolidation.holdout or 0.0))
+        self.holdout = getattr(consolidation, "holdout", None) or 0.0
+        learner.start(Setting(self.own, self.criterion, len(stream.classes), training.batch, self.holdout))
         channels_last = training.channels_last if training.channels_last is not None else device.type == "cuda"
         self.layout = torch.channels_last if channels_last and len(stream.shape) == 3 else None
         if self.layout is not None:
@@ -176,9 +156,7 @@ class _Loop:
             training.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
-        self.progress = progress
-        self.base = get_weights(model)
-        self.previous = self.base
+        self.base = self.previous = get_weights(model)
         self.history: list[Weights] = []
         self.memo: Any = None
         self.report: dict[str, Any] = {}
@@ -187,65 +165,68 @@ class _Loop:
         if training.compile:
             model.compile()  # copies are not compiled
         self.optimizer = training.make_optimizer(model.parameters())
-        self.seed, self.started = seed, started
         if len(stream) > 1 and (check := getattr(consolidation, "check", None)) is not None:
             check(self.scratch, stream[0].prepare(stream[0].train.x[:1]))
 
-    def run(self, file: Checkpoint | None) -> _Past:
+    def run(self, file: Checkpoint | None) -> Result:
         """The tasks that are not in the checkpoint, one after another."""
         from tqdm.auto import tqdm
 
-        state = file.load(self.device) if file is not None else None
-        past = self.past = self.restore(state) if state is not None else _Past(self.evaluate().accuracy)
-        done = len(past.accuracy)
-        steps = [self.steps(task) for task in self.stream]
+        result, state = self.result, file.load(self.device) if file is not None else None
+        if state is not None:
+            self.restore(state)
+        else:
+            result.initial = self.evaluate().accuracy
+        done, steps = len(result.accuracy), [self.steps(task) for task in self.stream]
         with tqdm(
             total=sum(steps), initial=sum(steps[:done]), disable=not self.progress, unit="step", leave=False
         ) as bar:
             for task in self.stream.tasks[done:]:
                 bar.set_description(f"task {task.index + 1} of {len(self.stream)}")
                 self.learn(task, bar.update)
-                past.seconds = time.perf_counter() - self.started
+                result.seconds = time.perf_counter() - self.started
                 if file is not None:
                     file.save(self.state())
-        past.seconds = time.perf_counter() - self.started
-        return past
+        result.seconds = time.perf_counter() - self.started
+        if self.training.compile:
+            result.model = copy.deepcopy(self.model)
+        return result
 
     def learn(self, task: Task, tick: Callable[[int], Any]) -> None:
         """One task, from its first step to its evaluation."""
-        past = self.past
-        past.training_loss.append(self.train(task, tick))
+        result = self.result
+        result.training_loss.append(self.train(task, tick))
         self.learner.after_training(self.model, task)
         current = get_weights(self.model)
         check_finite(current, f"weights after task {task.index}")
         progress = Progress(task.index, self.steps(task), self.steps(task), True)
-        merged = Merged(current, current)
+        train = deploy = current
         if due := self.consolidation.due(progress):
             if self.watch is not None:
                 self.look("before", progress)
-            merged = self.consolidate(task, progress, current)
-            for part in {id(w): w for w in (merged.train, merged.deploy)}.values():
+            train, deploy, *_ = self.consolidate(task, progress, current)
+            for part in {id(w): w for w in (train, deploy)}.values():
                 check_finite(part, f"consolidated weights after task {task.index}")
-        train, deploy = merged.train, merged.deploy
-        set_weights(self.model, train)
+        if train is not current:
+            set_weights(self.model, train)
         self.learner.on_consolidated(self.model, task)
         if deploy is not train:
             set_weights(self.model, deploy)
         self.learner.calibrate(self.model, task)
-        for rows, row in zip((past.accuracy, past.masked, past.losses), self.evaluate(), strict=True):
-            rows.append(row)
+        for name, row in zip(("accuracy", "masked", "losses"), self.evaluate(), strict=True):
+            setattr(result, name, np.stack([*getattr(result, name), row]))
         if self.watch is not None:
-            self.note("after" if due else "step", progress, past.accuracy[-1])
+            self.note("after" if due else "step", progress, result.accuracy[-1])
         if deploy is not train:
             set_weights(self.model, train)
         self.previous = deploy
-        if self.consolidation.uses_history:
+        if getattr(self.consolidation, "uses_history", False):
             self.history.append(current)
-        past.reports.append(self.report)
+        result.reports.append(self.report)
         if self.keep:
-            past.inputs.append(self.learner.inputs(task).cpu())
-            past.trained.append({name: tensor.cpu() for name, tensor in current.items()})
-            past.weights.append({name: tensor.cpu() for name, tensor in deploy.items()})
+            result.inputs.append(self.examples(task).x.cpu())
+            result.trained.append({name: tensor.cpu() for name, tensor in current.items()})
+            result.weights.append({name: tensor.cpu() for name, tensor in deploy.items()})
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on between two tasks; optimizers begin anew in each."""
@@ -256,19 +237,18 @@ class _Loop:
             "memo": self.memo,
             "learner": self.learner.state_dict(),
             "random": random_state(self.device, self.order, self.augmenter),
-            "past": vars(self.past),
+            "past": {n: part for n, part in vars(self.result).items() if n not in ("config", "model", "learner")},
         }
 
-    def restore(self, state: dict[str, Any]) -> _Past:
-        """Puts everything back to where it was when `state` was taken, and returns what is behind."""
-        past = _Past(**state["past"])
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts everything back to where it was when `state` was taken."""
+        vars(self.result).update(state["past"])
         restore_model(self.model, state["model"])
         self.previous, self.history, self.memo = state["previous"], state["history"], state["memo"]
-        self.criterion.begin_task(self.stream[len(past.accuracy) - 1])
+        self.criterion.begin_task(self.stream[len(self.result.accuracy) - 1])
         self.learner.load_state_dict(state["learner"])
         restore_random(state["random"], self.device, self.order, self.augmenter)
-        self.started -= past.seconds
-        return past
+        self.started -= self.result.seconds
 
     def train(self, task: Task, tick: Callable[[int], Any]) -> np.ndarray:
         """The steps on one task; returns the loss of each."""
@@ -328,46 +308,46 @@ class _Loop:
     def note(self, when: str, progress: Progress, accuracy: np.ndarray) -> None:
         """Puts accuracies on record."""
         at = {"learning": progress.task, "step": progress.step, "when": when}
-        self.past.watched.append(at | {"accuracy": accuracy})
+        self.result.watched.append(at | {"accuracy": accuracy})
 
     def consolidate(self, task: Task, progress: Progress, current: Weights) -> Merged:
         """Asks the consolidation, with generators of its own, so that training draws the same numbers as without it."""
-        held_out = self.learner.held_out(task) if self.consolidation.holdout else None
-        judged = held_out if held_out is not None else self.learner.examples(task)
+
+        examples = functools.cache(lambda: self.examples(task))
+        held_out = functools.cache(lambda: self.aside(self.learner.held_out, task) if self.holdout else None)
+
+        def judge() -> Callable[[Weights], Score] | None:
+            judged = held_out()
+            judged = examples() if judged is None else judged
+            return functools.partial(score, self.scratch, judged) if len(judged) else None
+
+        def beta2() -> float:
+            return self.optimizer.param_groups[0]["betas"][1]
+
         context = Context(
+            later={
+                "inputs": lambda: examples().x,
+                "score": judge,
+                "held_out": lambda: held_out() is not None,
+                "second_moment": lambda: {name: s["exp_avg_sq"] for name, s in self.moments().items()} or None,
+                "moment_scale": lambda: {name: 1 - beta2() ** float(s["step"]) for name, s in self.moments().items()},
+            },
             model=self.scratch,
             base=self.base,
             previous=self.previous,
             current=current,
             history=tuple(self.history),
-            inputs=self.learner.inputs(task),
             progress=progress,
-            score=functools.partial(self.score, judged) if len(judged) else None,
-            held_out=held_out is not None,
             losses=self.trace[: progress.step],
             gradients=lambda: {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None},
-            second_moment=self.second_moment(),
-            moment_scale=self.moment_scale(),
             symmetry=lambda: self.symmetry,
             memo=self.memo,
         )
         with _reproducible(self.seed + progress.task, self.device):
             merged = self.consolidation(context)
+        context.later.clear()  # what was not asked for would be made of a later state
         self.memo, self.report = merged.memo, dict(merged.report)
         return merged
-
-    @torch.no_grad()
-    def score(self, examples: Examples, weights: Weights) -> Score:
-        """Mean loss and accuracy, over all classes, of weights on prepared examples, in evaluation mode."""
-        set_weights(self.scratch, weights)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        with evaluation_mode(self.scratch):
-            for x, y in zip(examples.x.split(EVALUATION_BATCH), examples.y.split(EVALUATION_BATCH), strict=True):
-                logits = self.scratch(x).float()
-                loss = nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
-                sums += torch.stack([loss, (logits.argmax(-1) == y).sum(), (y != IGNORED).sum()]).double()
-        loss, hits, counted = sums.tolist()
-        return Score(loss / counted, hits / counted)
 
     @functools.cached_property
     def symmetry(self) -> alignment.Symmetry:
@@ -375,23 +355,22 @@ class _Loop:
         first = self.stream[0]
         return alignment.symmetry(self.scratch, first.prepare(first.train.x[:2].to(self.device)))
 
-    def second_moment(self) -> Weights | None:
-        """Adam's running mean of squared gradients by parameter name; None for other optimizers."""
-        state = self.optimizer.state
-        return {
-            name: state[p]["exp_avg_sq"]
-            for name, p in self.model.named_parameters()
-            if "exp_avg_sq" in state.get(p, {})
-        } or None
+    def moments(self) -> dict[str, dict[str, Any]]:
+        """The state of Adam by parameter name; nothing for other optimizers."""
+        states = {name: self.optimizer.state.get(p, {}) for name, p in self.model.named_parameters()}
+        return {name: state for name, state in states.items() if "exp_avg_sq" in state}
 
-    def moment_scale(self) -> dict[str, float]:
-        """1 - beta2^n by parameter name, for the n steps that are in Adam's second moments."""
-        state = self.optimizer.state
-        return {
-            name: 1 - self.optimizer.param_groups[0]["betas"][1] ** float(state[p]["step"])
-            for name, p in self.model.named_parameters()
-            if "exp_avg_sq" in state.get(p, {})
-        }
+    def examples(self, task: Task) -> Examples:
+        """What the learner lets a consolidation see."""
+        return self.aside(self.learner.examples, task)
+
+    def aside(self, ask: Callable[[Task], T], task: Task) -> T:
+        """What the learner answers; all generators are put back, so that training is the same if nobody asks."""
+        state = self.own.get_state()
+        with _reproducible(self.seed + task.index, self.device):
+            found = ask(task)
+        self.own.set_state(state)
+        return found
 
     def steps(self, task: Task) -> int:
         """How many optimizer steps a task takes."""
@@ -425,8 +404,6 @@ def _check(
     learner: Learner,
     consolidation: Consolidation,
     training: Training,
-    seed: int,
-    watch: int | None,
 ) -> None:
     """Raises on arguments of the wrong kind before any work starts."""
     if not isinstance(stream, Stream):
@@ -446,10 +423,6 @@ def _check(
             f"optimizer: {training.optimizer!r} keeps no second moments, which {consolidation!r} reads; use "
             'Training(optimizer="adamw"), or a consolidation that does without, such as one with importance="fisher"'
         )
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: {seed!r}; give a whole number, at least 0")
-    if watch is not None and (not isinstance(watch, int) or watch < 0):
-        raise ValueError(f"watch: {watch!r}; give a number of steps, 0 for consolidations alone, or None")
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Result:
     """What a run gives. T tasks; accuracies in [0, 1].
 
+    - `config`: the record, JSON-able
+    - `model`, `learner`: copies that end with the weights training would go on from, and the learner's last state
     - `accuracy` (T, T): row t after learning task t, column k the test accuracy on task k, in the stream's scenario
     - `masked`, `losses` (T, T): the same with logits masked to the task's classes, and the mean test loss
     - `initial` (T,): accuracies before any training
@@ -28,24 +30,23 @@ class Result:
     - `training_loss[t]`: the loss of every step of task t
     - `watched`: with `watch`, a dict for each look at all tasks on the way: "learning" (the task), "step" (within it),
       "when" ("step", or "before" or "after" a consolidation) and "accuracy" (T,)
-    - `config`: the record, JSON-able; `seconds`: the duration, over all interruptions
-    - `model`, `learner`: copies that end with the weights training would go on from, and the learner's last state
+    - `seconds`: the duration, over all interruptions
     """
 
-    accuracy: np.ndarray
-    masked: np.ndarray
-    losses: np.ndarray
-    initial: np.ndarray
-    weights: list[Weights]
-    trained: list[Weights]
-    inputs: list[Tensor]
-    reports: list[dict[str, Any]]
-    training_loss: list[np.ndarray]
-    watched: list[dict[str, Any]]
     config: dict[str, Any]
-    seconds: float
-    model: nn.Module = field(repr=False)
-    learner: Learner = field(repr=False)
+    model: nn.Module
+    learner: Learner
+    accuracy: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    masked: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    losses: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    initial: np.ndarray = field(default_factory=lambda: np.empty(0))
+    weights: list[Weights] = field(default_factory=list)
+    trained: list[Weights] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    training_loss: list[np.ndarray] = field(default_factory=list)
+    watched: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
 
     def summary(self) -> dict[str, float]:
         """acc, forgetting, bwt, fwt, last and plasticity, as `metrics` defines them."""

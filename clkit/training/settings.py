@@ -2,26 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from clkit import checks
 from clkit.learners import LabelSpace
-
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("constant", "cosine", "linear", "multistep")
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-def _choice(name: str, value: object, known: Iterable[str]) -> None:
-    options = list(known)
-    if value not in options:
-        close = get_close_matches(str(value), options, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(options)}{hint}")
 
 
 @dataclass(frozen=True)
@@ -39,42 +27,23 @@ class Training:
     - `compile`: run the model through `torch.compile`
     """
 
-    epochs: int = 10
-    batch: int = 32
-    lr: float = 0.1
-    optimizer: str = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    milestones: tuple[float, ...] = (0.7, 0.9)
-    warmup: float = 0.0
-    clip: float | None = None
-    label_smoothing: float = 0.0
+    epochs: checks.Index = 10
+    batch: checks.Count = 32
+    lr: checks.Positive = 0.1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: checks.Part = 0.0
+    weight_decay: checks.NotNegative = 0.0
+    schedule: Literal["constant", "cosine", "linear", "multistep"] = "constant"
+    milestones: tuple[Annotated[float, checks.Range(0, 1, "both", "shares of a task's steps")], ...] = (0.7, 0.9)
+    warmup: checks.Part = 0.0
+    clip: checks.Positive | None = None
+    label_smoothing: checks.Part = 0.0
     labels: LabelSpace = "all"
     augment: bool = True
-    precision: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool | None = None
     compile: bool = False
-
-    def __post_init__(self) -> None:
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("labels", get_args(LabelSpace))):
-            _choice(name, getattr(self, name), known)
-        _choice("precision", self.precision, PRECISIONS)
-        for name, low in (("epochs", 0), ("batch", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
-                raise ValueError(f"{name}: {getattr(self, name)!r}; give a whole number, at least {low}")
-        if not self.lr > 0:
-            raise ValueError(f"lr: {self.lr!r}; give a learning rate above 0")
-        for name in ("momentum", "label_smoothing", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)!r}; give a number in [0, 1)")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay: {self.weight_decay!r}; give a number, at least 0")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip: {self.clip!r}; give the largest norm of the gradient, above 0, or None")
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        if not all(0 < m < 1 for m in self.milestones):
-            raise ValueError(f"milestones: {self.milestones!r}; give shares of a task's steps in (0, 1)")
+    __post_init__ = checks.fields
 
     def rate(self, step: int, steps: int) -> float:
         """The factor on the learning rate in step `step` of `steps`."""
@@ -91,7 +60,7 @@ class Training:
         return 1.0
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """A fresh optimizer over the parameters that want gradients."""
+        """A fresh optimizer over the parameters that want gradients. Raises ValueError if there are none."""
         wanted = [p for p in parameters if p.requires_grad]
         if not wanted:
             raise ValueError("model: it has no parameter that requires a gradient; there is nothing to train")

@@ -41,8 +41,8 @@ class Remembering:
     def __init__(self, inner: Consolidation) -> None:
         self.inner = inner
         self.memos: dict[int, Any] = {}
-        self.holdout, self.uses_history = inner.holdout, inner.uses_history
-        self.uses_moments = getattr(inner, "uses_moments", False)
+        for need in ("holdout", "uses_history", "uses_moments"):
+            setattr(self, need, getattr(inner, need, False))
 
     def due(self, progress: Progress) -> bool:
         """When the consolidation is."""
@@ -212,7 +212,7 @@ def kept(tasks: Sequence[int] = (2, 5, 10, 20), rules: Mapping[str, Consolidatio
         result = run(stream, net, None, spy, replace(TRAINING, epochs=1), device="cpu", progress=False)
         for t in tasks:
             bytes_ = nbytes(result.weights[t - 1]) + nbytes(spy.memos.get(t - 1) or {})
-            bytes_ += sum(map(nbytes, result.trained[:t])) if rule.uses_history else 0
+            bytes_ += sum(map(nbytes, result.trained[:t])) if getattr(rule, "uses_history", False) else 0
             rows.append({"method": name, "tasks": t, "networks": bytes_ / size})
     return pd.DataFrame(rows)
 

@@ -14,7 +14,7 @@ from torch import nn
 from clkit import alignment, data, landscape, models, weights
 from clkit.consolidation import SFA, CLeWI, Merging, WiSEFT
 from clkit.data import Examples, Stream, Text
-from clkit.evaluation import bits_per_byte, exact_match
+from clkit.evaluation import bits_per_byte, continued, exact_match
 from clkit.experiments import Comparison, Method
 from clkit.learners import ER, EWC, L2, DataBuffer, Joint, Learner
 from clkit.training import Result, Training, run
@@ -81,10 +81,11 @@ def real_texts() -> Comparison:
 def aligned() -> Comparison:
     """CLeWI on a small vision transformer, by the symmetry derived from its graph: replay with and without merging."""
     rule = ER(50)
+    ways: dict[str, Any] = {"by activations": "activations", "by weights": "weights", "not aligned": None}
     methods = {"ER": Method(rule)} | {
-        f"CLeWI α={alpha:g}, {name}": Method(rule, CLeWI(alpha, align=align, refresh=False, points=0))
+        f"CLeWI α={alpha:g}, {name}": Method(rule, CLeWI(alpha, align=align, refresh=False))
         for alpha in (0.1, 0.3, 0.5)
-        for name, align in (("by activations", "activations"), ("by weights", "weights"), ("not aligned", None))
+        for name, align in ways.items()
     }
     vit = partial(models.vit, patch=2, dim=48, depth=2)
     training = Training(15, 32, 0.002, optimizer="adamw")
@@ -169,17 +170,12 @@ def writes(result: Result, prompts: Sequence[str], length: int = 24) -> "pd.Data
     """
     import pandas as pd
 
-    net, rows = result.model.cpu().eval(), []
-    for deployed in result.weights:
-        found = {}
-        for prompt in prompts:
-            x = torch.tensor([list(prompt.encode())])
-            with torch.no_grad():
-                while x.shape[1] < len(prompt.encode()) + length and not bytes(x[0].tolist()).endswith(b"\n"):
-                    logits = torch.func.functional_call(net, dict(deployed), (x[:, -CONTEXT:],))
-                    x = torch.cat([x, logits[:, -1:].argmax(-1)], 1)
-            found[prompt] = bytes(x[0].tolist()).decode(errors="replace")[len(prompt) :].rstrip("\n")
-        rows.append(found)
+    def goes_on(prompt: str, deployed: weights.Weights) -> str:
+        x = torch.tensor([list(prompt.encode())])
+        found = continued(result.model.cpu(), x, length, context=CONTEXT, weights=deployed)
+        return bytes(found[0].tolist()).partition(b"\n")[0].decode(errors="replace")
+
+    rows = [{prompt: goes_on(prompt, deployed) for prompt in prompts} for deployed in result.weights]
     return pd.DataFrame(rows)
 
 

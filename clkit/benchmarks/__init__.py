@@ -37,14 +37,16 @@ def rows(names: Sequence[str] = (), progress: bool = True) -> Iterator[Row]:
         yield from known[name]()
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds that each way takes, of `repeats`, the ways taking turns: a slow minute slows them all."""
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """The median seconds by `clock` that each way takes, of `repeats`, taking turns: a slow minute slows them all."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started = clock()
             way()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

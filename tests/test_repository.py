@@ -2,8 +2,11 @@
 
 import ast
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,20 @@ def test_ci_runs_the_readmes_test_command():
     block = re.search(r"<!-- test command -->\n```bash\n(.*?)\n```", README, re.S)
     assert block and block[1].endswith("&& .venv/bin/pytest")
     assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.packs("cifar10")
+def test_ci_gpu_writes_the_headlines_table_and_goes_on_from_its_store(tmp_path, packs):
+    env = os.environ | {"CLKIT_CACHE": str(tmp_path / "cache"), "CLKIT_DATA": str(packs), "CUDA_VISIBLE_DEVICES": ""}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
+    command = [sys.executable, str(ROOT / ".ci" / "gpu"), str(tmp_path), "--headline", "--seeds", "1"]
+    for _ in range(2):
+        out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        table = (tmp_path / "headline.csv").read_text().splitlines()
+        records = {path: path.read_bytes() for path in (tmp_path / "cache" / "gpu").glob("*.json")}
+        assert "a few images" in out and [row.split(",")[0] for row in table] == ["method", "ER", "ER + CLeWI"]
+        assert len(records) == 2
+    assert json.loads((tmp_path / "headline.json").read_text())["gain"][0]["n"] == 1
 
 
 def test_every_module_is_in_the_readme():

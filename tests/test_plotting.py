@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from clkit import plotting
 from clkit.data import Examples, Stream, Task
 from clkit.learners import LEARNERS
+from clkit.merging import MERGES
 
 TS = np.linspace(0, 1, 5)
 
@@ -73,8 +74,8 @@ def test_losses_stay_as_they_are(ax):
     assert ax.get_xlabel() == "t" and ax.get_legend() is None
 
 
-def test_interpolation_by_task_has_a_line_a_task(ax):
-    plotting.interpolation_by_task(ax, [curve(0.0), curve(0.2)])
+def test_a_path_without_a_name_has_a_line_a_task(ax):
+    plotting.interpolation(ax, [curve(0.0), curve(0.2)])
     thick, thin = by_width(ax)
     assert len(thick) == 3 and len(thin) == 6
     np.testing.assert_allclose(thick[1].get_ydata(), 100 * curve(0.1).accuracy[:, 1])
@@ -85,14 +86,14 @@ def test_accuracy_matrix_writes_what_was_learned(ax):
     matrix = np.arange(9).reshape(3, 3) / 10
     plotting.accuracy_matrix(ax, matrix, names=["x", "y", "z"])
     assert [t.get_text() for t in ax.texts] == ["0", "30", "40", "60", "70", "80"]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["x", "y", "z"]
-    assert ax.images[0].get_array().mask.sum() == 3
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["x", "y", "z"] and ax.yaxis_inverted()
+    assert ax.collections[0].get_array().mask.sum() == 3
 
 
 def test_a_whole_accuracy_matrix_leaves_nothing_blank(ax):
     plotting.accuracy_matrix(ax, np.arange(9).reshape(3, 3) / 10, whole=True)
     assert [t.get_text() for t in ax.texts] == [str(10 * i) for i in range(9)]
-    assert not np.ma.getmaskarray(ax.images[0].get_array()).any()
+    assert not np.ma.getmaskarray(ax.collections[0].get_array()).any()
 
 
 def test_large_accuracy_matrices_have_a_colour_bar_instead(ax):
@@ -105,8 +106,8 @@ def test_tradeoff_labels_points_and_points_up_to_stability(ax):
     thick, thin = by_width(ax)
     assert len(thick) == 2 and len(thin) == 6
     assert [t.get_text() for t in ax.texts] == ["α = 0", "0.3", "0.6"] * 2
-    np.testing.assert_allclose(thick[0].get_xdata(), [0, 30, 60])
-    np.testing.assert_allclose(thick[0].get_ydata(), [0, 12, 24])
+    assert thick[0].get_color() == plotting.COLOURS["CLeWI"]
+    np.testing.assert_allclose(thick[0].get_xydata(), [[0, 0], [30, 12], [60, 24]])
     assert ax.yaxis_inverted()
     plotting.tradeoff(ax, table())
     assert ax.yaxis_inverted()
@@ -120,21 +121,51 @@ def test_alpha_sweep_has_a_panel_a_value():
     thick, thin = by_width(axes[1])
     assert len(thick) == 1 and len(thin) == 3
     np.testing.assert_allclose(thick[0].get_ydata(), [100, 70, 40])
+    ticks = [t.get_text() for t in axes[1].get_xticklabels()]
+    assert ticks == ["0\nnew", "0.3", "0.6\nold →"]
+    plotting.alpha_sweep(axes[:1], table(), values=["acc"], ends=("old", "new"))
+    assert axes[0].get_xticklabels()[0].get_text() == "0\nold"
     with pytest.raises(ValueError, match="axes: 3 for 1 values"):
         plotting.alpha_sweep(axes, table(), values=["acc"])
     plt.close(figure)
 
 
-def test_bars_reach_to_the_mean_with_students_interval(ax):
-    runs = pd.DataFrame({"method": ["ER"] * 3 + ["joint"], "acc": [0.5, 0.6, 0.7, 0.9]})
-    plotting.bars(ax, runs)
-    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [60, 90])
-    dots = [line for line in ax.lines if line.get_marker() == "o"]
+def intervals(ax):
+    """The ends of the black intervals, by their rows."""
+    black = [line for line in ax.lines if mpl.colors.same_color(line.get_color(), "black") and line.get_marker() != "o"]
+    found = [np.asarray(line.get_xydata()) for line in black]
+    return {round(float(np.nanmedian(xy[:, 1]))): (np.nanmin(xy[:, 0]), np.nanmax(xy[:, 0])) for xy in found
+            if np.isfinite(xy[:, 0]).any()}  # fmt: skip
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_bars_reach_to_the_mean_with_students_interval(ax, filled):
+    runs = pd.DataFrame({"method": ["ER"] * 3 + ["L2"], "acc": [0.5, 0.55, 0.6, 0.9]})
+    plotting.bars(ax, runs, filled=filled)
+    if filled:
+        np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [55, 90])
+        assert all(bar.get_x() == 0 for bar in ax.patches) and ax.get_xlim()[0] == 0
+    dots = [line for line in ax.lines if line.get_marker() == "o" and line.get_markersize() < 5]
     assert [len(d.get_xdata()) for d in dots] == [3, 1]
-    (interval,) = [c for c in ax.containers if not hasattr(c, "patches")]
-    low, high = interval[2][0].get_segments()[0][:, 0]
-    assert (high - low) / 2 == pytest.approx(4.303 * 10 / 3**0.5, rel=1e-3)
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["ER", "joint"]
+    ((low, high),) = intervals(ax).values()  # one seed has none
+    assert (high - low) / 2 == pytest.approx(4.303 * 5 / 3**0.5, rel=1e-3)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["ER", "L2"] and ax.yaxis_inverted()
+
+
+def test_intervals_of_shares_stay_between_0_and_1(ax):
+    plotting.bars(ax, pd.DataFrame({"method": ["a", "a", "b", "b"], "acc": [0.1, 0.4, 0.9, 1.0]}))
+    ends = intervals(ax)
+    assert ends[0][0] == 0 and ends[1][1] == 100 and ends[0][1] <= 100 and ends[1][0] > 0
+
+
+def test_intervals_of_differences_may_be_negative(ax):
+    plotting.bars(ax, pd.DataFrame({"method": ["a", "a"], "bwt": [-0.1, -0.2]}), "bwt")
+    assert intervals(ax)[0][0] < -70
+
+
+def test_bars_of_losses_are_no_percentages(ax):
+    plotting.bars(ax, pd.DataFrame({"method": ["a", "b"], "loss": [1.5, 2.5]}), "loss")
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [1.5, 2.5])
 
 
 def test_bars_of_a_kind_may_share_a_colour(ax):
@@ -199,7 +230,14 @@ def test_a_frontier_is_a_line_a_kind_along_its_knob(ax):
     plotting.frontier(ax, table, {"SFA": "beta", "fine-tuning": ""}, marked={"SFA": [0.3]})
     line, point = (c.lines[0] for c in ax.containers)
     assert np.allclose(line.get_xydata(), [[85.5, 55], [75.5, 65], [65.5, 75]]) and len(point.get_xdata()) == 1
-    assert line.get_color() == plotting.COLOURS["SFA"] and [t.get_text() for t in ax.texts] == ["0.3"]
+    assert line.get_color() == plotting.COLOURS["SFA"] and [t.get_text() for t in ax.texts] == ["β = 0.3"]
+
+
+def test_errors_of_a_frontier_stay_within_what_accuracies_can_be(ax):
+    rows = pd.DataFrame({"kind": "SFA", "seed": range(4), "beta": 0.1, "new": [1, 1, 1, 0.2], "old": [0, 0, 0, 0.6]})
+    plotting.frontier(ax, rows, {"SFA": "beta"})
+    across, up = (c.get_segments()[0] for c in ax.containers[0].lines[2])
+    np.testing.assert_allclose([across[:, 0], up[:, 1]], [[60, 100], [0, 30]], atol=1e-9)
 
 
 def test_courses_are_means_of_lists(ax):
@@ -213,7 +251,7 @@ def test_stages_begin_where_a_task_is_learned(ax):
     matrix = [[0.9, 0.1], [0.5, 0.8]]
     plotting.stages(ax, matrix, ["a", "b"], flat=[[0.7, 0], [0.7, 0.6]], legend=True)
     drawn = [(line.get_linestyle(), list(line.get_xdata()), list(np.round(line.get_ydata(), 6))) for line in ax.lines]
-    assert drawn == [("-", [1, 2], [90, 50]), ("-", [2], [80]), (":", [1, 2], [70, 70]), (":", [2], [60])]
+    assert sorted(drawn) == [("-", [1, 2], [90, 50]), ("-", [2], [80]), (":", [1, 2], [70, 70]), (":", [2], [60])]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b"]
 
 
@@ -225,6 +263,71 @@ def test_colours_are_kept_and_never_shared():
     assert len(plotting.colours(map(str, range(20)))) == 20
 
 
+def test_a_new_method_has_the_same_colour_in_every_figure():
+    alone = plotting.colours(["mine"])["mine"]
+    assert plotting.colours(["ER-ACE", "mine", "another"])["mine"] == alone in plotting.PALETTE
+    taken = [name for name, colour in plotting.COLOURS.items() if colour == alone]
+    assert not taken or plotting.colours([taken[0], "mine"])["mine"] != alone
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("SFA p=0.25 β=0.5, uniform", "SFA"),
+        ("WiSE-FT (p = 1)", "WiSE-FT"),
+        ("wise_ft", "WiSE-FT"),
+        ("ties", "TIES"),
+        ("task_arithmetic", "task arithmetic"),
+        ("DER++ + CLeWI", "DER++"),
+        ("ER-ACE, twice", "ER-ACE"),
+        ("emr, masked", "EMR"),
+        ("online EWC λ=3", "online EWC"),
+        ("mask, published rate", "mask"),
+        ("β = 0.3", "β"),
+        ("cosine -0.1", "cosine"),
+    ],
+)
+def test_variants_belong_to_their_method(name, method):
+    assert plotting.family(name) == method
+    if method in plotting.COLOURS:
+        assert plotting.colours([name, "L2"])[name] == plotting.COLOURS[method]
+
+
+def test_variants_of_a_method_are_darker_dashed_and_marked():
+    looks = plotting.looks(["SFA p=1", "L2", "SFA", "SFA p=0.1"])
+    own, first, second = (looks[name] for name in ("SFA", "SFA p=1", "SFA p=0.1"))
+    assert own["color"] == plotting.COLOURS["SFA"]
+    assert contrast(own["color"]) < contrast(first["color"]) < contrast(second["color"])
+    for part in ("linestyle", "marker"):
+        assert len({look[part] for look in (own, first, second)}) == 3
+
+
+def test_settings_without_a_method_go_from_dark_to_light(ax):
+    rows = pd.DataFrame({"beta": [0.5, 0.1, 0.3, 0.5, 0.1, 0.3], "p": 3 * [0] + 3 * [1], "acc": 0.5})
+    plotting.lines(ax, rows, "p", "acc", by="beta")
+    drawn = {line.get_label(): contrast(line.get_color()) for line in ax.lines}
+    assert list(drawn) == ["β = 0.1", "β = 0.3", "β = 0.5"] and list(drawn.values()) == sorted(drawn.values())[::-1]
+
+
+def test_lines_need_no_seeds_and_skip_what_is_missing(ax):
+    rows = pd.DataFrame({"method": ["ER", "ER", "ER"], "at": [1, 2, 3], "acc": [0.1, np.nan, 0.3]})
+    plotting.lines(ax, rows, "at", "acc")
+    assert [list(np.round(line.get_xydata().T, 6).tolist()) for line in ax.lines] == [[[1, 3], [10, 30]]]
+
+
+def contrast(colour):
+    """The contrast on white, from 1 to 21: WCAG 2.1's relative luminances."""
+    rgb = np.asarray(mpl.colors.to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)
+
+
+def test_all_colours_are_seen_on_white():
+    assert contrast("white") == pytest.approx(1) and contrast("black") == pytest.approx(21)
+    found = {*plotting.COLOURS.values(), *plotting.PALETTE, *plotting.shades(2), *plotting.shades(9)}
+    assert {colour: contrast(colour) for colour in found if contrast(colour) < 3} == {}
+
+
 GROUPS = [["fine-tuning", "joint", "ER", "CLeWI"], ["CLeWI", "SFA", "AWM", "HCMM", "WiSE-FT"]]
 GROUPS.append(["plain", "aligned", "plain, re-estimated", "aligned, re-estimated"])
 GROUPS.append(["fine-tuning", "joint", "ER", "EWC", "LwF", "iCaRL", "DER++"])
@@ -232,6 +335,11 @@ GROUPS.append(["ER", "ER-ACE", "A-GEM", "GEM", "MIR", "DER", "DER++"])
 GROUPS.append(["fine-tuning", "joint", "L2", "EWC", "online EWC", "SI", "MAS", "LwF"])
 GROUPS.append(["fine-tuning", "joint", "SFA", "L2", "EWC", "data buffer"])
 GROUPS.append(["class-incremental", "domain-incremental", "task-incremental"])
+GROUPS.append(["fine-tuning", "joint", "SFA", "WiSE-FT", "L2", "EWC", "buffer"])
+GROUPS.append(["fine-tuning", "joint", "SFA", "online EWC", "TIES", "buffer"])
+GROUPS.append(["ER", "CLeWI", "ER-ACE", "DER++", "iCaRL", "BiC"])
+MERGED = ["average", "task arithmetic", "model stock", "TIES", "DARE", "MagMax", "RegMean", "TSV", "Iso-C", "EMR"]
+GROUPS += [MERGED, ["TIES", "DARE", "DARE TIES", "DELLA", "PCB"]]
 # Machado, Oliveira and Fernandes 2009, severity 1
 DEFICIENCIES = {
     "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
@@ -251,9 +359,19 @@ def lab(colour, matrix):
 @pytest.mark.parametrize("names", GROUPS)
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 def test_colours_that_meet_are_told_apart_by_everyone(names, deficiency):
-    seen = [lab(plotting.COLOURS[name], DEFICIENCIES[deficiency]) for name in names]
+    seen = [lab(colour, DEFICIENCIES[deficiency]) for colour in plotting.colours(names).values()]
     apart = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
     assert min(apart) > 15
+
+
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+def test_the_palette_is_told_apart_by_everyone(deficiency):
+    seen = [lab(colour, DEFICIENCIES[deficiency]) for colour in plotting.PALETTE]
+    assert min(np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]) > 15
+
+
+def test_every_merge_of_the_table_has_its_colour():
+    assert set(MERGED) <= {plotting.family(name) for name in [*MERGES, "emr, masked"]}
 
 
 def test_every_learning_rule_has_a_colour_of_its_own():
@@ -300,43 +418,53 @@ def clouds(models=("old", "new"), classes=(4, 7), examples=5):
     return pd.DataFrame(points), pd.DataFrame(agreement)
 
 
-def shown(ax):
-    return [line for line in ax.lines if len(line.get_xdata())]
+def dots(ax):
+    """The dots of a scatter plot: their places, colours and shapes, as many as dots, shapes numbered as they come."""
+    (spots,) = ax.collections
+    shapes = [path.vertices.tobytes() for path in spots.get_paths()]
+    numbers = {shape: i for i, shape in enumerate(dict.fromkeys(shapes))}
+    colours = [mpl.colors.to_hex(c).upper() for c in spots.get_facecolors()]
+    return np.asarray(spots.get_offsets()), colours, [numbers[shape] for shape in shapes]
 
 
 def test_an_embedding_has_a_marker_a_model_a_colour_a_class_and_its_numbers(ax):
     points, agreement = clouds()
     plotting.embedding(ax, points, agreement, title="t-SNE", names="abcdefgh")
-    drawn = [(line.get_marker(), line.get_color(), len(line.get_xdata())) for line in shown(ax)]
+    places, colours, shapes = dots(ax)
     one, other = plotting.PALETTE[:2]
-    assert drawn == [("o", one, 5), ("o", other, 5), ("^", one, 5), ("^", other, 5)]
-    np.testing.assert_array_equal(shown(ax)[2].get_xdata(), points.x[10:15])
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["old", "new", "e", "h"]
+    assert colours == 2 * (5 * [one] + 5 * [other]) and shapes == 10 * [0] + 10 * [1]
+    np.testing.assert_array_equal(places[10:15, 0], points.x[10:15])
+    assert {t.get_text() for t in ax.get_legend().get_texts()} == {"old", "new", "e", "h"}
     assert ax.get_title() == "t-SNE\nCKA 0.50, mean distance 0.25"
 
 
 def test_an_embedding_of_one_class_colours_models_and_writes_all_pairs(ax):
     points, agreement = clouds(("old", "new", "merged"), classes=(3,))
     plotting.embedding(ax, points, agreement, measures=["cka"], joined=True)
-    marks = [line for line in shown(ax) if line.get_marker() != "None"]
-    assert [line.get_marker() for line in marks] == ["o", "^", "s"] and len({line.get_color() for line in marks}) == 3
-    ways = [line for line in shown(ax) if line.get_marker() == "None"]
+    _, colours, shapes = dots(ax)
+    assert shapes == 5 * [0] + 5 * [1] + 5 * [2] and len(set(colours)) == 3
+    ways = [line for line in ax.lines if len(line.get_xdata())]
     assert len(ways) == 5 and list(ways[1].get_xdata()) == list(points.x[points.example == 1])
     assert ax.get_title() == "old – new: CKA 0.50\nold – merged: CKA 0.60\nnew – merged: CKA 0.70"
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["old", "new", "merged"]
 
 
-def test_similarities_begin_below_at_the_input(ax):
+def test_an_embedding_draws_more_classes_than_the_palette_has_colours(ax):
+    plotting.embedding(ax, *clouds(classes=range(15), examples=2))
+    assert len(dots(ax)[0]) == 60 and len(set(dots(ax)[1])) == len(plotting.PALETTE)
+
+
+def test_a_heat_map_writes_its_numbers(ax):
     table = pd.DataFrame([[1.0, 0.5], [0.25, 0.75], [0.0, 0.1]], index=["in", "mid", "out"], columns=["a", "b"])
-    plotting.similarities(ax, table)
-    assert ax.images[0].origin == "lower" and [t.get_text() for t in ax.get_yticklabels()] == ["in", "mid", "out"]
+    plotting.heatmap(ax, table)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["in", "mid", "out"]
     assert [t.get_text() for t in ax.texts] == ["1.00", "0.50", "0.25", "0.75", "0.00", "0.10"]
     assert len(ax.figure.axes) == 1
 
 
-def test_many_layers_have_a_colour_bar_instead(ax):
-    plotting.similarities(ax, pd.DataFrame(np.zeros((9, 9))))
-    assert not ax.texts and len(ax.figure.axes) == 2
+def test_a_large_heat_map_has_a_colour_bar_instead(ax):
+    plotting.heatmap(ax, pd.DataFrame(np.zeros((9, 9))), label="CKA")
+    assert not ax.texts and ax.figure.axes[1].get_ylabel() == "CKA"
 
 
 def test_layers_keep_their_order_and_seeds_are_thin(ax):

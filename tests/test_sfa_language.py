@@ -144,7 +144,7 @@ def test_bits_run_backwards():
     table["old_bits"], table["new_bits"] = [4.0, 6.0, 2.0, 2.0], [3.0, 3.0, 5.0, 5.0]
     with plotting.style():
         fig, ax = plt.subplots()
-        plotting.bits_frontier(ax, table, {"L2": "strength"})
+        plotting.frontier(ax, table, {"L2": "strength"}, x="new_bits", y="old_bits", by="line")
         assert ax.xaxis_inverted() and ax.yaxis_inverted() and "bits" in ax.get_xlabel()
         assert np.allclose(ax.lines[0].get_xydata(), [[3, 5], [5, 2]])
         plt.close(fig)

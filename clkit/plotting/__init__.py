@@ -5,12 +5,13 @@ colour wherever it appears (`COLOURS`). Draw inside `with style():`.
 """
 
 from clkit.plotting.curves import (
-    alpha_sweep, bits_frontier, courses, frontier, interpolation, interpolation_by_task, sawtooth, stages, tradeoff,
+    along_layers, alpha_sweep, courses, frontier, interpolation, lines, sawtooth, spectra,
+    stages, tradeoff,
 )  # fmt: skip
-from clkit.plotting.features import against, along_layers, before_after, embedding, similarities, spectra
-from clkit.plotting.planes import examples_grid, plane
-from clkit.plotting.style import (
+from clkit.plotting.marks import (
+    accuracy_matrix, against, bars, before_after, embedding, examples_grid, gains, heatmap, plane,
+)  # fmt: skip
+from clkit.plotting.common import (
     BLACK, BLUE, COLOURS, GREEN, GREY, INDIGO, LABELS, OLIVE, ORANGE, PALETTE, PURPLE, RC, RED, SKY, THIN, WINE,
-    YELLOW, colours, style,
+    colours, family, legend, looks, shades, style,
 )  # fmt: skip
-from clkit.plotting.tables import accuracy_matrix, bars, gains

@@ -1,4 +1,8 @@
-"""Lines: along a path through weight space, along a knob, along a run and from task to task."""
+"""Lines: along a path through weight space, along a knob, along a run and from task to task.
+
+One idea carries most of them: a long table, a column for x, one for y, one that names the lines, and seeds. A seed is a
+thin line, the mean over seeds a thick one. Numbers are drawn as they are, but under a label that says "(%)" in percent.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from clkit.plotting.common import by_method, check_columns, legend, one_of, scaled, shades, thin_and_mean
-from clkit.plotting.style import BLACK, GREY, LABELS, PALETTE, THIN, colours
+from clkit import checks
+from clkit.plotting import common
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,76 +20,27 @@ if TYPE_CHECKING:
     from clkit.landscape import Curve
 
 
-def interpolation(
-    ax: "Axes",
-    curves: "Mapping[str, Curve | Sequence[Curve]]",
-    *,
-    value: str = "accuracy",
-    ends: tuple[str, str] = ("new", "old"),
-    label: str = LABELS["alpha"],
+def lines(
+    ax: "Axes", table: "DataFrame", x: str, y: str, *, by: str = "method", label: str | None = None, **look: Any
 ) -> None:
-    """Accuracy (or `value="loss"`) averaged over tasks against the position on a path, a colour for each name.
+    """Draws `y` against `x`: a thin line a seed, where there are several, and their mean, a colour for each of `by`.
 
-    A sequence of curves under one name is one curve a seed, all at the same positions: thin lines and their mean.
-    `ends` name the networks at 0 and 1; alpha of CLeWI and beta of SFA weight the old one.
+    The table has a row, or more, for each seed and value of `x`; without a column seed it is one seed. `label` is that
+    of the y axis. `look` overrides matplotlib's properties of the means. Raises KeyError for a column that is missing.
+    A legend is added by `legend`.
     """
-    one_of("value", value, ("accuracy", "loss"))
-    for name, colour in colours(curves).items():
-        seeds = _seeds(curves[name])
-        lines = [scaled(value, getattr(c, value)).mean(1) for c in seeds]
-        thin_and_mean(ax, seeds[0].ts, lines, colour, name)
-    _path_axis(ax, ends, label)
-    ax.set_ylabel(LABELS[value])
-    legend(ax)
+    import seaborn as sns
 
-
-def interpolation_by_task(
-    ax: "Axes",
-    curve: "Curve | Sequence[Curve]",
-    *,
-    value: str = "accuracy",
-    ends: tuple[str, str] = ("new", "old"),
-    label: str = LABELS["alpha"],
-) -> None:
-    """Accuracy (or `value="loss"`) on each task against the position on a path; the first task is the darkest."""
-    one_of("value", value, ("accuracy", "loss"))
-    seeds = _seeds(curve)
-    for task, colour in enumerate(shades(seeds[0].accuracy.shape[1])):
-        lines = [scaled(value, getattr(c, value))[:, task] for c in seeds]
-        thin_and_mean(ax, seeds[0].ts, lines, colour, f"task {task + 1}")
-    _path_axis(ax, ends, label)
-    ax.set_ylabel(LABELS[value])
-    legend(ax)
-
-
-def tradeoff(
-    ax: "Axes",
-    table: "DataFrame",
-    *,
-    x: str = "plasticity",
-    y: str = "forgetting",
-    along: str = "alpha",
-) -> None:
-    """Stability against plasticity while `along` grows: a thin line a seed, their mean thick, points labelled.
-
-    The table has a row for each seed and value of `along`, with the columns seed, `x`, `y`, `along`, and method if
-    there are several. Forgetting points down, so that up is stable and right is plastic.
-    """
-    check_columns(table, x, y, along, "seed")
-    for name, colour, rows in by_method(table):
-        for _, one in rows.groupby("seed", sort=False):
-            one = one.sort_values(along)
-            ax.plot(scaled(x, one[x]), scaled(y, one[y]), color=colour, **THIN)
-        mean = rows.groupby(along)[[x, y]].mean()
-        ax.plot(scaled(x, mean[x]), scaled(y, mean[y]), "o-", color=colour, label=name)
-        for at, px, py in zip(mean.index, scaled(x, mean[x]), scaled(y, mean[y]), strict=True):
-            text = f"{'α' if along == 'alpha' else along} = {at:g}" if at == mean.index[0] else f"{at:g}"
-            ax.annotate(text, (px, py), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
-    ax.set_xlabel(LABELS.get(x, x))
-    ax.set_ylabel(LABELS.get(y, y) + (", less is more stable" if y == "forgetting" else ""))
-    if y == "forgetting" and not ax.yaxis_inverted():
-        ax.invert_yaxis()
-    legend(ax)
+    common.check_columns(table, x, y)
+    label = label or common.label(y)
+    table = table.assign(**{y: common.factor(label) * table[y], "seed": table["seed"] if "seed" in table else 0})
+    for name, own, rows in common.groups(table, by):
+        drawn: Any = {"x": x, "y": y, "legend": False, "ax": ax}
+        seeds = rows.groupby(["seed", x], as_index=False)[y].mean()
+        if seeds["seed"].nunique() > 1:
+            sns.lineplot(seeds, units="seed", estimator=None, color=own["color"], **drawn, **common.THIN)
+        sns.lineplot(seeds, errorbar=None, label=name, **drawn, **own | look)
+    ax.set(xlabel=common.label(x), ylabel=label)
 
 
 def alpha_sweep(
@@ -94,48 +49,107 @@ def alpha_sweep(
     *,
     values: Sequence[str] = ("acc", "last", "forgetting"),
     along: str = "alpha",
+    by: str = "method",
+    ends: tuple[str, ...] | None = None,
 ) -> None:
-    """One panel for each of `values` against `along`: a thin line a seed, their mean thick, a colour for each method.
+    """One panel for each of `values` against `along`, as `lines` draws them; the legend stands beside the last one.
 
-    The table has a row for each seed and value of `along`, with the columns seed, `along`, `values`, and method if
-    there are several.
+    `ends` names the networks at 0 and 1: by default the new and the old one for alpha and beta, and none for others.
+    Pass ("old", "new") for HCMM's alpha, and () for no ends. Raises ValueError unless there are as many axes as values.
     """
     panels = list(np.ravel(np.asarray(axes, dtype=object)))
     if len(panels) != len(values):
         raise ValueError(f"axes: {len(panels)} for {len(values)} values {tuple(values)}; give one for each")
-    check_columns(table, *values, along, "seed")
+    common.check_columns(table, *values, along, "seed")
+    ends = ("new", "old") if ends is None and along in ("alpha", "beta") else ends
     for ax, value in zip(panels, values, strict=True):
-        for name, colour, rows in by_method(table):
-            grid = rows.pivot_table(index=along, columns="seed", values=value)
-            thin_and_mean(ax, grid.index, list(scaled(value, grid).to_numpy().T), colour, name, marker="o")
-        ax.set_xlabel(LABELS.get(along, along))
-        ax.set_ylabel(LABELS.get(value, value))
-    legend(panels[0])
+        lines(ax, table, along, value, by=by)
+        if ends:
+            _ends(ax, sorted(table[along].dropna().unique()), ends)
+    common.legend(panels[-1])
 
 
-def sawtooth(ax: "Axes", table: "DataFrame", *, names: Sequence[str] | None = None, ticks: bool = True) -> None:
-    """Accuracy on every task along one run, jumps drawn upright: what a merge does to it, and what undoes that.
+def along_layers(
+    ax: "Axes",
+    table: "DataFrame",
+    value: str = "ratio",
+    *,
+    by: str = "variant",
+    label: str = "variance left",
+    level: float | None = 1.0,
+) -> None:
+    """Draws `value` layer by layer, as `lines` does, with the layers in the order of the table.
 
-    The table is `Result.trajectory()`: learning, step, when, task, accuracy. `names` are those of the tasks. Merges are
-    marked below; a dotted line is where the next task begins.
+    For `representation.variance_ratio` and `collapse`, and any table with the columns layer, `by` and `value`. A dotted
+    line is at `level`.
     """
-    check_columns(table, "learning", "step", "when", "task", "accuracy")
-    tasks = sorted(set(table["task"]))
-    order = [("before", "step", "after").index(when) for when in table["when"]]
-    walked: Any = table.assign(order=order).sort_values(["step", "order"], kind="stable")
-    for task, colour in zip(tasks, shades(len(tasks)), strict=True):
-        rows = walked[walked["task"] == task]
-        label = names[task] if names else f"task {task + 1}"
-        ax.plot(rows["step"], 100 * rows["accuracy"], color=colour, linewidth=1.4, label=label)
-    merged = walked.loc[walked["when"] == "after", "step"].unique()
-    if ticks and len(merged):
-        ax.plot(merged, [0] * len(merged), "^", color=BLACK, markersize=4, label="merge", clip_on=False)
-    for start in walked.groupby("learning")["step"].max().iloc[:-1]:
-        ax.axvline(start, color=GREY, linestyle=":", linewidth=1)
-    ax.set_ylim(0, 102)
-    ax.set_xlabel("optimizer step")
-    ax.set_ylabel(LABELS["accuracy"])
-    legend(ax)
+    common.check_columns(table, "layer", by, value)
+    layers = list(dict.fromkeys(table["layer"]))
+    lines(ax, table.assign(layer=table["layer"].map(layers.index)), "layer", value, by=by, label=label)
+    if level is not None:
+        ax.axhline(level, color=common.BLACK, linestyle=":", linewidth=1)
+    ax.set_xticks(range(len(layers)), layers)
+    ax.set_xlabel("")
+    common.legend(ax)
+
+
+def courses(ax: "Axes", table: "DataFrame", value: str, *, label: str) -> None:
+    """How `value` goes from task to task, a colour for each method: the mean over the rows of lists, one entry a task.
+
+    The table has the column `value` and, if there are several, method. `label` is that of the y axis.
+    """
+    common.check_columns(table, value)
+    long = table.assign(task=[list(range(1, len(course) + 1)) for course in table[value]]).explode([value, "task"])
+    long = long.astype({value: float, "task": int}).drop(columns="seed", errors="ignore")
+    lines(ax, long, "task", value, label=label, marker="", linewidth=1.4)
+    ax.locator_params(axis="x", integer=True)
+    ax.set_xlabel("tasks learned")
+
+
+def interpolation(
+    ax: "Axes",
+    curves: "Mapping[str, Curve | Sequence[Curve]] | Curve | Sequence[Curve]",
+    *,
+    value: str = "accuracy",
+    ends: tuple[str, str] = ("new", "old"),
+    label: str = common.LABELS["alpha"],
+) -> None:
+    """Draws accuracy (or `value="loss"`) against the position on a path through weight space.
+
+    Curves under names are means over tasks, a colour for each name; curves without a name are drawn task by task, the
+    first task darkest. A sequence of curves is one curve a seed. `ends` name the networks at 0 and 1; alpha of CLeWI
+    and beta of SFA weight the old one. Raises ValueError for no curves, and where their positions differ.
+    """
+    import pandas as pd
+
+    checks.choice("value", value, ("accuracy", "loss"))
+    rows = []
+    for name, given in (curves if isinstance(curves, Mapping) else {"": curves}).items():
+        seeds = list(given) if isinstance(given, Sequence) else [given]
+        if not seeds or any(not np.array_equal(c.ts, seeds[0].ts) for c in seeds):
+            raise ValueError("curves: the seeds of one name need one curve each, all at the same positions ts")
+        for seed, curve in enumerate(seeds):
+            for task, ys in enumerate(getattr(curve, value).T):
+                rows.append({"method": name or f"task {task + 1}", "seed": seed, "t": curve.ts, value: ys})
+    table = pd.DataFrame(rows).explode(["t", value]).astype({"t": float, value: float})
+    lines(ax, table, "t", value, marker="", linestyle="-")
+    _ends(ax, [0, 0.25, 0.5, 0.75, 1], ends)
+    ax.set(xlim=(0, 1), xlabel=label)
+    common.legend(ax)
+
+
+def tradeoff(
+    ax: "Axes", table: "DataFrame", *, x: str = "plasticity", y: str = "forgetting", along: str = "alpha"
+) -> None:
+    """Stability against plasticity while `along` grows: a thin line a seed, their mean thick, points labelled.
+
+    The table has a row for each seed and value of `along`, with the columns seed, `x`, `y`, `along`, and method if
+    there are several. It is a `frontier` with seeds instead of standard errors.
+    """
+    common.check_columns(table, x, y, along, "seed")
+    table = table if "method" in table else table.assign(method="mean over seeds")
+    names, values = dict.fromkeys(table["method"], along), sorted(table[along].unique())
+    frontier(ax, table, names, x=x, y=y, by="method", marked=dict.fromkeys(names, values), seeds=True)
 
 
 def frontier(
@@ -147,59 +161,35 @@ def frontier(
     y: str = "old",
     by: str = "kind",
     marked: Mapping[str, Sequence[float]] = {},
+    seeds: bool = False,
 ) -> None:
     """One plane for all methods: `y` against `x`, a line for each kind of method along the knob that `along` names.
 
     The table has a row for each seed and setting, with the columns seed, `by`, `x`, `y` and the knobs. Points are means
-    over seeds, bars their standard errors; a kind whose knob is "" is one point. Up is stable, right is plastic.
-    `marked` names kinds and the values of the knob to write beside their points.
+    over seeds; a kind whose knob is "" is one point. Bars are standard errors, which never leave the range of shares;
+    with `seeds` a thin line a seed stands for them. `marked` names kinds and the values of the knob to write beside
+    their points. Up is stable, right is plastic: where less is better, as of forgetting, an axis runs backwards.
     """
-    knobs = [knob for knob in along.values() if knob]
-    check_columns(table, by, x, y, "seed", *knobs)
-    for name, colour in colours(along).items():
-        rows, knob = table[table[by] == name], along[name]
-        groups: Any = rows.groupby(knob if knob else by)[[x, y]]
-        mean, error = 100 * groups.mean(), 100 * groups.sem()
-        mark = "-o" if knob else "D"
-        ax.errorbar(mean[x], mean[y], xerr=error[x], yerr=error[y], fmt=mark, color=colour, label=name,
-                    linewidth=1.3, markersize=3.5, elinewidth=0.6)  # fmt: skip
-        for value in marked.get(name, ()):
-            at = (mean[x][value], mean[y][value])
-            ax.annotate(f"{value:g}", at, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
-    ax.set_xlabel(LABELS.get(x, x))
-    ax.set_ylabel(LABELS.get(y, y))
-    legend(ax)
-
-
-def bits_frontier(
-    ax: "Axes",
-    table: "DataFrame",
-    along: Mapping[str, str],
-    *,
-    x: str = "new_bits",
-    y: str = "old_bits",
-    by: str = "line",
-    marked: Mapping[str, Sequence[float]] = {},
-) -> None:
-    """`frontier` in bits per byte, where less is better: both axes run backwards, so up is stable and right plastic."""
-    frontier(ax, table.assign(**{x: table[x] / 100, y: table[y] / 100}), along, x=x, y=y, by=by, marked=marked)
-    ax.set(xlabel="bits per byte on the newest domain", ylabel="bits per byte on earlier domains")
-    ax.xaxis.set_inverted(True)
-    ax.yaxis.set_inverted(True)
-
-
-def courses(ax: "Axes", table: "DataFrame", value: str, *, label: str, scale: float = 100.0) -> None:
-    """How `value` goes from task to task, a colour for each method: the mean over the rows of lists, one entry a task.
-
-    The table has the columns method and `value`; entries are multiplied by `scale`, by default to percent.
-    """
-    check_columns(table, "method", value)
-    for name, colour, rows in by_method(table):
-        mean = scale * np.mean(rows[value].tolist(), axis=0)
-        ax.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=1.4, label=name)
-    ax.locator_params(axis="x", integer=True)
-    ax.set_xlabel("tasks learned")
-    ax.set_ylabel(label)
+    common.check_columns(table, by, x, y, "seed", *(knob for knob in along.values() if knob))
+    table = common.scaled(table, x, y)
+    for name, look in common.looks(along).items():
+        rows: Any = table[table[by] == name]
+        means = rows.groupby(along[name] or by)[[x, y]]
+        mean, error = means.mean(), means.sem()
+        own: Any = {} if seeds else {"xerr": error[x], "yerr": error[y]}
+        own |= look if along[name] else look | {"linestyle": "none", "marker": "D"}
+        for _, one in rows.sort_values(along[name] or by).groupby("seed") if seeds else ():
+            ax.plot(one[x], one[y], color=look["color"], **common.THIN)
+        ax.errorbar(mean[x], mean[y], label=name, linewidth=1.5, elinewidth=0.6, **own)
+        for i, value in enumerate(marked.get(name, ())):
+            text = f"{value:g}" if i else f"{common.LETTERS.get(along[name], along[name])} = {value:g}"
+            place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+            ax.annotate(text, mean.loc[value], color=look["color"], **place)
+    for axis, column in ((ax.xaxis, x), (ax.yaxis, y)):
+        less = column in common.LESS_IS_MORE
+        axis.set_label_text(common.label(column) + (", less is better" if less else ""))
+        axis.set_inverted(less)
+    common.legend(ax)
 
 
 def stages(
@@ -209,27 +199,65 @@ def stages(
 
     `matrix` (T, T) has row t after learning task t. `flat`, another one, is dotted in the same colours.
     """
-    for style, rows in (("o-", np.asarray(matrix)), (":", flat)):
-        if rows is None:
-            continue
-        for k, (name, colour) in enumerate(zip(names, PALETTE, strict=False)):
-            stage = range(k + 1, len(names) + 1)
-            label = name if style == "o-" else None
-            ax.plot(stage, 100 * np.asarray(rows)[k:, k], style, color=colour, label=label, markersize=3.5)
+    for k, (name, colour) in enumerate(common.categories(names).items()):
+        stage = range(k + 1, len(names) + 1)
+        ax.plot(stage, 100 * np.asarray(matrix)[k:, k], "o-", color=colour, label=name, markersize=3.5)
+        if flat is not None:
+            ax.plot(stage, 100 * np.asarray(flat)[k:, k], ":", color=colour)
     ax.locator_params(axis="x", integer=True)
     ax.set_xlabel("tasks learned")
     if legend:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.legend(**common.BESIDE)
 
 
-def _seeds(curves: "Curve | Sequence[Curve]") -> "list[Curve]":
-    seeds = list(curves) if isinstance(curves, Sequence) else [curves]
-    if not seeds or any(not np.array_equal(c.ts, seeds[0].ts) for c in seeds):
-        raise ValueError("curves: the seeds of one name need one curve each, all at the same positions ts")
-    return seeds
+def sawtooth(ax: "Axes", table: "DataFrame", *, names: Sequence[str] | None = None, ticks: bool = True) -> None:
+    """Accuracy on every task along one run, jumps drawn upright: what a merge does to it, and what undoes that.
+
+    The table is `Result.trajectory()`: learning, step, when, task, accuracy. `names` are those of the tasks. Merges are
+    marked below; a dotted line is where the next task begins.
+    """
+    common.check_columns(table, "learning", "step", "when", "task", "accuracy")
+    order = table["when"].map(["before", "step", "after"].index)
+    walked: Any = table.assign(order=order).sort_values(["step", "order"], kind="stable")
+    tasks = sorted(set(table["task"]))
+    for task, colour in zip(tasks, common.shades(len(tasks)), strict=True):
+        rows = walked[walked["task"] == task]
+        label = names[task] if names else f"task {task + 1}"
+        ax.plot(rows["step"], 100 * rows["accuracy"], color=colour, linewidth=1.4, label=label)
+    merged = walked.loc[walked["when"] == "after", "step"].unique()
+    if ticks and len(merged):
+        ax.plot(merged, [0] * len(merged), "^", color=common.BLACK, markersize=4, label="merge", clip_on=False)
+    for start in walked.groupby("learning")["step"].max().iloc[:-1]:
+        ax.axvline(start, color=common.GREY, linestyle=":", linewidth=1)
+    ax.set(ylim=(0, 102), xlabel="optimizer step", ylabel=common.LABELS["accuracy"])
+    common.legend(ax)
 
 
-def _path_axis(ax: "Axes", ends: tuple[str, str], label: str) -> None:
-    ax.set_xlim(0, 1)
-    ax.set_xticks([0, 0.25, 0.5, 0.75, 1], [f"0\n{ends[0]}", "0.25", "0.5", "0.75", f"1\n{ends[1]}"])
-    ax.set_xlabel(label)
+def spectra(ax: "Axes", tables: "Mapping[str, DataFrame]") -> None:
+    """Correlations of the units of one network with their partners in another, largest first, a colour for each name.
+
+    The tables are those of `representation.matched`: dashed, unit i with unit i; broad, after the best matching.
+    """
+    for name, look in common.looks(tables).items():
+        common.check_columns(tables[name], "kind", "rank", "correlation")
+        line: Any
+        for kind, line in (
+            ("matched", {"linewidth": 4.0, "alpha": 0.45}),
+            ("as they are", {"linewidth": 1.5, "linestyle": "--"}),
+        ):
+            rows = tables[name][tables[name]["kind"] == kind]
+            at = 100 * (rows["rank"] + 0.5) / len(rows)
+            ax.plot(
+                at, rows["correlation"], label=f"{name}, {kind}", **{"color": look["color"], "linewidth": 1.5} | line
+            )
+    ax.set(ylim=(None, 1.05), xlabel="units, by correlation (%)", ylabel="correlation with the partner")
+    common.legend(ax)
+
+
+def _ends(ax: "Axes", at: ArrayLike, names: Sequence[str]) -> None:
+    """Ticks at most eight of the positions, and says below the outer ones which network lies there, or beyond."""
+    at = np.unique(np.asarray(at)[np.linspace(0, np.size(at) - 1, 8).round().astype(int)])
+    labels = [f"{value:g}" for value in at]
+    labels[0] += f"\n{'' if at[0] == 0 else '← '}{names[0]}"
+    labels[-1] += f"\n{names[1]}{'' if at[-1] == 1 else ' →'}"
+    ax.set_xticks(at, labels)

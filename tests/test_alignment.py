@@ -379,7 +379,7 @@ class TestErrors:
 
     def test_unknown_groups(self, mlp):
         symmetry, weights = mlp
-        with pytest.raises(KeyError, match="linear1"):
+        with pytest.raises(ValueError, match="linear1"):
             alignment.permute(symmetry, {"linear": torch.arange(9)}, weights)
 
     def test_what_is_no_permutation(self, mlp):

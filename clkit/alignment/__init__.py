@@ -1,7 +1,9 @@
-"""Alignment: the permutation symmetry of any model, derived; matching networks by activations or weights."""
+"""Alignment: matching networks by activations or weights over a symmetry, and the elements that permute them.
 
-from clkit.alignment.activations import STATISTICS, Similarities, similarities
-from clkit.alignment.matching import Alignment, align, assign
+`symmetry` derives the symmetry of a model; it and its elements live in `clkit.symmetry`.
+"""
+
+from clkit.alignment.matching import STATISTICS, Alignment, Similarities, Statistic, align, assign, similarities
 from clkit.symmetry import (
     Axis, Group, Permutations, Proof, Row, Symmetry, Table,
     compose, identity, invert, permute, random_permutations, symmetry,

@@ -16,7 +16,7 @@ from clkit.symmetry.moving import Call, is_shape
 from clkit.symmetry.points import Cells, Ids, Points
 from clkit.symmetry.program import VIEWS, Program, base_name, owners, trace, writes
 from clkit.symmetry.rules import propagate
-from clkit.symmetry.structure import Axis, Group, Symmetry, Tap
+from clkit.symmetry.structure import Axis, Group, Symmetry, Tap, slots_of
 from clkit.weights import live_tensors
 
 READERS = frozenset(
@@ -342,9 +342,5 @@ def _tap(
         if split and loose is not None:
             sizes[d] = (*split[:loose], -1, *split[loose + 1 :])
     points = part.points.ravel()
-    slots: dict[str, Ids] = {}
-    for g in (g for g in dict.fromkeys(group[points].tolist()) if g >= 0):
-        here = np.flatnonzero(group[points] == g)
-        here = here[np.lexsort((index[points[here]], lane[points[here]]))]
-        slots[names[g]] = here.reshape(-1, len(np.unique(index[points[here]])))
+    slots = {names[g]: rows for g, rows in slots_of(group[points], index[points], lane[points]).items()}
     return Tap(node.name, tuple(sizes), tuple(places[f] for f in part.factors), slots) if slots else None

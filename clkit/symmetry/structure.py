@@ -5,8 +5,7 @@ that is to blame. An element of it is a permutation of the units of each group.
 """
 
 import copy
-import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from clkit import checks
 from clkit.symmetry.points import Ids
-from clkit.symmetry.program import Program, mode
+from clkit.symmetry.program import Program, mode, trace
 from clkit.weights import Weights, live_tensors
 
 
@@ -73,6 +73,16 @@ class Tap:
             if self.sizes[dim]:
                 value = value.unflatten(dim, self.sizes[dim])
         return value.movedim(self.places, tuple(range(len(self.places))))
+
+
+def slots_of(group: Ids, index: Ids, lane: Ids) -> dict[int, Ids]:
+    """For each group that some positions follow: which ones, a row for each lane, in the order of the group's units."""
+    found = {}
+    for g in (g for g in dict.fromkeys(group.tolist()) if g >= 0):
+        here = np.flatnonzero(group == g)
+        here = here[np.lexsort((index[here], lane[here]))]
+        found[g] = here.reshape(-1, len(np.unique(index[here])))
+    return found
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,39 @@ class Symmetry:
         change = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True))
         return Proof(change, change < tolerance, self.share, len(self.groups), self.frozen)
 
+    @torch.no_grad()
+    def watch(
+        self,
+        model: nn.Module,
+        nets: Sequence[Weights],
+        inputs: Tensor,
+        look: Callable[[Tap, list[Tensor]], None],
+        batch: int,
+    ) -> None:
+        """Runs several networks side by side on `inputs` (N, ...), `batch` rows at a time, and shows units at work.
+
+        `look(tap, values)` sees the value of each tap in every network, as soon as it is there. Raises ValueError for
+        a model of several inputs.
+        """
+        if len(self.program.inputs) != 1:
+            raise ValueError(f"model: it takes {len(self.program.inputs)} tensors; only models of one can be watched")
+        device = next(model.parameters(), inputs).device
+        nets = [{name: t.to(device) for name, t in w.items()} for w in nets]
+        taps: dict[str, list[Tap]] = {}
+        for tap in self.taps:
+            taps.setdefault(tap.node, []).append(tap)
+
+        def show(node: str, values: list[Tensor]) -> None:
+            for tap in taps.get(node, ()):
+                look(tap, values)
+
+        programs: dict[int, Program] = {}
+        for x in (part.to(device) for part in inputs.split(batch)):
+            if len(x) not in programs:  # the graph may be bound to another batch size or device
+                fits = self.program.batch in (None, len(x)) and self.program.device == device
+                programs[len(x)] = self.program if fits else trace(model, x)
+            programs[len(x)].run(nets, x, show)
+
     @cached_property
     def members(self) -> dict[str, list[str]]:
         """For each group, the groups whose blocks its units are."""
@@ -214,10 +257,8 @@ class Symmetry:
             if weight in self.buffers or any(axis.group.ndim > 1 for axis in axes):
                 continue
             for dim, axis in enumerate(axes):
-                for g in (g for g in dict.fromkeys(axis.group.tolist()) if g >= 0):
-                    slots = np.flatnonzero(axis.group == g)
-                    slots = slots[np.lexsort((axis.index[slots], axis.lane[slots]))]
-                    found[names[g]].append((weight, dim, slots.reshape(-1, self.groups[names[g]].units)))
+                for g, slots in slots_of(axis.group, axis.index, axis.lane).items():
+                    found[names[g]].append((weight, dim, slots))
         return found
 
     def _words(self, axis: Axis, names: list[str]) -> str:
@@ -228,11 +269,8 @@ class Symmetry:
                 reasons = dict.fromkeys(self.reasons[r] for r in axis.reason.ravel()[here])
                 words.append(f"fixed ({', '.join(list(reasons)[:2])})")
                 continue
-            units, times = np.unique(axis.index.ravel()[here], return_counts=True)
-            part = (
-                "" if len(units) == self.groups[names[g]].units else f"[{len(units)} of {self.groups[names[g]].units}]"
-            )
-            words.append(names[g] + part + (f" x {times[0]}" if times[0] > 1 else ""))
+            times = np.unique(axis.index.ravel()[here], return_counts=True)[1]
+            words.append(names[g] + (f" x {times[0]}" if times[0] > 1 else ""))
         return " | ".join(words[:6]) + (f" | ... {len(words) - 6} more" if len(words) > 6 else "")
 
     def __repr__(self) -> str:
@@ -320,9 +358,7 @@ class Element:
 def element(symmetry: Symmetry, permutations: Permutations) -> Element:
     """Puts permutations into one array; raises KeyError or ValueError for what is no element of the symmetry."""
     for name in permutations:
-        if name not in symmetry.groups:
-            close = difflib.get_close_matches(name, symmetry.groups, 3) or list(symmetry.groups)[:3]
-            raise KeyError(f"permutations: the symmetry has no group {name!r}; it has {', '.join(close)}, ...")
+        checks.choice("permutations", name, symmetry.groups)
     starts = np.cumsum([0, *(g.units for g in symmetry.groups.values())])
     whole = np.arange(starts[-1])
     for k, (name, group) in enumerate(symmetry.groups.items()):

@@ -14,7 +14,7 @@ import toys
 from clkit import ER, SFA, Learner, Training, WiSEFT, alignment, merging, models, normalization, run
 from clkit import weights as W
 from clkit.curvature import fisher
-from clkit.tangent import Linearized, value
+from clkit.tangent import Linearized, linearised
 
 PICTURES, VECTORS, TOKENS = toys.images(), toys.stream(), toys.tokens()
 
@@ -56,6 +56,22 @@ class Masked(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, -1)
         return F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.causal, scale=0.7)
+
+
+class Keywords(nn.Module):
+    """Functions called by keywords, under torch's own names."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.batch = nn.Linear(6, 6), nn.LayerNorm(6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        x = F.linear(input=x, weight=self.linear.weight, bias=self.linear.bias)
+        x = F.layer_norm(x, normalized_shape=(6,), weight=self.norm.weight, bias=self.norm.bias)
+        x = F.group_norm(x, num_groups=2, weight=self.norm.bias + 1, bias=self.norm.weight)
+        mean, var = self.batch.running_mean, self.batch.running_var
+        x = F.batch_norm(x, running_mean=mean, running_var=var, weight=self.batch.weight, bias=self.batch.bias)
+        return F.relu(input=x)
 
 
 def statistics(net):
@@ -105,6 +121,7 @@ LAYERS = {
     "causal": (lambda: Masked(None, causal=True), (3, 6)),
     "dropout": (sequence(partial(nn.Linear, 6, 6), nn.Dropout, partial(nn.Linear, 6, 3)), (6,)),
     "tied": (Tied, (6,)),
+    "keywords": (Keywords, (6,)),
 }
 
 
@@ -300,13 +317,13 @@ class TestTwins:
         there = moved(model, 0.3)
         seen = []
         lin = at(Linearized(model), there)
-        hook = lin.network.linear.register_forward_pre_hook(lambda _, args: seen.append(value(args[0])))
+        hook = lin.network.linear.register_forward_pre_hook(lambda _, args: seen.append(linearised(args[0])))
         with torch.no_grad():
             lin(x)
         hook.remove()
         body = {name: t for name, t in there.items() if not name.startswith("linear.")}
         torch.testing.assert_close(seen[0], outputs(Linearized(model[:-1]), body, x))
-        assert value(x) is x
+        assert linearised(x) is x
 
     def test_in_bfloat16_it_is_nearly_the_same(self):
         for name in ("convnet", "vit"):

@@ -342,7 +342,7 @@ def _read(model: nn.Module, weights: Weights, inputs: Tensor, layer: Layer) -> t
     room = ROWS
 
     def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        value = tangent.value(out)
+        value = tangent.linearised(out)
         value = value.movedim(1, -1) if isinstance(layer, nn.Conv2d) else value
         both = curvature.input_rows(layer, unpack_dual(args[0])[0]), value.flatten(0, -2)
         rows = torch.linspace(0, len(both[0]) - 1, min(len(both[0]), room), device=out.device).long()

@@ -28,7 +28,7 @@ def activations(model: nn.Module, x: Tensor, layers: Sequence[str] | None = None
     def keep(name: str, out: object) -> None:
         if not isinstance(out, Tensor):
             raise TypeError(f"layers: {name!r} puts out a {type(out).__name__}, no tensor; name a module within it")
-        seen[name] = tangent.value(out).clone()  # what follows may work in place
+        seen[name] = tangent.linearised(out).clone()  # what follows may work in place
 
     hooks = [(modules[n], lambda _, __, out, n=n: keep(n, out)) for n in dict.fromkeys(layers)]
     with hooked(hooks), evaluation_mode(model):
@@ -64,7 +64,7 @@ def _last_inputs(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     """The inputs of the last linear layer that runs, for all batches."""
     last, parts = [], []
     linears = [m for m in tangent.layers(model).values() if isinstance(m, nn.Linear)]
-    hooks = [(m, lambda _, inputs: last.__setitem__(slice(None), [tangent.value(inputs[0])])) for m in linears]
+    hooks = [(m, lambda _, inputs: last.__setitem__(slice(None), [tangent.linearised(inputs[0])])) for m in linears]
     with hooked(hooks, before=True), evaluation_mode(model):
         for part in batches:
             model(part)

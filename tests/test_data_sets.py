@@ -79,8 +79,8 @@ def test_fonts_serve_as_domains():
         ({"script": "latin+greec"}, "did you mean 'greek'"),
         ({"script": []}, "at least one"),
         ({"fonts": "sans-bald"}, "did you mean 'sans-bold'"),
-        ({"per_class": 0}, "per_class=0"),
-        ({"jitter": 3}, "jitter=3"),
+        ({"per_class": 0}, "per_class: 0; give a whole number, at least 1"),
+        ({"jitter": 3}, r"jitter: 3; give a number in \[0, 2\]"),
         ({"characters": "ab漢"}, "leave out.*漢"),
         ({"characters": "aba"}, "each once"),
     ],
@@ -168,7 +168,7 @@ def test_domains_are_chosen_or_read_together(tmp_path: Path, pattern: str):
     assert list(both) == ["photo", "sketch"] and both["photo"].name.endswith("-photo")
     assert same(both["sketch"], data.folder(tmp_path, domain="sketch"))
     assert len(data.domains(both)) == 2
-    with pytest.raises(ValueError, match="domain= one of photo, sketch"):
+    with pytest.raises(ValueError, match="domain: None is unknown; choose one of photo, sketch"):
         data.folder(tmp_path)
     with pytest.raises(ValueError, match="did you mean 'photo'"):
         data.folder(tmp_path, domain="foto")
@@ -232,23 +232,26 @@ def test_bad_folders_are_refused(tmp_path: Path):
         with pytest.raises(ValueError, match=message):
             data.folder(path, **options)
 
-    refuses("does not exist: pass a directory or a zip", tmp_path / "none")
+    refuses("does not exist; pass a directory or a zip", tmp_path / "none")
     (tmp_path / "text.zip").write_text("no zip")
     refuses("neither a directory nor a zip", tmp_path / "text.zip")
     (tmp_path / "empty").mkdir()
-    refuses("has no images: expected CLASS/image", tmp_path / "empty")
+    refuses("has no images; expected CLASS/image", tmp_path / "empty")
     refuses("one class", plant(tmp_path / "one", "a/1.png", "a/2.png"))
     refuses("has 1 example", plant(tmp_path / "single", "a/1.png", "b/1.png", "b/2.png"))
     refuses(r"folders around 'c\.png' do not fit", plant(tmp_path / "flat", "a/1.png", "b/1.png", "c.png"))
-    refuses(r"\['b'\] are in one part", plant(tmp_path / "half", "train/a/1.png", "train/b/1.png", "test/a/1.png"))
+    refuses(
+        r"classes \['b'\] in one part only; give each to train and test",
+        plant(tmp_path / "half", "train/a/1.png", "train/b/1.png", "test/a/1.png"),
+    )
     good = plant(tmp_path / "good", *PLAIN)
-    refuses("has no domains; omit it", good, domain="photo")
-    refuses("size=0", good, size=0)
-    refuses("limit=0", good, limit=0)
+    refuses("domain: 'photo' is unknown; choose one of None", good, domain="photo")
+    refuses("size: 0; give a whole number, at least 1", good, size=0)
+    refuses("limit: 0; give a whole number, at least 1", good, limit=0)
     with pytest.raises(ValueError, match="use folder"):
         data.folders(good)
     picture(0, (9, 9)).save(good / "dog" / "3.png")
-    refuses(r"size=None, but .* is 6x5 and .*3\.png 9x9: pass a size", good)
+    refuses(r"size: None, but .* is 6x5 and .*3\.png 9x9; pass a size", good)
     (good / "dog" / "3.png").write_bytes((good / "dog" / "2.png").read_bytes()[:60])
     refuses(r"3\.png cannot be read as an image", good)
     Image.fromarray(np.zeros((5, 6), np.uint16)).save(good / "dog" / "3.png")
@@ -304,7 +307,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fakes")
 def test_torchvision_sets_are_downloaded_only_if_missing(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"MNIST is not under root.*pass download=True"):
+    with pytest.raises(ValueError, match=r"name: MNIST is not in .*; pass download=True"):
         data.load("mnist", tmp_path, download=False)
     dataset = data.load("mnist", tmp_path)
     assert dataset.classes == ("0 - zero", "1 - one")
@@ -327,7 +330,7 @@ def test_torchvision_sets_of_all_kinds_become_bytes(tmp_path: Path):
 
 
 def test_colour_arrays_and_letters_on_their_side_are_put_right():
-    from clkit.data.sets import _examples
+    from clkit.data.images import _examples
 
     array = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
     x = _examples(SimpleNamespace(data=array, targets=[0, 1]), (), False, None).x
@@ -342,8 +345,47 @@ def test_every_torchvision_name_exists_and_unknown_ones_are_refused():
     assert all(hasattr(datasets, source.kind) for source in data.TORCHVISION.values())
     with pytest.raises(ValueError, match=r"name: 'cifar-10' is unknown; .*did you mean 'cifar10'"):
         data.load("cifar-10")
-    with pytest.raises(ValueError, match="size=0"):
+    with pytest.raises(ValueError, match="size: 0"):
         data.load("mnist", size=0)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_limit_keeps_the_first_of_each_class_of_torchvisions_too(tmp_path: Path):
+    every, two = data.load("mnist", tmp_path), data.load("mnist", tmp_path, limit=2)
+    assert torch.equal(two.train.x, every.train.x[:4]) and two.test.y.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_pack_of_the_name_comes_before_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path / "packs"))
+    (tmp_path / "packs").mkdir()
+    zipped(plant(tmp_path / "tree", *PARTED), tmp_path / "packs" / "cifar10.zip")
+    pack, usual = data.folder(tmp_path / "tree"), data.Augment(crop=4, flip=True)
+    found = data.load("cifar10")
+    assert same(found, pack) and found.name == "cifar10" and found.augment == usual
+    assert same(data.load("cifar10", limit=2), data.folder(tmp_path / "tree", limit=2))
+    assert data.load("cifar10", size=4, augment=data.NO_AUGMENT).augment == data.NO_AUGMENT
+    plant(tmp_path / "packs" / "own", *(f"photo/{file}" for file in PLAIN), *(f"sketch/{file}" for file in PLAIN))
+    photo = data.load("own/photo")
+    assert photo.classes == ("cat", "dog") and photo.name == "own-photo" and photo.augment == usual
+    assert same(photo, data.folder(tmp_path / "packs" / "own", domain="photo"))
+    plant(tmp_path / "packs" / "mnist", *PARTED)
+    assert data.load("mnist").train.x.shape[2:] == (5, 6), "the pack"
+    assert data.load("mnist", tmp_path).train.x.shape[2:] == (6, 5), "torchvision's, where its folder is given"
+    with pytest.raises(ValueError, match="domain: None is unknown; choose one of photo, sketch"):
+        data.load("own")
+    with pytest.raises(ValueError, match=r"name: 'one' is unknown; .* or a pack in \$CLKIT_DATA"):
+        data.load("one")
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3])
+def test_the_first_of_each_class_are_counted_one_by_one(skip: int):
+    y = torch.randint(0, 4, (40,), generator=torch.Generator().manual_seed(skip))
+    seen, expected = dict.fromkeys(range(4), 0), []
+    for row, label in enumerate(y.tolist()):
+        expected += [row] if skip <= seen[label] < skip + 3 else []
+        seen[label] += 1
+    assert data.first_of_each(y, 3, skip).tolist() == expected
 
 
 # --- real packs ---

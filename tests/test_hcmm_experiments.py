@@ -109,14 +109,14 @@ class TestSettings:
 
     def test_packs_that_are_not_there_are_named(self, monkeypatch):
         monkeypatch.delenv("CLKIT_DATA", raising=False)
-        with pytest.raises(ValueError, match=r"needs pacs48\.zip in the folder that CLKIT_DATA names"):
+        with pytest.raises(ValueError, match=r"name: 'pacs48/photo' is unknown; .* or a pack in \$CLKIT_DATA"):
             settings.pacs()
 
     @pytest.fixture
     def real(self, packs, monkeypatch):
         """The packs, with few images of the set that is only pretrained on."""
         monkeypatch.setenv("CLKIT_DATA", str(packs))
-        few = lambda seed=0: split(settings.images("cifar10", limit=5), 1)  # noqa: E731
+        few = lambda seed=0: split(settings.images("cifar10", 5), 1)  # noqa: E731
         monkeypatch.setattr(settings, "cifar10", few)
 
     @pytest.mark.packs("cifar100", "cifar10")
@@ -135,7 +135,7 @@ class TestSettings:
         pacs, digits = settings.pacs(), settings.mnist_usps()
         assert [task.name for task in pacs] == list(settings.DOMAINS) and pacs.shape == (3, 48, 48)
         assert [task.name for task in digits] == ["mnist", "usps"] and digits.shape == (1, 28, 28)
-        assert len(settings.spare(pacs, 0, "pacs48", domain="photo")) == 70
+        assert len(settings.spare(pacs, 0, "pacs48/photo")) == 70
 
 
 class TestGrids:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit import data
-from clkit.data import corpora
+from clkit.data import text as reading
 from clkit.data.core import IGNORED
-from clkit.data.texts import _bytes, _windows
+from clkit.data.text import _bytes, _windows
 
 NAMES = ("math", "law", "code")
 
@@ -110,7 +110,7 @@ def test_a_stream_of_texts_passes_tokens_through():
 
 def test_documents_are_parted_by_content_and_copies_count_once():
     documents = [f"text {i}" for i in range(40)]
-    one, other = corpora.hold_out(documents, ""), corpora.hold_out([*documents[::-1], *documents], "")
+    one, other = reading._parted(documents, ""), reading._parted([*documents[::-1], *documents], "")
     assert one == other and len(one.test) == 4 and {*one.train, *one.test} == {*documents}
 
 
@@ -185,11 +185,11 @@ def test_the_real_pack(packs):
     ("make", "message"),
     [
         (lambda path: data.texts("low"), "name: 'low' is unknown; choose one of math, law, code; did you mean 'law'"),
-        (lambda path: data.texts("math", context=0), "context=0"),
-        (lambda path: data.texts("math", limit=0), "limit=0"),
+        (lambda path: data.texts("math", context=0), "context: 0; give a whole number, at least 1"),
+        (lambda path: data.texts("math", limit=0), "limit: 0; give a whole number, at least 1"),
         (lambda path: data.texts("math", path=path), r"has no gsm8k_train.jsonl .* text_file\(\)"),
-        (lambda path: data.texts("math", path=path / "none"), "neither a folder nor a zip"),
-        (lambda path: data.texts("math", tokenizer=path / "none"), "is no folder: .* nothing is downloaded"),
+        (lambda path: data.texts("math", path=path / "none"), "does not exist; pass a directory or a zip"),
+        (lambda path: data.texts("math", tokenizer=path / "none"), "is no folder; .* nothing is downloaded"),
         (lambda path: data.text_file(path / "none"), "is no file"),
         (lambda path: data.text_file(path / "one.txt"), "has 1 documents"),
         (lambda path: data.text_file(path / "row.jsonl", fields=("b",)), "has no 'b'; its rows have a"),
@@ -207,6 +207,6 @@ def test_bad_input_names_itself_and_the_remedy(make, message, tmp_path):
 
 
 def test_too_little_text_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(corpora, "ENOUGH", 10**9)
+    monkeypatch.setattr(reading, "ENOUGH", 10**9)
     with pytest.raises(ValueError, match="a task needs 1000000000; give a folder"):
-        corpora._licences.__wrapped__()
+        reading._licences.__wrapped__()

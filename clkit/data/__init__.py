@@ -3,10 +3,8 @@
 from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize
 from clkit.data.characters import FONTS, SCRIPTS, glyphs
 from clkit.data.core import Batch, Dataset, Examples, Scenario, Stream, Task
-from clkit.data.corpora import TEXTS, Problem
-from clkit.data.folders import folder, folders
-from clkit.data.sets import TORCHVISION, digits, load
+from clkit.data.images import TORCHVISION, digits, first_of_each, folder, folders, load
 from clkit.data.streams import (
     conflicting, cumulative, domains, permutations, permuted, rotated, series, shared_head, split,
 )  # fmt: skip
-from clkit.data.texts import Text, text_file, texts
+from clkit.data.text import TEXTS, Problem, Text, text_file, texts

@@ -1,16 +1,17 @@
 """Glyphs: characters drawn from the fonts that matplotlib ships, hundreds of classes without a download."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from clkit import checks
+from clkit.checks import Count, Range
 from clkit.data.augment import Normalize
 from clkit.data.core import Dataset, Examples
 
@@ -52,14 +53,15 @@ DETAIL = 2  # glyphs are drawn so many times larger than sampled, so that sampli
 ALIKE, ALIKE_CASES = 0.07, 0.17  # distances below which two shapes are one; for the two cases of a letter
 
 
+@checks.arguments
 def glyphs(
     script: str | Sequence[str] = "latin",
     *,
     characters: str | None = None,
     fonts: str | Sequence[str] | None = None,
-    per_class: int = 100,
-    size: int = 28,
-    jitter: float = 1.0,
+    per_class: Count = 100,
+    size: Annotated[int, Range(8, means="pixels")] = 28,
+    jitter: Annotated[float, Range(0, 2)] = 1.0,
     seed: int = 0,
 ) -> Dataset:
     """Draw characters in DejaVu fonts with random size, rotation and position: grey images (size, size), uint8.
@@ -79,29 +81,25 @@ def glyphs(
     way; 0 means none. Equal arguments give equal data, drawn once in a process. Raises ValueError for unknown names,
     with close matches.
     """
-    scripts = script.split("+") if isinstance(script, str) else list(script)
-    scripts = list(SCRIPTS) if scripts == ["all"] else scripts
-    for name in scripts:
-        checks.choice("script", name, [*SCRIPTS, "all"] if len(scripts) == 1 else SCRIPTS)
-    faces = list(FONTS) if fonts is None else [fonts] if isinstance(fonts, str) else list(fonts)
-    for name in faces:
-        checks.choice("fonts", name, FONTS)
-    if not scripts or not faces:
-        raise ValueError(f"script={script!r}, fonts={fonts!r}: name at least one of each")
-    if per_class < 1 or size < 8 or not 0 <= jitter <= 2:
-        raise ValueError(
-            f"per_class={per_class}, size={size}, jitter={jitter}: pass at least 1 example, 8 pixels, jitter in [0, 2]"
-        )
+    scripts = _named("script", SCRIPTS if script in ("all", ("all",)) else script, SCRIPTS)
+    faces = _named("fonts", FONTS if fonts is None else fonts, FONTS)
     if characters is None:
-        chosen, label = _script(tuple(dict.fromkeys(scripts))), "+".join(scripts)
-        label = "all" if scripts == list(SCRIPTS) else label
+        chosen, label = _script(scripts), "all" if scripts == tuple(SCRIPTS) else "+".join(scripts)
     else:
         chosen, label = characters, characters
         missing = sorted(set(characters) - _covered())
         if missing or not characters or len(set(characters)) < len(characters):
-            raise ValueError(f"characters={characters!r}: pass each once, and leave out {missing}, which a font lacks")
+            raise ValueError(f"characters: {characters!r}; pass each once, and leave out {missing}, which a font lacks")
     label += f"/{'+'.join(faces)}" if fonts is not None else ""
-    return _draw(f"glyphs-{label}", chosen, tuple(dict.fromkeys(faces)), per_class, size, float(jitter), seed)
+    return _draw(f"glyphs-{label}", chosen, faces, per_class, size, jitter, seed)
+
+
+def _named(argument: str, names: str | Iterable[str], known: Mapping[str, str]) -> tuple[str, ...]:
+    """The names in an argument, a text with "+" between them or several texts, each once."""
+    found = tuple(dict.fromkeys(names.split("+") if isinstance(names, str) else names))
+    if not found:
+        raise ValueError(f"{argument}: {names!r}; name at least one")
+    return tuple(checks.choice(argument, name, known) for name in found)
 
 
 @lru_cache(maxsize=16)

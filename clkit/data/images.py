@@ -1,9 +1,17 @@
-"""Image files to tensors: decoding, resizing, a held-out part for testing, and a store for what took long."""
+"""Image sets as bytes (N, C, H, W): embedded digits, anyone's class-per-folder images, and real sets by name."""
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache, partial
+from io import BytesIO
+from pathlib import Path
 from time import perf_counter
+from typing import Any, NamedTuple
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -11,10 +19,273 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from clkit import store
+from clkit import checks, store
+from clkit.checks import Count
+from clkit.data.augment import NO_AUGMENT, Augment, Normalize
+from clkit.data.core import Dataset, Examples
 
 SLOW = 20.0  # seconds of decoding that are worth a file
-DIRECT = {"1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr"}  # modes of 8 bits
+THREADS_PAY = 20_000  # bytes per image from which threads gain; below, they wait for the interpreter
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+TRAIN, TEST = "train", ("test", "val", "valid", "validation")  # of the names of a test part, the first that is there
+LAYOUTS = "CLASS/image, train/CLASS/image with test/CLASS/image, or either in folders of domains"
+_DIRECT = {"1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr"}  # modes of 8 bits
+_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
+FLIP, CROP_FLIP = Augment(flip=True), Augment(crop=4, flip=True)
+
+
+class _Source(NamedTuple):
+    """One of torchvision's sets: its class, what it is called with for its parts, and how it is augmented.
+
+    A part is a value of the class's argument `train`, if it is a bool, or else `split`. Where there is no test part,
+    a quarter is held out. `large` sets are image files of any size, to be resized.
+    """
+
+    kind: str
+    train: tuple[bool | str | None, ...] = (True,)
+    test: tuple[bool | str, ...] = (False,)
+    augment: Augment = NO_AUGMENT
+    large: bool = False
+    options: Mapping[str, Any] = {}
+
+
+TORCHVISION = {
+    "mnist": _Source("MNIST"),
+    "fashion_mnist": _Source("FashionMNIST"),
+    "kmnist": _Source("KMNIST"),
+    "emnist": _Source("EMNIST", options={"split": "balanced"}),
+    "usps": _Source("USPS"),
+    "cifar10": _Source("CIFAR10", augment=CROP_FLIP),
+    "cifar100": _Source("CIFAR100", augment=CROP_FLIP),
+    "svhn": _Source("SVHN", ("train",), ("test",), Augment(crop=4)),
+    "stl10": _Source("STL10", ("train",), ("test",), Augment(crop=12, flip=True)),
+    "gtsrb": _Source("GTSRB", ("train",), ("test",), large=True),
+    "dtd": _Source("DTD", ("train", "val"), ("test",), FLIP, large=True),
+    "eurosat": _Source("EuroSAT", (None,), (), FLIP, large=True),
+    "fgvc_aircraft": _Source("FGVCAircraft", ("trainval",), ("test",), FLIP, large=True),
+    "flowers102": _Source("Flowers102", ("train", "val"), ("test",), FLIP, large=True),
+    "food101": _Source("Food101", ("train",), ("test",), FLIP, large=True),
+    "oxford_iiit_pet": _Source("OxfordIIITPet", ("trainval",), ("test",), FLIP, large=True),
+    "stanford_cars": _Source("StanfordCars", ("train",), ("test",), FLIP, large=True),
+    "country211": _Source("Country211", ("train", "valid"), ("test",), FLIP, large=True),
+}
+
+
+@lru_cache(maxsize=1)
+def digits() -> Dataset:
+    """Give scikit-learn's 1,797 handwritten digits, 8x8, as bytes; a fixed quarter of each class is the test set."""
+    from sklearn.datasets import load_digits
+
+    names = tuple("0123456789")
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    every = Examples(x, torch.from_numpy(labels).long())
+    train, test = (every[rows] for rows in held_out(every.y, names))
+    return Dataset("digits", train, test, names, Normalize.of(train.x))
+
+
+@checks.arguments
+def load(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    size: Count | None = None,
+    limit: Count | None = None,
+    augment: Augment | None = None,
+    download: bool = True,
+) -> Dataset:
+    """Load a real image set by name as bytes (N, C, H, W): a pack of $CLKIT_DATA, else one of `TORCHVISION`.
+
+    A pack is name.zip or else a folder of that name in the folder that $CLKIT_DATA names, laid out as for `folder`;
+    "pack/domain" is a domain of one. Where there is none, or `root` is given, the set comes through torchvision. Its
+    files lie under `root` (default: torchvision/ in $CLKIT_CACHE or ~/.cache/clkit). Missing ones are downloaded,
+    unless `download` is False.
+
+    `size` scales images to squares. Sets of large images are always scaled, by default to 64, and cut to squares;
+    tensors that took 20 s to decode are kept. `limit` keeps the first images of each class, so many in the training
+    part and in the test part. The parts are the set's own, with torchvision's validation part counted as training.
+    EuroSAT has one part, of which a quarter of each class is held out. EMNIST is the balanced split, upright.
+    Augmentation is by default what is usual for the set, crops of 4 pixels and flips for packs of other names.
+
+    Raises ValueError for an unknown name, with close matches, and where files are missing.
+    """
+    source = TORCHVISION.get(name, _Source("", augment=CROP_FLIP))
+    size = size or (64 if source.large else None)
+    usual = replace(source.augment, crop=size // 8) if source.large and size else source.augment
+    augment = usual if augment is None else augment
+    pack, _, domain = name.partition("/")
+    places = [Path(os.environ.get("CLKIT_DATA", ""), found) for found in (f"{pack}.zip", pack)]
+    path = next((place for place in places if os.environ.get("CLKIT_DATA") and place.exists()), None)
+    if path is not None and root is None:
+        return folder(path, domain=domain or None, size=size, limit=limit, augment=augment)
+    if name not in TORCHVISION:
+        raise checks.unknown("name", name, TORCHVISION, others=["a pack in $CLKIT_DATA"])
+    root = Path(root).expanduser() if root is not None else store.cache_root() / "torchvision"
+    opened = [_open(source, root, part, download) for part in (*source.train, *source.test)]
+    parts = [_examples(part, (name, root.resolve(), i), source.large, size) for i, part in enumerate(opened)]
+    names = getattr(opened[0], "classes", None) or range(max(int(part.y.max()) for part in parts) + 1)
+    train, classes = Examples.cat(parts[: len(source.train)]), tuple(map(str, names))
+    if source.test:
+        test = Examples.cat(parts[len(source.train) :])
+    else:
+        train, test = (train[rows] for rows in held_out(train.y, classes))
+    if limit is not None:
+        train, test = (part[first_of_each(part.y, limit)] for part in (train, test))
+    return Dataset(name, train, test, classes, Normalize.of(train.x), augment)
+
+
+@checks.arguments
+def folder(
+    path: str | Path,
+    *,
+    domain: str | None = None,
+    size: Count | None = None,
+    limit: Count | None = None,
+    grey: bool | None = None,
+    augment: Augment = NO_AUGMENT,
+    seed: int = 0,
+) -> Dataset:
+    """Read class-per-folder images from a directory or a zip as bytes (N, C, H, W).
+
+    Layouts: train/CLASS/image and test/CLASS/image (val where there is no test), or CLASS/image, of which a quarter of
+    each class is held out for testing, by `seed`. Either may lie in folders of domains, one of which `domain` names
+    (see `folders`). Classes are numbered in alphabetical order and images in natural order (2 before 10, in both).
+    `limit` keeps the first images of each class, so many in the training part and in the test part. `size` scales and
+    cuts images to squares, `grey` makes one channel or three (default: three unless all are grey). What took 20 s to
+    decode is kept under $CLKIT_CACHE (default ~/.cache/clkit) and read from there next time.
+
+    Raises ValueError for a missing path, no images, another layout, an unknown domain, fewer than two classes,
+    unreadable images, and mixed sizes without `size`.
+    """
+    path = Path(path)
+    tree = files(path)
+    by_domain = _survey(path, tree)
+    images = by_domain[checks.choice("domain", domain, by_domain)]
+    name = path.stem if domain is None else f"{path.stem}-{domain}"
+    found = {image.part for image in images}
+    held = next((part for part in TEST if part in found), None)
+    train = [image for image in images if image.part in (None, TRAIN)]
+    test = [image for image in images if image.part == held] if held else train
+    if not train:
+        raise ValueError(f"path: {name} has no images in a folder {TRAIN!r}, only in {sorted(map(str, found))}; add it")
+    classes = sorted({image.label for image in train}, key=_natural)
+    if other := {image.label for image in test} ^ set(classes):
+        raise ValueError(f"path: {name} has classes {sorted(other)[:5]} in one part only; give each to train and test")
+    if len(classes) < 2:
+        raise ValueError(f"path: {name} has one class, {classes}; expected two or more in {LAYOUTS}")
+
+    def labels(part: Sequence[_Image]) -> Tensor:
+        return torch.tensor([classes.index(image.label) for image in part])
+
+    if not held:
+        train, test = ([train[i] for i in rows] for rows in held_out(labels(train), classes, seed))
+    if limit is not None:
+        train, test = ([part[i] for i in first_of_each(labels(part), limit)] for part in (train, test))
+    chosen, cut = train + test, len(train)
+    threads = (os.cpu_count() or 1) if sum(image.size for image in chosen) > THREADS_PAY * len(chosen) else 1
+
+    def make() -> dict[str, Tensor]:
+        def read(index: int) -> Image.Image:
+            return Image.open(BytesIO(tree[chosen[index].inside].read()))
+
+        def describe(index: int) -> str:
+            return str(path / chosen[index].inside)
+
+        return {"x": decode(len(chosen), read, describe, size=size, grey=grey, threads=threads)}
+
+    x = _kept((path.resolve(), chosen, size, grey), make)["x"]
+    every = Examples(x, labels(chosen))
+    return Dataset(name, every[:cut], every[cut:], tuple(classes), Normalize.of(x[:cut]), augment)
+
+
+def folders(
+    path: str | Path,
+    *,
+    size: int | None = None,
+    limit: int | None = None,
+    grey: bool | None = None,
+    augment: Augment = NO_AUGMENT,
+    seed: int = 0,
+) -> dict[str, Dataset]:
+    """Read a directory or zip of domains, DOMAIN/CLASS/image or DOMAIN/train/CLASS/image, as one dataset each.
+
+    The arguments and errors are those of `folder`, and ValueError where there are no domains; `domains(folders(path))`
+    is the stream.
+    """
+    read = partial(folder, path, size=size, limit=limit, grey=grey, augment=augment, seed=seed)
+    names = _survey(Path(path), files(path))
+    if None in names:
+        raise ValueError(f"path: {str(path)!r} has no folders of domains; use folder()")
+    return {name: read(domain=name) for name in names if name is not None}
+
+
+class File(NamedTuple):
+    """A file below a directory or in a zip: its bytes' number, a stamp that changes with them, and how to get them.
+
+    The stamp is a checksum in a zip, else the time of the last change.
+    """
+
+    size: int
+    stamp: float
+    read: Callable[[], bytes]
+
+
+def files(path: str | Path) -> dict[str, File]:
+    """Find all files below a directory or in a zip, by their paths inside; ValueError where it is neither."""
+    path = Path(path)
+    if path.is_dir():
+        places = [Path(root, name) for root, _, names in os.walk(path, followlinks=True) for name in names]
+        stats = {place: place.stat() for place in places}
+        return {
+            place.relative_to(path).as_posix(): File(stat.st_size, stat.st_mtime, place.read_bytes)
+            for place, stat in stats.items()
+        }
+    if not path.exists() or not is_zipfile(path):
+        what = "is neither a directory nor a zip" if path.exists() else "does not exist"
+        raise ValueError(f"path: {str(path)!r} {what}; pass a directory or a zip")
+    archive = ZipFile(path)
+    return {
+        info.filename: File(info.file_size, float(info.CRC), partial(archive.read, info)) for info in archive.infolist()
+    }
+
+
+class _Image(NamedTuple):
+    """An image: its path inside the directory or zip, what its folders say, and its file's size and stamp."""
+
+    inside: str
+    part: str | None
+    label: str
+    size: int
+    stamp: float
+
+
+def _survey(path: Path, tree: Mapping[str, File]) -> dict[str | None, list[_Image]]:
+    """Find the images of each domain, in natural order, and read the layout off the depth of the folders."""
+    found = {
+        inside: inside.split("/") for inside in tree if inside.lower().endswith(SUFFIXES) and not _HIDDEN.search(inside)
+    }
+    if not found:
+        raise ValueError(f"path: {str(path)!r} has no images; expected {LAYOUTS}")
+    tops = {parts[0] for parts in found.values()}
+    while len(tops) == 1 and min(map(len, found.values())) > 2 and not tops & {TRAIN, *TEST}:
+        found = {inside: parts[1:] for inside, parts in found.items()}  # a folder around it all, as many zips have
+        tops = {parts[0] for parts in found.values()}
+    depth = len(next(iter(found.values())))
+    for inside, parts in found.items():
+        if len(parts) != depth or not 2 <= depth <= 4:
+            raise ValueError(f"path: {str(path)!r}; the folders around {inside!r} do not fit, expected {LAYOUTS}")
+    parted = depth == 4 or (depth == 3 and TRAIN in tops)
+    images: dict[str | None, list[_Image]] = {}
+    for inside, parts in sorted(found.items(), key=lambda item: [_natural(part) for part in item[1]]):
+        domain = parts[0] if depth == 4 or (depth == 3 and not parted) else None
+        image = _Image(inside, parts[-3] if parted else None, parts[-2], tree[inside].size, tree[inside].stamp)
+        images.setdefault(domain, []).append(image)
+    return images
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Build a sorting key that compares runs of digits as numbers."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split("([0-9]+)", text)]
 
 
 def decode(
@@ -38,7 +309,7 @@ def decode(
             with read(index) as image:
                 return _pixels(image, size, grey)
         except Exception as error:
-            raise ValueError(f"{describe(index)} cannot be read as an image ({error}): mend or remove it") from error
+            raise ValueError(f"{describe(index)} cannot be read as an image ({error}); mend or remove it") from error
 
     with ThreadPoolExecutor(threads) as pool:
         arrays = list(pool.map(pixels, range(count)) if threads > 1 else map(pixels, range(count)))
@@ -46,8 +317,8 @@ def decode(
     other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
     if other is not None:
         raise ValueError(
-            f"size=None, but {describe(0)} is {shapes[0][1]}x{shapes[0][0]} and {describe(other)} "
-            f"{shapes[other][1]}x{shapes[other][0]}: pass a size to bring all images to"
+            f"size: None, but {describe(0)} is {shapes[0][1]}x{shapes[0][0]} and {describe(other)} "
+            f"{shapes[other][1]}x{shapes[other][0]}; pass a size to bring all images to"
         )
     colour = any(array.ndim == 3 for array in arrays)
     out = torch.empty(count, 3 if colour else 1, *shapes[0], dtype=torch.uint8)
@@ -57,7 +328,7 @@ def decode(
 
 
 def _pixels(image: Image.Image, size: int | None, grey: bool | None) -> np.ndarray:
-    if image.mode not in DIRECT:
+    if image.mode not in _DIRECT:
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
     if size is not None:
         image.draft(None, (size, size))  # lets a JPEG decode at a fraction of its size
@@ -71,26 +342,68 @@ def _pixels(image: Image.Image, size: int | None, grey: bool | None) -> np.ndarr
     return np.asarray(image)
 
 
-def resize(x: Tensor, size: int) -> Tensor:
-    """Scale uint8 images (N, C, H, W) to squares of side `size`, averaging where they shrink."""
-    if x.shape[2:] == (size, size):
-        return x
-    return interpolate(x, (size, size), mode="bilinear", antialias=True)
-
-
 def held_out(y: Tensor, names: Sequence[str], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Hold out a random quarter of each class for testing, at least one example: the rows to train on, to test on."""
+    """Hold out a random quarter of each class of labels (N,): the rows to train on (n,), and to test on (N - n,).
+
+    At least one example of a class is held out. Raises ValueError for a class of one.
+    """
     generator = torch.Generator().manual_seed(seed)
     test = torch.zeros(len(y), dtype=torch.bool)
     for label in y.unique().tolist():
         rows = (y == label).nonzero().squeeze(1)
         if len(rows) < 2:
-            raise ValueError(f"class {names[label]!r} has 1 example: give it at least 2, one of them to test on")
+            raise ValueError(f"class {names[label]!r} has 1 example; give it at least 2, one of them to test on")
         test[rows[torch.randperm(len(rows), generator=generator)[: max(1, round(len(rows) / 4))]]] = True
     return (~test).nonzero().squeeze(1), test.nonzero().squeeze(1)
 
 
-def stored(key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def first_of_each(y: Tensor, count: int, skip: int = 0) -> Tensor:
+    """The rows (n,) of the first `count` examples of each class of labels (N,), after `skip` ones, in their order."""
+    rows = [(y == label).nonzero().squeeze(1)[skip : skip + count] for label in y.unique()]
+    return torch.cat(rows).sort().values
+
+
+def _open(source: _Source, root: Path, part: bool | str | None, download: bool) -> Any:
+    """Open a part of a torchvision set, downloading it only where it is missing."""
+    from torchvision import datasets
+
+    root.mkdir(parents=True, exist_ok=True)
+    chosen = {"train": part} if isinstance(part, bool) else {"split": part} if part else {}
+    make = partial(getattr(datasets, source.kind), root, **chosen, **source.options)
+    try:
+        return make(download=False)
+    except (RuntimeError, FileNotFoundError) as error:
+        if not download:
+            raise ValueError(f"name: {source.kind} is not in {str(root)!r} ({error}); pass download=True") from error
+    return make(download=True)
+
+
+def _examples(dataset: Any, key: tuple[object, ...], large: bool, size: int | None) -> Examples:
+    """Convert a torchvision dataset: decode its image files, or reshape the array that it holds."""
+    if large:
+
+        def make() -> dict[str, Tensor]:
+            labels = torch.empty(len(dataset), dtype=torch.int64)
+
+            def read(index: int) -> Image.Image:
+                image, labels[index] = dataset[index]
+                return image
+
+            threads, where = os.cpu_count() or 1, f"{type(dataset).__name__} image"
+            x = decode(len(dataset), read, lambda i: f"{where} {i}", size=size, grey=False, threads=threads)
+            return {"x": x, "y": labels}
+
+        return Examples(**_kept((*key, len(dataset), size), make))
+    x = torch.as_tensor(dataset.data)
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) if x.shape[-1] == 3 else x
+    x = x.mT if type(dataset).__name__ == "EMNIST" else x  # stored lying on their side
+    if size and x.shape[2:] != (size, size):
+        x = interpolate(x, (size, size), mode="bilinear", antialias=True)
+    y = torch.as_tensor(dataset.targets if hasattr(dataset, "targets") else dataset.labels).long()
+    return Examples(x.contiguous(), y)
+
+
+def _kept(key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Make tensors, or read those that an earlier process made for the same key; kept if making took 20 s or more."""
     path = store.cache_root() / "data" / f"{store.digest(repr(key))}.safetensors"
     found = store.whole(path, store.read_tree)

@@ -15,6 +15,8 @@ from clkit.checks import Count, Share
 from clkit.data.augment import NO_AUGMENT, Normalize
 from clkit.data.core import Dataset, Examples, Stream, Task
 
+Disjoint = Literal["class", "task"]  # the scenarios whose tasks have classes of their own
+
 
 @checks.arguments
 def split(
@@ -22,7 +24,7 @@ def split(
     tasks: int | Sequence[int] = 5,
     *,
     order: int | Sequence[int | str] | None = None,
-    scenario: Literal["class", "task"] = "class",
+    scenario: Disjoint = "class",
 ) -> Stream:
     """Part a dataset's classes into tasks, each with all examples of its classes.
 
@@ -76,7 +78,7 @@ def domains(datasets: Mapping[str, Dataset] | Sequence[Dataset], *, normalize: N
 def series(
     datasets: Mapping[str, Dataset] | Sequence[Dataset],
     *,
-    scenario: Literal["class", "task"] = "task",
+    scenario: Disjoint = "task",
     normalize: Normalize | None = None,
 ) -> Stream:
     """Line up datasets with classes of their own as tasks: each brings new inputs and new classes.

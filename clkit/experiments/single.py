@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from clkit import checks, data, models
 from clkit.consolidation import CONSOLIDATIONS
+from clkit.data.streams import Disjoint
 from clkit.experiments.jobs import device_kind
 from clkit.learners import LEARNERS
 from clkit.modulation import RULES, modulated
@@ -71,7 +72,7 @@ def run_single(
     settings: Mapping[str, Mapping[str, Any]],
     *,
     tasks: int = 5,
-    scenario: data.Scenario = "class",
+    scenario: Disjoint = "class",
     order: int | None = None,
     seed: int = 0,
     device: str = "auto",

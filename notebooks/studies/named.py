@@ -1,12 +1,10 @@
 """Streams by name, as the papers' experiments use them."""
 
-import os
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 from clkit import data
-from clkit.data import Augment, Dataset, Stream
+from clkit.data import Dataset, Stream
 
 TASKS = {"digits": 5, "mnist": 5, "cifar10": 5, "cifar100": 10, "tiny-imagenet": 20}
 
@@ -14,8 +12,7 @@ TASKS = {"digits": 5, "mnist": 5, "cifar10": 5, "cifar100": 10, "tiny-imagenet":
 def stream(name: str, tasks: int | None = None, *, limit: int | None = None) -> dict[str, Callable[[int], Stream]]:
     """A stream by its name in words: from the seed, which orders the classes (digits and letters keep theirs).
 
-    Names: digits, letters (20 rendered capitals), and image sets, which are read from `<name>.zip` in $CLKIT_DATA where
-    that is, else through torchvision; `limit` is a number of images a class.
+    Names: digits, letters (20 rendered capitals), and those of `data.load`; `limit` is a number of images a class.
     """
     count = tasks or TASKS.get(name, 5)
     words = f"{name}, {count} tasks" + (f", {limit} images a class" if limit else "")
@@ -33,8 +30,4 @@ def dataset(name: str, limit: int | None = None) -> Dataset:
         return data.digits()
     if name == "letters":
         return data.glyphs(characters="ABCDEFGHIJKLMNOPQRST", per_class=60, size=14)
-    pack = Path(os.environ.get("CLKIT_DATA", "")) / f"{name}.zip"
-    augment = Augment() if name == "mnist" else Augment(crop=4, flip=True)
-    if not pack.is_file() and limit is None:
-        return data.load(name)
-    return data.folder(pack, limit=limit, augment=augment)
+    return data.load(name, limit=limit)

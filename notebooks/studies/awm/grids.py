@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clkit import models
 from clkit.data import Stream
-from clkit.data.core import Scenario
+from clkit.data.streams import Disjoint
 from clkit.experiments import Comparison, Method
 from clkit.learners import EWC, Learner, LwF, PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, Rule, modulated
@@ -254,7 +254,7 @@ def sequential(learner: Learner, frozen: bool = False) -> Method:
     return Method(learner, None, training, whole if frozen else None)
 
 
-def scripts_of(seed: int, names: Sequence[str] = SCRIPTS, part: str = "test", scenario: Scenario = "task") -> Stream:
+def scripts_of(seed: int, names: Sequence[str] = SCRIPTS, part: str = "test", scenario: Disjoint = "task") -> Stream:
     """`scripts` for a grid: the seed changes the order of training and the heads, not the data."""
     return scripts(names, part, scenario)
 

@@ -7,10 +7,9 @@ from functools import cache
 import torch
 
 from clkit import data
-from clkit.data import Augment, Dataset, Normalize, Stream
-from clkit.data.core import Scenario
+from clkit.data import Augment, Dataset, Examples, Normalize, Stream
+from clkit.data.streams import Disjoint
 from studies.awm.backbones import latin
-from studies.packs import pack
 
 SCRIPTS = ("greek", "cyrillic", "armenian", "georgian", "arrows", "math")
 PAPER = ("stanford_cars", "cub200", "flowers102", "food101", "sketches", "wikiart")
@@ -34,7 +33,7 @@ def script(name: str, part: str = "test") -> Dataset:
     return replace(full, name=name, train=train, test=full.test if part == "test" else held_out)
 
 
-def scripts(names: Sequence[str] = SCRIPTS, part: str = "test", scenario: Scenario = "task") -> Stream:
+def scripts(names: Sequence[str] = SCRIPTS, part: str = "test", scenario: Disjoint = "task") -> Stream:
     """Scripts as tasks, prepared as the Latin glyphs that the backbones know; by default the script is given."""
     return data.series({name: script(name, part) for name in names}, scenario=scenario, normalize=_latin())
 
@@ -48,10 +47,9 @@ def characters(tasks: int = 40) -> Stream:
 def pictures(names: Sequence[str] = PAPER, *, size: int = 224, limit: int | None = None) -> Stream:
     """Real image sets as tasks, in colour, `size` pixels square, normalised as ImageNet is.
 
-    A name is a folder or zip of that name in $CLKIT_DATA ("pacs48/sketch" is a domain in one), else a set that
-    torchvision downloads. `limit` is a number of images a class. Training images are cropped and mirrored at random,
-    but for digits. The paper does not tell its preprocessing: torchvision's sets are cut to their central square
-    where Piggyback cuts out of 256 pixels.
+    Names are those of `data.load`, and `limit` is a number of images a class. Training images are cropped and mirrored
+    at random, but for digits. The paper does not tell its preprocessing: torchvision's sets are cut to their central
+    square where Piggyback cuts out of 256 pixels.
     """
     return data.series({name: _pictures(name, size, limit) for name in names}, normalize=IMAGENET)
 
@@ -59,17 +57,9 @@ def pictures(names: Sequence[str] = PAPER, *, size: int = 224, limit: int | None
 def _pictures(name: str, size: int, limit: int | None) -> Dataset:
     digits = name.startswith(("mnist", "usps"))
     augment = Augment(crop=size // 8, flip=not digits)
-    folder, _, domain = name.partition("/")
-    if path := pack(folder):
-        return data.folder(path, domain=domain or None, size=size, limit=limit, grey=False, augment=augment)
-    if name not in data.TORCHVISION:
-        raise ValueError(
-            f"names: {name!r} is neither in $CLKIT_DATA nor a set of torchvision; put a folder or zip {name} with "
-            "train/CLASS/image and test/CLASS/image there"
-        )
-    if limit is not None:
-        raise ValueError(f"limit: {limit} goes with folders and zips; {name!r} comes from torchvision, pass None")
-    return replace(data.load(name, size=size), augment=augment)
+    full = data.load(name, size=size, limit=limit, augment=augment)
+    train, test = (Examples(part.x.expand(-1, 3, -1, -1), part.y) for part in (full.train, full.test))
+    return replace(full, train=train, test=test)
 
 
 def _latin() -> Normalize:

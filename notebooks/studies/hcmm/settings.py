@@ -18,7 +18,6 @@ from clkit import data, models
 from clkit.data import Dataset, Examples, Normalize, Stream
 from clkit.tangent import Linearized
 from clkit.training import Training
-from studies.packs import pack
 from studies.pretraining import Recipe, restored
 
 SCRIPTS = ("greek", "cyrillic", "armenian", "georgian")
@@ -109,47 +108,43 @@ def fonts(seed: int = 0, classes: int = 60) -> Stream:
 
 def first(examples: Examples, count: int, skip: int = 0) -> Examples:
     """The first `count` examples of every class after `skip` ones, in their order."""
-    hot = torch.nn.functional.one_hot(examples.y)
-    number = (hot.cumsum(0) * hot).sum(1)  # of an example within its class, from 1
-    return examples[(number > skip) & (number <= skip + count)]
+    return examples[data.first_of_each(examples.y, count, skip)]
 
 
-def images(name: str, **options: object) -> Dataset:
-    """A pack of real images in the folder $CLKIT_DATA; ValueError where there is none."""
-    if (path := pack(name)) is None:
-        raise ValueError(f"setting: it needs {name}.zip in the folder that CLKIT_DATA names, and there is none")
-    return data.folder(path, **options)  # type: ignore[arg-type]
+def images(name: str, limit: int, size: int | None = None) -> Dataset:
+    """Real images by name (see `data.load`), so many a class and none augmented; nothing is downloaded."""
+    return data.load(name, limit=limit, size=size, augment=data.NO_AUGMENT, download=False)
 
 
 def cifar10(seed: int = 0) -> Stream:
     """What encoders of photographs are pretrained on: CIFAR-10, 600 images a class, as one task."""
-    return data.split(images("cifar10", limit=600), 1)
+    return data.split(images("cifar10", 600), 1)
 
 
 def cifar100(seed: int = 0, tasks: int = 20) -> Stream:
     """CIFAR-100 in a random order of the classes: 60 images of each to train on, 20 to test on."""
-    full = images("cifar100", limit=100)
+    full = images("cifar100", 100)
     chosen = replace(full, train=first(full.train, 60), test=first(full.test, 20), normalize=cifar10()[0].normalize)
     return data.split(chosen, tasks, order=seed)
 
 
 def pacs(seed: int = 0) -> Stream:
     """Photographs, paintings, cartoons, sketches of seven classes, 60 images of each to train on, 48 pixels square."""
-    sets = {name: images("pacs48", domain=name, limit=100) for name in DOMAINS}
+    sets = {name: images(f"pacs48/{name}", 100) for name in DOMAINS}
     sets = {name: replace(full, train=first(full.train, 60)) for name, full in sets.items()}
     return data.domains(sets, normalize=cifar10()[0].normalize)
 
 
 def mnist_usps(seed: int = 0) -> Stream:
     """MNIST's digits, 200 of each, then those of USPS, 100 of each, at 28 x 28 pixels."""
-    sets = {"mnist": images("mnist", limit=300), "usps": images("usps", limit=100, size=28)}
+    sets = {"mnist": images("mnist", 300), "usps": images("usps", 100, size=28)}
     sets["mnist"] = replace(sets["mnist"], train=first(sets["mnist"].train, 200), test=first(sets["mnist"].test, 100))
     return data.domains(sets, normalize=latin(seed)[0].normalize)
 
 
-def spare(stream: Stream, seed: int, name: str, **options: object) -> Examples:
+def spare(stream: Stream, seed: int, name: str) -> Examples:
     """Ten images a class of a pack that none of its tasks has."""
-    return first(images(name, limit=100, **options).train, 10, skip=60)
+    return first(images(name, 100).train, 10, skip=60)
 
 
 def photographs(seed: int = 0, tasks: int = 10) -> Stream:
@@ -168,9 +163,7 @@ SETTINGS: dict[str, Setting] = {
         fonts, partial(pretrained, recipe=SANS, support=partial(rendered, fonts=FONTS["sans"], jitter=1.0))
     ),
     "cifar100": Setting(cifar100, partial(pretrained, recipe=PHOTOGRAPHS, support=partial(spare, name="cifar100"))),
-    "pacs": Setting(
-        pacs, partial(pretrained, recipe=PHOTOGRAPHS, support=partial(spare, name="pacs48", domain="photo"))
-    ),
+    "pacs": Setting(pacs, partial(pretrained, recipe=PHOTOGRAPHS, support=partial(spare, name="pacs48/photo"))),
     "mnist, usps": Setting(
         mnist_usps, partial(pretrained, recipe=GLYPHS, support=partial(rendered, shots=12, jitter=1.0))
     ),

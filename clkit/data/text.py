@@ -1,0 +1,386 @@
+"""Texts as tokens: Math, Law and Code, embedded or real, and anyone's files; bytes, or the tokens of a tokenizer.
+
+A text dataset has windows of tokens x (N, L) and the next token of each as target y (N, L). A window begins where a
+document begins, or goes on with the one that did not fit the window before it; documents that fit share a window, and
+none that would fit is cut. What is left of a window has no target (-100). Every document ends in a newline.
+Documents are parted into training and test ones as a whole, so that no window of one part overlaps any of the other.
+"""
+
+import hashlib
+import json
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from clkit import checks
+from clkit.checks import Count
+from clkit.data.core import IGNORED, Dataset, Examples
+from clkit.data.images import files
+
+ENOUGH = 30_000  # bytes of embedded text that make a task
+CODE = 1_000_000  # bytes of embedded code
+HELD_OUT = 0.1  # the share of documents to test on where a text has no test part of its own
+SUMS_HELD_OUT = 256  # of the 4,095 pairs of numbers whose sums are embedded
+_BYTES = tuple(chr(i) if 32 < i < 127 else f"0x{i:02x}" for i in range(256))  # the names of the byte classes
+
+
+class Problem(NamedTuple):
+    """A held-out problem: what is shown, a solution to it, and the mark in it behind which the answer stands."""
+
+    prompt: str
+    solution: str
+    marker: str
+
+    @property
+    def answer(self) -> str:
+        """The rest of the line behind the solution's first marker."""
+        return self.answer_in(self.solution) or ""
+
+    def answer_in(self, text: str) -> str | None:
+        """The rest of the line behind the first marker of some text; None if that has no marker or no line's end."""
+        line, end, _ = text.partition(self.marker)[2].partition("\n")
+        return line.strip() if end else None
+
+
+class Corpus(NamedTuple):
+    """Documents to train on and to test on, and problems among the latter."""
+
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Text(Dataset):
+    """A dataset of tokens, with what tells about the text behind them.
+
+    `bytes_per_token` is how many bytes the targets of the test part stand for, a mean (1 for bytes): see
+    `bits_per_byte`. `problems` are those of the test part that `exact_match` can be asked about. `tokenizer` is the
+    folder that the tokens come from, None for bytes.
+    """
+
+    bytes_per_token: float = 1.0
+    problems: tuple[Problem, ...] = ()
+    tokenizer: str | None = None
+
+    def __repr__(self) -> str:
+        tokens = f"{len(self.classes)} tokens of {self.tokenizer}" if self.tokenizer else "bytes"
+        return f"Text({self.name!r}, train {self.train}, test {self.test}, {tokens}, {len(self.problems)} problems)"
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of some text."""
+        return _encoder(self.tokenizer)(text)[0].tolist()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens; bytes that are no UTF-8 become question marks."""
+        if self.tokenizer is None:
+            return bytes(tokens).decode(errors="replace")
+        return _tokenizer(self.tokenizer).decode(tokens, clean_up_tokenization_spaces=False)
+
+
+@checks.arguments
+def texts(
+    name: str,
+    *,
+    path: str | Path | None = None,
+    context: Count = 64,
+    limit: Count | None = None,
+    test_limit: Count | None = 256,
+    tokenizer: str | Path | None = None,
+) -> Text:
+    """Give "math", "law" or "code" as windows of `context` tokens: embedded stand-ins, or real texts below `path`.
+
+    Embedded, without `path` and without any download:
+    - math: all sums of two numbers from 10 to 99 with their steps, as in "47+38:7+8=15,4+3+1=8#85"; those of 256 pairs
+      are held out, in both orders, and are the problems; the same on every machine
+    - law: the licences of Python and of the installed packages, each paragraph once; they differ with the packages
+    - code: modules of the standard library, up to 1 MB; they differ with the version of Python
+
+    Real, from JSON lines anywhere in a folder or a zip:
+    - math: GSM8K, gsm8k_train.jsonl and gsm8k_test.jsonl: question, newline, answer without its calculator notes
+      (<<...>>); the problems ask for the number behind "####"
+    - law: uscode_train.jsonl and uscode_test.jsonl: heading, newline, text
+    - code: MBPP to train on, mbpp.jsonl: the task as a docstring, newline, code; HumanEval to test on,
+      humaneval.jsonl: prompt and canonical solution
+
+    `limit` and `test_limit` keep so many windows of a part, the first ones. `tokenizer` is a folder with a fast
+    tokenizer of transformers; None takes bytes, 256 classes. The stream of all three is `domains({"math":
+    texts("math"), "law": texts("law"), "code": texts("code")})`.
+
+    Raises ValueError for an unknown name, a path without the files, and where a machine has too little to embed.
+    """
+    embedded, real = TEXTS[checks.choice("name", name, TEXTS)]
+    corpus = embedded() if path is None else real(Path(path))
+    return _dataset(name, corpus, context, limit, test_limit, tokenizer)
+
+
+@checks.arguments
+def text_file(
+    path: str | Path,
+    test: str | Path | None = None,
+    *,
+    fields: Sequence[str] = ("text",),
+    context: Count = 64,
+    limit: Count | None = None,
+    test_limit: Count | None = 256,
+    tokenizer: str | Path | None = None,
+) -> Text:
+    """Read anyone's UTF-8 text: a .jsonl file, a document a row, or any other, documents between blank lines.
+
+    A row's `fields` make its text, joined by newlines. `test` is a file to test on; without it a tenth of the
+    documents is held out, at least one, chosen by their contents. The other arguments are those of `texts`.
+
+    Raises ValueError for missing files and fields, and for fewer than two documents.
+    """
+    train = _documents(Path(path), fields)
+    corpus = _parted(train, f"path: {path}") if test is None else Corpus(train, _documents(Path(test), fields))
+    return _dataset(Path(path).stem, corpus, context, limit, test_limit, tokenizer)
+
+
+def local_only(argument: str, path: str | Path) -> Any:
+    """Give the package transformers; ImportError where it is missing, ValueError where `path` is no folder."""
+    transformers = checks.package("transformers", "huggingface", f"{argument}: {str(path)!r}")
+    if not Path(path).is_dir():
+        raise ValueError(f"{argument}: {str(path)!r} is no folder; give one of save_pretrained, nothing is downloaded")
+    return transformers
+
+
+def _dataset(
+    name: str, corpus: Corpus, context: int, limit: int | None, test_limit: int | None, tokenizer: str | Path | None
+) -> Text:
+    folder = None if tokenizer is None else str(tokenizer)
+    encode = _encoder(folder)
+    train, _ = _windows(corpus.train, encode, context, limit)
+    test, width = _windows(corpus.test, encode, context, test_limit)
+    classes = _BYTES if folder is None else _names(folder)
+    return Text(name, train, test, classes, bytes_per_token=width, problems=corpus.problems, tokenizer=folder)
+
+
+def _windows(
+    documents: Iterable[str], encode: Callable[[str], tuple[np.ndarray, np.ndarray]], context: int, limit: int | None
+) -> tuple[Examples, float]:
+    """Cut documents into windows (N, context); also the mean number of bytes that a target stands for."""
+    tokens: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    spans: list[tuple[int, int]] = []  # of the tokens of all documents, one after the other
+    start = end = 0
+    for document in documents:
+        if limit is not None and len(spans) >= limit:
+            break
+        ids, size = encode(document.rstrip() + "\n")
+        tokens.append(ids)
+        sizes.append(size)
+        begin, end = end, end + len(ids)
+        if end - start > context + 1 and begin > start:
+            spans.append((start, begin))
+            start = begin
+        while end - start > context + 1:
+            spans.append((start, start + context + 1))
+            start += context
+    spans = [span for span in [*spans, (start, end)] if span[1] - span[0] > 1][:limit]
+    if not spans:
+        raise ValueError("documents: none has two tokens; give a longer text")
+    first, last = np.array(spans).T
+    place = first[:, None] + np.arange(context + 1)
+    every = np.concatenate(tokens)[np.minimum(place, last[:, None] - 1)]
+    inside = place < last[:, None]
+    x, y = np.where(inside, every, 0)[:, :-1], np.where(inside, every, IGNORED)[:, 1:]
+    total = np.cumsum(np.concatenate([[0], *sizes]))
+    width = (total[last] - total[first + 1]).sum() / (last - first - 1).sum()
+    return Examples(torch.from_numpy(x.copy()), torch.from_numpy(y.copy())), float(width)
+
+
+def _encoder(tokenizer: str | None) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
+    """What turns text into tokens and the number of bytes that each stands for, both int64."""
+    if tokenizer is None:
+        return _bytes
+    fast = _tokenizer(tokenizer)
+
+    def encode(text: str) -> tuple[np.ndarray, np.ndarray]:
+        found = fast(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        width = np.cumsum([0, *(len(c.encode()) for c in text)])
+        ends = np.maximum.accumulate(np.array([0, *(end for _, end in found["offset_mapping"])]))
+        return np.array(found["input_ids"], np.int64), np.diff(width[ends])
+
+    return encode
+
+
+def _bytes(text: str) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    return ids, np.ones_like(ids)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(path: str) -> Any:
+    transformers = local_only("tokenizer", path)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {path!r} has no tokenizer ({error}); save one there") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer: {path!r} is slow and cannot place its tokens in a text; use a fast one")
+    return tokenizer
+
+
+def _names(path: str) -> tuple[str, ...]:
+    tokenizer = _tokenizer(path)
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return tuple(f"<{i}>" if name is None else name for i, name in enumerate(names))
+
+
+def _documents(path: Path, fields: Sequence[str]) -> tuple[str, ...]:
+    if not path.is_file():
+        raise ValueError(f"path: {str(path)!r} is no file; give a text or a .jsonl file")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return tuple(filter(None, (document.strip("\n") for document in re.split(r"\n\s*\n", text))))
+    return tuple("\n".join(str(_field(row, field, path)) for field in fields) for row in _json_rows(text))
+
+
+def _field(row: dict[str, Any], field: str, path: Path) -> Any:
+    if field not in row:
+        raise ValueError(f"fields: {path} has no {field!r}; its rows have {', '.join(row)}")
+    return row[field]
+
+
+def _parted(documents: Iterable[str], source: str) -> Corpus:
+    """Part documents by their contents alone, so that every machine parts the same ones alike; copies count once."""
+    ordered = sorted(dict.fromkeys(documents), key=_digest)
+    if len(ordered) < 2:
+        raise ValueError(f"{source} has {len(ordered)} documents; give two or more, one to train and one to test on")
+    count = max(1, int(HELD_OUT * len(ordered)))
+    return Corpus(tuple(ordered[count:]), tuple(ordered[:count]))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _json_rows(text: str) -> list[dict[str, Any]]:
+    """The rows of JSON lines."""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]  # strings may hold other ends of lines
+
+
+def _rows(path: Path, *names: str) -> list[list[dict[str, Any]]]:
+    """The rows of JSON-lines files, wherever they are in a folder or a zip."""
+    found = {inside.rpartition("/")[2]: file for inside, file in files(path).items()}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"path: {str(path)!r} has no {' and no '.join(missing)}; for files of your own use text_file()"
+        )
+    return [_json_rows(found[name].read().decode()) for name in names]
+
+
+@lru_cache(maxsize=1)
+def _sums() -> Corpus:
+    """Sums of numbers of two digits; a pair is on the same side in both orders."""
+    pairs = sorted(((a, b) for a in range(10, 100) for b in range(10, a + 1)), key=lambda pair: _digest(repr(pair)))
+
+    def both(chosen: list[tuple[int, int]]) -> tuple[Problem, ...]:
+        ordered = sorted({turn for a, b in chosen for turn in ((a, b), (b, a))}, key=lambda pair: _digest(repr(pair)))
+        return tuple(_sum(a, b) for a, b in ordered)
+
+    return _solved(both(pairs[SUMS_HELD_OUT:]), both(pairs[:SUMS_HELD_OUT]))
+
+
+def _solved(train: tuple[Problem, ...], test: tuple[Problem, ...]) -> Corpus:
+    """Documents that are problems with their solutions."""
+    learned, asked = (tuple(problem.prompt + problem.solution for problem in part) for part in (train, test))
+    return Corpus(learned, asked, test)
+
+
+def _sum(a: int, b: int) -> Problem:
+    units = a % 10 + b % 10
+    carry = "+1" if units > 9 else ""
+    tens = a // 10 + b // 10 + units // 10
+    steps = f"{a % 10}+{b % 10}={units},{a // 10}+{b // 10}{carry}={tens}"
+    return Problem(f"{a}+{b}:", f"{steps}#{a + b}\n", "#")
+
+
+@lru_cache(maxsize=1)
+def _licences() -> Corpus:
+    """Licence texts, each paragraph once: many packages share a licence but for its copyright line."""
+    wanted = re.compile(r"(licen[cs]e|copying|notice)[^/]*?(\.txt|\.md|\.rst)?", re.IGNORECASE)
+    places = {Path(sysconfig.get_path("stdlib"), "LICENSE.txt")}
+    for package in metadata.distributions():
+        files = (file for file in package.files or () if wanted.fullmatch(file.name))
+        places |= {Path(str(package.locate_file(file))) for file in files}
+    found = sorted({text for place in places if (text := _read(place))})
+    seen: set[str] = set()
+    documents = []
+    for text in found:
+        fresh = []
+        for paragraph in re.split(r"\n\s*\n", text):
+            words = " ".join(re.findall(r"\w+", paragraph.lower()))
+            if words and words not in seen and not words.startswith("copyright"):
+                seen.add(words)
+                fresh.append(paragraph.strip("\n"))
+        if sum(map(len, fresh)) > 200:
+            documents.append("\n\n".join(fresh))
+    return _parted(_enough("law", documents), "law")
+
+
+@lru_cache(maxsize=1)
+def _modules() -> Corpus:
+    """Modules of the standard library, in the order of their names' hashes, as many as fit `CODE`."""
+    documents, total = [], 0
+    for place in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda place: _digest(place.name)):
+        text = _read(place)
+        if text and total + len(text) <= CODE:
+            documents.append(text)
+            total += len(text)
+    return _parted(_enough("code", documents), "code")
+
+
+def _read(place: Path) -> str:
+    """A file's text, or nothing where it cannot be read."""
+    try:
+        return place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _enough(name: str, documents: list[str]) -> list[str]:
+    size = sum(map(len, documents))
+    if size < ENOUGH:
+        raise ValueError(
+            f"name: {name!r} has {size} bytes of text on this machine and a task needs {ENOUGH}; give a folder or a "
+            "zip of real texts as path=, or a file of your own to text_file()"
+        )
+    return documents
+
+
+def _gsm8k(path: Path) -> Corpus:
+    def problems(rows: list[dict[str, Any]]) -> tuple[Problem, ...]:
+        return tuple(Problem(f"{r['question']}\n", re.sub("<<.*?>>", "", r["answer"]) + "\n", "####") for r in rows)
+
+    train, test = (problems(rows) for rows in _rows(path, "gsm8k_train.jsonl", "gsm8k_test.jsonl"))
+    return _solved(train, test)
+
+
+def _uscode(path: Path) -> Corpus:
+    parts = _rows(path, "uscode_train.jsonl", "uscode_test.jsonl")
+    train, test = (tuple(f"{row['heading']}\n{row['text']}" for row in rows) for rows in parts)
+    return Corpus(train, test)
+
+
+def _programs(path: Path) -> Corpus:
+    train, test = _rows(path, "mbpp.jsonl", "humaneval.jsonl")
+    learned = (f'"""{row["text"]}"""\n{row["code"]}'.replace("\r\n", "\n") for row in train)
+    return Corpus(tuple(learned), tuple(row["prompt"] + row["canonical_solution"] for row in test))
+
+
+TEXTS: dict[str, tuple[Callable[[], Corpus], Callable[[Path], Corpus]]] = {
+    "math": (_sums, _gsm8k),
+    "law": (_licences, _uscode),
+    "code": (_modules, _programs),
+}

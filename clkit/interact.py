@@ -7,12 +7,33 @@ kernel, the picture for the start value stands still.
 
 import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from clkit import checks
+from clkit.checks import Count, Index
 
-DPI = 100
+
+@checks.arguments
+def slider(
+    draw: Callable[[Any], Any],
+    values: Sequence[Any],
+    label: str = "α",
+    *,
+    start: Index = 0,
+    dpi: Count | Literal["figure"] = "figure",
+) -> "Slider":
+    """A slider over `values` with the figure that `draw(value)` makes of each.
+
+    Each picture is drawn once, when its value is first reached, and kept. `draw` is quickest if it moves the artists
+    of one figure and returns that figure; whatever it computes should be looked up in a grid computed before. `start`
+    is the position of the first value shown; `dpi` is by default that of the figure. Raises ValueError for no values,
+    and for a start that is no position among them.
+    """
+    if not len(values):
+        raise ValueError("values: there are none; give the positions that the slider can take")
+    if start >= len(values):
+        raise ValueError(f"start: {start} is no position among {len(values)} values; give 0 to {len(values) - 1}")
+    return Slider(draw, values, label, start, dpi)
 
 
 class Slider:
@@ -21,69 +42,44 @@ class Slider:
     `widget` is the box with the slider and the image, None without ipywidgets; `png` the picture shown, as bytes.
     """
 
-    def __init__(self, draw: "Callable[[Any], Figure]", values: Sequence[Any], label: str, start: int, dpi: int):
-        self.values, self.label, self.index, self.dpi = list(values), label, start, dpi
-        self._draw = draw
-        self._pictures: dict[int, bytes] = {}
-        self.png = self.picture(start)
-        self.widget = self._widget()
+    def __init__(self, draw: Callable[[Any], Any], values: Sequence[Any], label: str, start: int, dpi: Any) -> None:
+        self.values, self.label, self.dpi = list(values), label, dpi
+        self._draw, self._pictures = draw, {}
+        self.widget: Any = None
+        self.move(start)
+        try:
+            import ipywidgets
+        except ImportError:
+            return
+        options = [(_text(value), index) for index, value in enumerate(self.values)]
+        knob = ipywidgets.SelectionSlider(options=options, value=start, description=label)
+        knob.observe(lambda change: self.move(change["new"]), names="value")
+        self.widget = ipywidgets.VBox([knob, ipywidgets.Image(value=self.png, format="png")])
 
     def picture(self, index: int) -> bytes:
         """The picture for `values[index]`, drawn when it is first asked for."""
+        import matplotlib.pyplot as plt
+
         if index not in self._pictures:
-            self._pictures[index] = _png(self._draw(self.values[index]), self.dpi)
+            figure, buffer = self._draw(self.values[index]), io.BytesIO()
+            plt.close(figure)  # or the notebook shows it a second time
+            figure.savefig(buffer, format="png", dpi=self.dpi, metadata={"Software": None})
+            self._pictures[index] = buffer.getvalue()
         return self._pictures[index]
 
     def move(self, index: int) -> None:
         """Shows the picture for `values[index]`."""
         self.index, self.png = index, self.picture(index)
         if self.widget is not None:
-            _, image = self.widget.children
-            image.value = self.png
-
-    def _widget(self) -> Any:
-        try:
-            import ipywidgets
-        except ImportError:
-            return None
-        options = [(_text(value), index) for index, value in enumerate(self.values)]
-        knob = ipywidgets.SelectionSlider(options=options, value=self.index, description=self.label)
-        knob.observe(lambda change: self.move(change["new"]), names="value")
-        return ipywidgets.VBox([knob, ipywidgets.Image(value=self.png, format="png")])
+            self.widget.children[1].value = self.png
 
     def __repr__(self) -> str:
-        return (
-            f"Slider({self.label}: {len(self.values)} values from {_text(self.values[0])} to {_text(self.values[-1])})"
-        )
+        first, last = _text(self.values[0]), _text(self.values[-1])
+        return f"Slider({self.label}: {len(self.values)} values from {first} to {last})"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         live = self.widget._repr_mimebundle_() if self.widget is not None else {}
         return {**live, "image/png": self.png, "text/plain": repr(self)}
-
-
-def slider(
-    draw: "Callable[[Any], Figure]", values: Sequence[Any], label: str = "α", *, start: int = 0, dpi: int = DPI
-) -> Slider:
-    """A slider over `values` with the figure that `draw(value)` makes of each.
-
-    Each picture is drawn once, when its value is first reached, and kept. `draw` is quickest if it moves the artists
-    of one figure and returns that figure; whatever it computes should be looked up in a grid computed before. `start`
-    is the position of the first value shown.
-    """
-    if not len(values):
-        raise ValueError("values: there are none; give the positions that the slider can take")
-    if not 0 <= start < len(values):
-        raise ValueError(f"start: {start} is no position among {len(values)} values; give 0 to {len(values) - 1}")
-    return Slider(draw, values, label, start, dpi)
-
-
-def _png(figure: "Figure", dpi: int) -> bytes:
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)  # or the notebook shows it a second time
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _text(value: Any) -> str:

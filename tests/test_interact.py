@@ -68,3 +68,13 @@ def test_bad_input_names_itself(drawing):
         slider(drawing[0], [])
     with pytest.raises(ValueError, match="start: 3"):
         slider(drawing[0], VALUES, start=3)
+    with pytest.raises(ValueError, match=r"start: -1; give a whole number, at least 0"):
+        slider(drawing[0], VALUES, start=-1)
+    with pytest.raises(ValueError, match=r"dpi: 0; give a whole number, at least 1 or 'figure'"):
+        slider(drawing[0], VALUES, dpi=0)
+
+
+def test_a_picture_is_as_fine_as_its_figure_unless_asked_otherwise():
+    figure = plt.figure(figsize=(2, 1), dpi=50)
+    width = [int.from_bytes(slider(lambda _: figure, VALUES, **dpi).png[16:20], "big") for dpi in ({}, {"dpi": 100})]
+    assert width == [100, 200]

@@ -154,7 +154,7 @@ def groups(table: "DataFrame", by: str) -> Iterator[tuple[str, dict[str, Any], A
         yield name, look, table[names == name]
 
 
-def label(column: str) -> str:
+def axis_label(column: str) -> str:
     """The axis label of a column, by default its name."""
     return LABELS.get(column, column)
 
@@ -166,7 +166,7 @@ def factor(label: str) -> float:
 
 def scaled(table: "DataFrame", *columns: str) -> "DataFrame":
     """The table with these columns as their labels say that they are drawn: shares of 1 in percent."""
-    return table.assign(**{name: factor(label(name)) * table[name] for name in columns})
+    return table.assign(**{name: factor(axis_label(name)) * table[name] for name in columns})
 
 
 def legend(ax: "Axes", of: "Axes | None" = None) -> None:

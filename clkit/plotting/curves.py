@@ -32,7 +32,7 @@ def lines(
     import seaborn as sns
 
     common.check_columns(table, x, y)
-    label = label or common.label(y)
+    label = label or common.axis_label(y)
     table = table.assign(**{y: common.factor(label) * table[y], "seed": table["seed"] if "seed" in table else 0})
     for name, own, rows in common.groups(table, by):
         drawn: Any = {"x": x, "y": y, "legend": False, "ax": ax}
@@ -40,7 +40,7 @@ def lines(
         if seeds["seed"].nunique() > 1:
             sns.lineplot(seeds, units="seed", estimator=None, color=own["color"], **drawn, **common.THIN)
         sns.lineplot(seeds, errorbar=None, label=name, **drawn, **own | look)
-    ax.set(xlabel=common.label(x), ylabel=label)
+    ax.set(xlabel=common.axis_label(x), ylabel=label)
 
 
 def alpha_sweep(
@@ -187,7 +187,7 @@ def frontier(
             ax.annotate(text, mean.loc[value], color=look["color"], **place)
     for axis, column in ((ax.xaxis, x), (ax.yaxis, y)):
         less = column in common.LESS_IS_MORE
-        axis.set_label_text(common.label(column) + (", less is better" if less else ""))
+        axis.set_label_text(common.axis_label(column) + (", less is better" if less else ""))
         axis.set_inverted(less)
     common.legend(ax)
 

@@ -116,7 +116,7 @@ def bars(
     from scipy.stats import t as student
 
     common.check_columns(table, by, value)
-    label = common.label(value)
+    label = common.axis_label(value)
     shown: Any = common.scaled(table[[by, value]].astype({by: str}), value)  # type: ignore[arg-type]
     share = common.factor(label) > 1 and shown[value].min() >= 0
 
@@ -146,9 +146,9 @@ def gains(
 ) -> None:
     """What was gained by name: a dot with its interval, and hollow marks where others found the gain.
 
-    A row of the table for each name, its index, with the columns gain, lower and upper, and those that `others` name,
-    all of them shares of 1. The values of `others` are their labels. Names keep their order, first on top. Dots are
-    blue where the interval lies above 0, red where it lies below, and grey where it does not tell.
+    The table has a row for each name, its index. Its columns gain, lower and upper, and those that `others` name, are
+    shares of 1; the values of `others` are their labels. Names keep their order, first on top. Dots are blue where the
+    interval lies above 0, red where it lies below, and grey where it does not tell.
     """
     common.check_columns(table, "gain", "lower", "upper", *others)
     numbers = common.factor(label) * table[["gain", "lower", "upper"]].to_numpy(float)
@@ -186,7 +186,7 @@ def against(ax: "Axes", table: "DataFrame", x: str, y: str, *, by: str = "method
     common.check_columns(table, x, y, by)
     for name, look, rows in common.groups(common.scaled(table, x, y), by):
         ax.plot(rows[x], rows[y], look["marker"], color=look["color"], label=name)
-    ax.set(xlabel=common.label(x), ylabel=common.label(y))
+    ax.set(xlabel=common.axis_label(x), ylabel=common.axis_label(y))
 
 
 def embedding(

@@ -168,7 +168,7 @@ class TestCLeWI:
         result = convnet(toy, CLeWI(alpha=0.4))
         net = toys.small_convnet(toy)
         symmetry = alignment.symmetry(net, toy[0].prepare(toy[0].train.x[:2]))
-        inputs = result.learner.inputs(toy[2])
+        inputs = result.learner.examples(toy[2]).x
         current, previous = result.trained[2], result.weights[1]
         match = alignment.align(symmetry, net, current, previous, inputs)
         old = alignment.permute(symmetry, match.permutations, previous)

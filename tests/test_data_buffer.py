@@ -48,7 +48,7 @@ class TestBoth:
     def test_nothing_kept_is_fine_tuning_bit_for_bit(self, toy, mixing):
         result = quick(toy, DataBuffer(0.0, mixing))
         assert same(result, quick(toy)) and result.learner.past is None
-        assert torch.equal(result.learner.inputs(toy[1]), Learner.examples(result.learner, toy[1]).x)
+        assert torch.equal(result.learner.examples(toy[1]).x, Learner.examples(result.learner, toy[1]).x)
 
     @pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.1, 2), (0.5, 10), (1.0, 21)])
     def test_a_share_of_each_task_is_kept(self, toy, mixing, share, count):
@@ -78,7 +78,7 @@ class TestBoth:
 
     def test_consolidations_see_the_buffer(self, toy, mixing):
         result = quick(toy, DataBuffer(0.5, mixing), CLeWI(alpha=0.3, align=None, points=0))
-        assert torch.equal(result.learner.inputs(toy[2]), result.learner.past.x)
+        assert torch.equal(result.learner.examples(toy[2]).x, result.learner.past.x)
         assert len(result.inputs[0]) == 10 and len(result.inputs[2]) == 30
 
     def test_none_of_it_is_held_out(self, toy, mixing):

@@ -291,7 +291,7 @@ class TestImportance:
         options = {"model": toys.small_convnet, "learner": ER(12)}
         result = train(stream, replace(RAW, refresh=True), **options)
         plain = train(stream, RAW, **options)
-        inputs = result.learner.inputs(stream[1])
+        inputs = result.learner.examples(stream[1]).x
         assert equal(result.weights[1], normalization.refresh(toys.small_convnet(stream), plain.weights[1], inputs))
         corrected = train(stream, HCMM(correction="ridge", ridge=0.1, refresh=True), **options).weights[1]
         assert equal(corrected, normalization.refresh(toys.small_convnet(stream), corrected, inputs))

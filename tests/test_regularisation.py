@@ -612,7 +612,7 @@ class TestSum:
     def test_it_shows_what_the_first_shows(self):
         stream = toys.stream()
         both, alone = (quick(stream, learner) for learner in (Sum(ER(memory=12), EWC(0.0)), ER(memory=12)))
-        assert torch.equal(both.learner.inputs(stream[2]), alone.learner.inputs(stream[2]))
+        assert torch.equal(both.learner.examples(stream[2]).x, alone.learner.examples(stream[2]).x)
         assert both.learner.remembers and not Sum(EWC(), L2()).remembers
         assert both.learner.held_out(stream[2]) is None
 

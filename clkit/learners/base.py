@@ -184,10 +184,6 @@ class Learner:
         """Prepared examples that no step has trained on, for choosing settings by; None if there are none."""
         return None
 
-    def inputs(self, task: Task) -> Tensor:
-        """The inputs of `examples`."""
-        return self.examples(task).x
-
     def state_dict(self) -> dict[str, Any]:
         """The generator's state and what `state` names, as a tree that a file can hold, with the tensors themselves.
 

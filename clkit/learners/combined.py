@@ -117,10 +117,6 @@ class Sum(Learner):
         """What the first holds out of its training."""
         return self.first.held_out(task)
 
-    def inputs(self, task: Task) -> Tensor:
-        """The inputs of the first."""
-        return self.first.inputs(task)
-
     def state_dict(self) -> dict[str, Any]:
         """The state of every part, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}

@@ -12,7 +12,7 @@ import dis
 import functools
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.machinery import PathFinder
 from importlib.util import resolve_name
 from itertools import accumulate
@@ -28,6 +28,7 @@ from clkit.store.files import canonical, digest, hash_bytes, hash_tensor, unusua
 
 ABOVE_RUNS = {"__init__", "experiments", "plotting", "interact", "benchmarks", "cli"}
 WORDS = Path | torch.device | torch.dtype | torch.layout | torch.memory_format | complex | range | slice | type(...)
+VOLATILE = ("_keys_to_ignore_on_load", "_original_object_hash")  # transformers': other in every process, and no matter
 GLOBALS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 _LOADED: dict[str, tuple[Any, str]] = {}  # by a module's name: its spec, which a reload replaces, and its source's hash
 
@@ -57,10 +58,9 @@ def differences(there: Any, here: Any, place: str = "") -> list[str]:
 def source_digest() -> str:
     """The hash of clkit's code up to the training loop, but its comments and docstrings: other code, other runs."""
     root = Path(__file__).parents[1]
-    places = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    return digest(
-        {p: _source(f)[0] for p, f in places.items() if p.split("/")[0].removesuffix(".py") not in ABOVE_RUNS}
-    )
+    places = [path.relative_to(root) for path in root.rglob("*.py")]
+    below = [place for place in places if place.parts[0].removesuffix(".py") not in ABOVE_RUNS]
+    return digest({place.as_posix(): _source(root / place)[0] for place in below})
 
 
 class _Walk:
@@ -133,7 +133,9 @@ class _Walk:
         try:
             parts = reduce(value) if reduce else value.__reduce_ex__(4)
         except Exception as error:
-            raise _refused(value, place) from error
+            if not isinstance(value, nn.Module):
+                raise _refused(value, place) from error
+            parts = None, (), vars(value)  # a parametrised module, which deepcopy alone can copy
         if isinstance(parts, str):  # a thing with a name, a cached function for example
             parts = getattr, (value.__module__, parts), getattr(value, "__wrapped__", None)
         make, args, state, items, entries = cast(Any, (*parts, None, None, None)[:5])
@@ -141,19 +143,22 @@ class _Walk:
             make, args = None, args[1:]
         if isinstance(state, dict):
             kind = type(value)
-            state = {
-                n: s for n, s in state.items() if not isinstance(getattr(kind, n, None), functools.cached_property)
-            }
+            derived = {n for n in state if isinstance(getattr(kind, n, None), functools.cached_property)}
+            derived |= {n for n in state if str(n).startswith(VOLATILE)}
+            state = {n: part for n, part in state.items() if n not in derived}
             state = _in_order(state) if isinstance(value, nn.Module) else state
         facts = {"class": type(value), "made by": make, "args": args, "state": state}
         facts |= {"items": [*(items or ())], "entries": [*(entries or ())]}
         nothing = (types.NoneType, tuple, list, dict)
-        return {n: self.of(part, place) for n, part in facts.items() if part or not isinstance(part, nothing)}
+        return {n: self.of(part, place) for n, part in facts.items() if not isinstance(part, nothing) or part}
 
     def kind(self, value: type, place: str) -> dict[str, Any]:
         """All that a class and its own bases define."""
         own = [base for base in value.__mro__ if not _known(base)]
-        members = [{n: self.member(m, n, place) for n, m in sorted(vars(base).items())} for base in own]
+        members = [
+            {name: found for name, thing in sorted(vars(base).items()) if (found := self.member(thing, name, place))}
+            for base in own
+        ]
         sources = _sources(base.__module__ for base in own)
         return {"bases": [*map(_name, value.__mro__)], "members": members, "sources": sources}
 
@@ -164,34 +169,37 @@ class _Walk:
         elif isinstance(value, types.FunctionType):
             parts = [value] if value.__code__.co_filename != "<string>" else []
         else:
-            made = name.startswith(("__", "_abc_")) or isinstance(
-                value, types.MemberDescriptorType | types.GetSetDescriptorType
-            )
-            parts = [] if made else [value]
+            slot = isinstance(value, types.MemberDescriptorType | types.GetSetDescriptorType)
+            parts = [] if slot or name.startswith(("__", "_abc_")) else [value]
         return [self.of(part, f"{place}.{name}") for part in parts]
 
     def function(self, value: types.FunctionType, place: str) -> dict[str, Any]:
         """What a function does, what it captured and, if it is not installed, all that it uses."""
-        codes = list(_nested(value.__code__))
-        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+        codes = [value.__code__]
+        for code in codes:  # and what is defined within
+            codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         facts: dict[str, Any] = {
             "code": [(code.co_code, code.co_names, code.co_varnames) for code in codes],
             "constants": [tuple(c for c in code.co_consts if not isinstance(c, types.CodeType)) for code in codes],
             "defaults": (value.__defaults__, value.__kwdefaults__),
-            "captured": {name: _content(cell) for name, cell in cells.items()},
+            "captured": {name: cell.cell_contents for name, cell in cells if cell != types.CellType()},
             "attributes": {name: item for name, item in vars(value).items() if name != "__wrapped__"},
         }
-        sources = ""
-        if not _installed(value):
-            steps = [step for code in codes for step in dis.get_instructions(code)]
-            used = {step.argval for step in steps if step.opname in GLOBALS} & value.__globals__.keys()
-            facts["used"] = _reached(
-                {n: value.__globals__[n] for n in used}, {n for code in codes for n in code.co_names}
-            )
-            imported = [step.argval for step in steps if step.opname == "IMPORT_NAME"]
-            parts = [step.argval for step in steps if step.opname == "IMPORT_FROM"]
-            sources = _sources([value.__module__, *imported, *(f"{a}.{b}" for a in imported for b in parts)])
-        return {name: self.of(part, f"{place} {name}") for name, part in facts.items()} | {"sources": sources}
+        if _installed(value):
+            return {name: self.of(part, f"{place} {name}") for name, part in facts.items()}
+        steps = [step for code in codes for step in _steps(code)]
+        used = {name: value.__globals__[name] for kind, name in steps if kind in GLOBALS and name in value.__globals__}
+        facts["used"] = _reached(used, {name for code in codes for name in code.co_names})
+        imported = [name for kind, name in steps if kind == "IMPORT_NAME"]
+        parts = ["", *(f".{name}" for kind, name in steps if kind == "IMPORT_FROM")]
+        facts["sources"] = _sources([value.__module__, *(name + part for name in imported for part in parts)])
+        return {name: self.of(part, f"{place} {name}") for name, part in facts.items()}
+
+
+@functools.cache
+def _steps(code: types.CodeType) -> list[tuple[str, Any]]:
+    return [(step.opname, step.argval) for step in dis.get_instructions(code)]
 
 
 def _refused(value: Any, place: str) -> TypeError:
@@ -216,13 +224,7 @@ def _known(value: Any) -> bool:
 def _installed(thing: Any) -> bool:
     """Whether code comes from clkit, the standard library or another installed package."""
     module = getattr(thing, "__module__", None)
-    if module is None:
-        return not isinstance(thing, types.FunctionType)
-    root = module.partition(".")[0]
-    if root == "clkit" or (root in sys.stdlib_module_names and root != "__main__"):
-        return True
-    files = [getattr(sys.modules.get(name), "__file__", None) or "" for name in (module, root)]
-    return any({"site-packages", "dist-packages"} & set(Path(file).parts) for file in files)
+    return _local_file(module) is None if module else not isinstance(thing, types.FunctionType)
 
 
 def _in_order(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,20 +234,6 @@ def _in_order(state: Mapping[str, Any]) -> dict[str, Any]:
     listed = {name: [(rank[key], hook) for key, hook in held.items()] for name, held in hooks.items() if held}
     parts = {name: list(state[name].items()) for name in ("_parameters", "_buffers", "_modules") if name in state}
     return {name: held for name, held in state.items() if name not in hooks} | parts | listed
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _nested(const)
 
 
 def _reached(used: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -268,15 +256,15 @@ def _sources(names: Iterable[str]) -> str:
     Raises TypeError on a module whose file has changed since it was first met: what runs is not what the file says.
     """
     found: dict[str, str] = {}
-    waiting = list(names)
+    waiting = [name for name in names if name]
     while waiting:
         name = waiting.pop()
         file = None if name in found else _local_file(name)
-        if file is None:
+        if not file:
             continue
-        state = file.stat()
-        found[name], imports = _source(file, state.st_mtime_ns, state.st_size)
-        package = name if file.stem == "__init__" else name.rpartition(".")[0]
+        state = Path(file).stat()
+        found[name], imports = _source(Path(file), state.st_mtime_ns, state.st_size)
+        package = name if file.endswith("__init__.py") else name.rpartition(".")[0]
         waiting += [resolve_name(other, package) for other in imports if package or not other.startswith(".")]
         spec = getattr(sys.modules.get(name), "__spec__", None)
         if _LOADED.get(name, (None,))[0] is not spec:
@@ -286,23 +274,27 @@ def _sources(names: Iterable[str]) -> str:
     return digest(found) if found else ""
 
 
-def _local_file(name: str) -> Path | None:
-    """The source of a module that is not installed, whether it has been imported or not."""
-    root, (parent, _, last) = name.partition(".")[0], name.rpartition(".")
-    if root in ("", "__main__", "clkit") or root in sys.stdlib_module_names:
+def _local_file(name: str) -> str | None:
+    """The source of a module of one's own, imported or not; empty if it has none; None if the module is installed."""
+    root = name.partition(".")[0]
+    if root == "__main__":
+        return ""
+    installed = any(part in _file(owner) for owner in (root, name) for part in ("site-packages", "dist-packages"))
+    if root == "clkit" or root in sys.stdlib_module_names or installed:
         return None
+    return _file(name) if _file(name).endswith(".py") else ""
+
+
+def _file(name: str) -> str:
     if name in sys.modules:
-        origin = getattr(sys.modules[name], "__file__", None)
-    elif parent in sys.modules and last in vars(sys.modules[parent]):
-        return None  # something in a module
-    else:
-        spec, place = None, None
-        for part in accumulate(name.split("."), "{}.{}".format):
-            spec = PathFinder.find_spec(part, place) if spec is None or place is not None else None
-            place = spec.submodule_search_locations if spec is not None else None
-        origin = spec.origin if spec is not None else None
-    local = origin and origin.endswith(".py") and not {"site-packages", "dist-packages"} & set(Path(origin).parts)
-    return Path(origin) if origin and local and Path(origin).is_file() else None
+        return getattr(sys.modules[name], "__file__", None) or ""
+    parent, folders = name.rpartition(".")[0], None
+    if parent in sys.modules:
+        folders = getattr(sys.modules[parent], "__path__", [])
+    elif parent:
+        folders = [str(Path(_file(parent)).parent)] if _file(parent).endswith("__init__.py") else []
+    spec = PathFinder.find_spec(name, folders)
+    return (spec.origin if spec else None) or ""
 
 
 @functools.cache

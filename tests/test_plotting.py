@@ -175,6 +175,39 @@ def test_bars_of_a_kind_may_share_a_colour(ax):
     assert faces == [plotting.RED, plotting.RED, plotting.COLOURS["joint"]]
 
 
+def test_variants_in_bars_have_the_colour_of_their_method(ax):
+    names = ["SFA p=0.1", "SFA p=1", "L2 λ=1", "mine, once", "mine, twice"]
+    plotting.bars(ax, pd.DataFrame({"method": names, "acc": 0.5}))
+    faces = [mpl.colors.to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    mine = plotting.colours(["SFA", "L2", "mine"])["mine"]
+    assert faces == [*2 * [plotting.COLOURS["SFA"]], plotting.COLOURS["L2"], mine, mine]
+
+
+def test_gains_say_by_colour_what_the_interval_tells(ax):
+    rows = [[0.1, 0.05, 0.15, 0.2], [0.01, -0.02, 0.04, 0.0], [-0.1, -0.15, -0.05, np.nan]]
+    table = pd.DataFrame(rows, ["up", "open", "down"], ["gain", "lower", "upper", "theirs"])
+    plotting.gains(ax, table, {"theirs": "published"})
+    whiskers, dots = ax.collections
+    colours = [mpl.colors.to_hex(c).upper() for c in dots.get_facecolors()]
+    assert colours == [plotting.BLUE, plotting.GREY, plotting.RED]
+    np.testing.assert_allclose(dots.get_offsets(), [[10, 0], [1, 1], [-10, 2]])
+    np.testing.assert_allclose(whiskers.get_segments()[1][:, 0], [-2, 4])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["published"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == list(table.index) and ax.yaxis_inverted()
+
+
+def test_a_legend_stands_beside_the_axes_and_may_name_what_others_show(ax):
+    plotting.legend(ax)
+    assert ax.get_legend() is None
+    other = ax.figure.add_subplot(1, 2, 2)
+    for name in ("a", "b"):
+        other.plot([0, 1], [0, 1], label=name)
+    plotting.legend(ax, of=other)
+    ax.figure.canvas.draw()
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b"]
+    assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
+
+
 @pytest.mark.parametrize(("channels", "dtype"), [(1, torch.uint8), (3, torch.uint8), (1, torch.float32)])
 def test_examples_grid_has_a_row_a_task(ax, channels, dtype):
     def part(i, rows):

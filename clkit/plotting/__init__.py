@@ -1,7 +1,7 @@
-"""Results drawn on matplotlib axes: f(ax, results, ...). Nothing is trained, measured or saved here.
+"""Results drawn on matplotlib axes, by seaborn: f(ax, results, ...). Nothing is trained, measured or saved here.
 
 Accuracies come in [0, 1] and are shown in percent. Seeds are thin lines or dots, their mean is thick. A method has its
-colour wherever it appears (`COLOURS`). Draw inside `with style():`.
+colour wherever it appears (`COLOURS`), and its variants are darker. Draw inside `with style():`.
 """
 
 from clkit.plotting.curves import (

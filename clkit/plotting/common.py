@@ -32,6 +32,7 @@ COLOURS: Mapping[str, str] = {
     "TSV": RED, "EMR": BLACK,
     "plain": GREY, "plain, re-estimated": SKY, "plain, restored": SKY,
     "aligned": ORANGE, "aligned, re-estimated": BLUE, "aligned, restored": BLUE,
+    "ordinary": BLUE, "tangent": RED,
     "class-incremental": "#BC5769", "domain-incremental": "#B88619", "task-incremental": "#044386",
 }  # fmt: skip
 

@@ -151,14 +151,13 @@ def gains(
     interval lies above 0, red where it lies below, and grey where it does not tell.
     """
     common.check_columns(table, "gain", "lower", "upper", *others)
-    numbers = common.factor(label) * table[["gain", "lower", "upper"]].to_numpy(float)
-    for place, (gain, lower, upper) in enumerate(numbers):
-        colour = common.BLUE if lower > 0 else common.RED if upper < 0 else common.GREY
-        ax.plot([lower, upper], [place, place], color=colour, linewidth=1.4)
-        ax.plot(gain, place, "o", color=colour, markersize=5.5)
+    shown: Any = common.factor(label) * table[["gain", "lower", "upper", *others]]
+    places, signs = range(len(table)), (shown["lower"] > 0).astype(int) - (shown["upper"] < 0)
+    colours = signs.map({1: common.BLUE, 0: common.GREY, -1: common.RED}).tolist()
+    ax.hlines(places, shown["lower"], shown["upper"], colors=colours, linewidth=1.4)
+    ax.scatter(shown["gain"], places, s=30, c=colours, zorder=2)
     for (column, name), mark in zip(others.items(), "sD^v", strict=False):
-        at = common.factor(label) * table[column]
-        ax.plot(at, range(len(table)), mark, color=common.BLACK, mfc="none", mew=0.8, label=name, ls="none")
+        ax.plot(shown[column], places, mark, color=common.BLACK, mfc="none", mew=0.8, label=name)
     ax.axvline(0, color=common.BLACK, linewidth=0.8)
     _rows(ax, list(table.index), label)
     if others:

@@ -19,6 +19,7 @@ from clkit.consolidation import (
     CLeWI,
     Cosine,
     Drift,
+    Merged,
     Merging,
     NoConsolidation,
     Plateau,
@@ -28,8 +29,9 @@ from clkit.consolidation import (
 )
 from clkit.data import Stream
 from clkit.learners import ER, Learner
+from clkit.merging import MERGES, Merge
 from clkit.training import Result
-from clkit.weights import equal, lerp
+from clkit.weights import equal, get_weights, lerp
 from toys import quick
 
 pytestmark = pytest.mark.usefixtures("one_symmetry")
@@ -162,7 +164,63 @@ def test_what_a_consolidation_is_given_stays_as_it_was(toy, name):
     convnet(toy, Watched(SETTINGS[name]))
 
 
+def trimmed(ws, *, base, share=0.5):
+    """A merge of one's own: the mean task vector, shortened."""
+    return {n: b + share * sum(w[n] - b for w in ws) / len(ws) for n, b in base.items()}
+
+
+class TestOpenDoors:
+    def test_a_function_merges(self, toy):
+        rule = Merging(trimmed, {"share": 0.25})
+        assert repr(rule) == "Merging(merge=trimmed, options=(('share', 0.25),), training='sequential', holdout=0.0)"
+        result, base = convnet(toy, rule), get_weights(toys.small_convnet(toy))
+        for t, deployed in enumerate(result.weights):
+            wanted = trimmed(result.trained[: t + 1], base=base, share=0.25) if t else result.trained[0]
+            assert all(torch.allclose(deployed[n], w, atol=1e-6) for n, w in wanted.items())
+
+    def test_a_function_is_given_what_it_needs(self, toy):
+        def best(ws, *, score):
+            return dict(max(ws, key=score))
+
+        result = convnet(toy, Merging(best))
+        assert Merging(best).holdout == 0.2 and len(result.weights) == 3
+        assert any(equal(result.weights[2], w) for w in result.trained)
+
+    def test_a_row_of_ones_own_merges_by_its_name(self, toy, monkeypatch):
+        monkeypatch.setitem(MERGES, "trimmed", Merge(trimmed))
+        by_name, by_function = (convnet(toy, Merging(merge)) for merge in ("trimmed", trimmed))
+        assert all(equal(a, b) for a, b in zip(by_name.weights, by_function.weights, strict=True))
+
+    @pytest.mark.parametrize(
+        ("options", "message"), [({"shrae": 1}, "'shrae' is unknown; .* did you mean 'share'"), ({}, "lack 'strength'")]
+    )
+    def test_options_are_checked_before_any_work(self, options, message):
+        def lacking(ws, *, strength, share=1):
+            return ws[0]
+
+        with pytest.raises(ValueError, match=message):
+            Merging(lacking, options)
+
+    def test_a_consolidation_needs_two_methods(self, toy):
+        class Halfway:
+            def due(self, progress):
+                return progress.end
+
+            def __call__(self, context):
+                half = lerp(context.previous, context.current, 0.5)
+                return Merged(half, half, {"seen": len(context.inputs)}, memo={"task": context.progress.task})
+
+        result = convnet(toy, Halfway())
+        assert equal(result.weights[2], lerp(result.weights[1], result.trained[2], 0.5))
+        assert result.reports == [{"seen": 12}] * 3
+
+
 class TestCLeWI:
+    def test_the_path_is_judged_where_points_are_given_or_alpha_is_searched(self):
+        assert CLeWI(0.3) == CLeWI(0.3, points=0) and "points=0" in repr(CLeWI(0.3))
+        assert "points=11" in repr(CLeWI("search")) and CLeWI("search", points=5).points == 5
+        assert CLeWI("search") == CLeWI("search", points=0) == eval(repr(CLeWI("search")))
+
     def test_a_merge_is_permute_interpolate_re_estimate(self, toy):
         """The reference twin, step by step from the weights that the run kept."""
         result = convnet(toy, CLeWI(alpha=0.4))

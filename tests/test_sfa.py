@@ -252,7 +252,7 @@ class TestSFA:
         [
             ({"p": 0}, "p: 0"),
             ({"p": 1.5}, "p: 1.5"),
-            ({"p": "drift"}, r"p: 'drift'; .* Drift\(0.1\)"),
+            ({"p": "drift"}, r"p: 'drift'; .* Drift\(\)"),
             ({"beta": -0.1}, "beta: -0.1"),
             ({"beta": (0.5, 2)}, r"beta: \(0.5, 2\)"),
             ({"beta": ()}, "beta: "),

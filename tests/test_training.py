@@ -408,12 +408,12 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("digits", models.mlp), "stream: str is not a stream"),
-            ((None, models.mlp), "stream: NoneType"),
-            ((toys.stream(1), "mlp"), "model: 'mlp'"),
-            ((toys.stream(1), models.mlp, ER), "learner: .* not a learner"),
-            ((toys.stream(1), models.mlp, ER(5), Shift), "consolidation: "),
-            ((toys.stream(1), models.mlp, ER(5), None, 10), "training: 10"),
+            (("digits", models.mlp), r"stream: 'digits' \(str\); give a stream, for example data.split"),
+            ((None, models.mlp), "stream: None .* give a stream"),
+            ((toys.stream(1), "mlp"), r"model: 'mlp' \(str\); give a module, or a factory such as models.convnet"),
+            ((toys.stream(1), models.mlp, ER), "learner: .* give a learner, for example ER"),
+            ((toys.stream(1), models.mlp, ER(5), Shift), "consolidation: .* give one such as CLeWI"),
+            ((toys.stream(1), models.mlp, ER(5), None, 10), "training: 10 .* give a Training"),
         ],
     )
     def test_arguments_of_the_wrong_kind_are_named(self, arguments, message):

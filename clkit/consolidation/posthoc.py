@@ -1,16 +1,18 @@
-"""Consolidations that deploy a merge and leave training alone: WiSE-FT, every merge of the table, averages on the way.
+"""Consolidations that deploy a merge and leave training alone: WiSE-FT, any merge, averages on the way.
 
 Training goes on from the current weights, bit for bit as without a consolidation, or, for independent fine-tuning,
 from the base in every task.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from torch import Tensor
+
 from clkit import checks, curvature
 from clkit.consolidation.base import Context, Merged, Progress
-from clkit.merging import MERGES, merge
+from clkit.merging import MERGES, Merge
 from clkit.weights import Weights, lerp, set_weights
 
 
@@ -19,9 +21,9 @@ class WiSEFT:
     """Deploys a point on the line from the old weights (alpha = 0) to the trained ones (alpha = 1), after every task.
 
     Wortsman et al. 2022 (arXiv 2109.01903): (1 - alpha) theta_old + alpha theta; alpha weights the NEW weights. `old`
-    are the "previous" deployed weights, or, as in the paper, those before the "first" task ("base"). Training goes on
-    from the trained weights; where it is to go on from the merged ones, that is SFA with p = 1 and beta = 1 - alpha
-    (CoMA, arXiv 2312.08977), and the two agree bit for bit in the second task. The first task is deployed as trained.
+    are the "previous" deployed weights, or, as in the paper, the "base", those before the first task. Training goes on
+    from the trained weights. Where it is to go on from the merged ones, use SFA with p = 1 and beta = 1 - alpha. That
+    is CoMA (arXiv 2312.08977), and the two agree bit for bit in the second task. The first task is deployed as trained.
     """
 
     alpha: Annotated[float, checks.Range(0, 1, means="0 for the old weights, 1 for the new")] = 0.5
@@ -40,40 +42,55 @@ class WiSEFT:
 
 @dataclass(frozen=True)
 class Merging:
-    """Deploys, after every task, a merge of the weights trained on all tasks so far: any row of `merging.MERGES`.
+    """Deploys, after every task, a merge of the weights trained on all tasks so far.
 
-    - `merge`: the row's name; `options`: what the function takes, a mapping
-    - `training`: "sequential", every task goes on from the last one's trained weights, or "independent", from the
+    - `merge`: the name of a row of `merging.MERGES`, or a function of your own, as `merging.Merge` describes it
+    - `options`: what the function takes, a mapping
+    - `training`: in "sequential", every task goes on from the last one's trained weights; in "independent", from the
       weights before the first task (Ilharco et al., arXiv 2212.04089, and most merging papers)
+    - `holdout`: the share of the memory that is kept from replay, for a merge that needs a `score`, such as
+      "greedy_soup": its accuracy there. None is a fifth for such a merge, else nothing
 
-    A merge of two weights takes those deployed after the last task and the current ones, in this order, a merge of one
-    the current ones; all others take the weights trained on every task so far, in order, and task vectors start from
-    the weights before the first task. Fisher information (for labels drawn from the network) and Gram matrices are
-    measured once, at a task's end, on what the learner lets a consolidation see. `greedy_soup` is judged by accuracy on
-    the `holdout` of the memory (a fifth, if None), which is kept from replay.
+    A merge of one takes the current weights. A merge of two takes those deployed after the last task, then the current
+    ones. All others take the weights trained on every task so far, in order. Task vectors start from the weights before
+    the first task. Fisher information, for labels drawn from the network, and Gram matrices are measured once, at a
+    task's end, on what the learner lets a consolidation see.
 
     After the first task, with nothing to merge, the trained weights are deployed. Bytes kept grow with the tasks.
+    Raises ValueError for a name that is not known, and for options that the merge does not take or lacks.
     """
 
-    merge: str = "average"
+    merge: str | Callable[..., dict[str, Tensor]] = "average"
     options: Mapping[str, Any] = field(default_factory=dict)
-    training: str = "sequential"
-    holdout: float | None = None
+    training: Literal["sequential", "independent"] = "sequential"
+    holdout: checks.Part | None = None
     uses_history = True
 
     def __post_init__(self) -> None:
-        if self.merge not in MERGES:
-            merge(self.merge, [])
-        if self.training not in ("sequential", "independent"):
-            raise ValueError(f'training: {self.training!r} is unknown; choose "sequential" or "independent"')
-        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
-        judged = MERGES[self.merge].needs == "score"
+        checks.fields(self)
+        options = dict(self.options)
+        object.__setattr__(self, "options", tuple(sorted(options.items())))
+        self.row.check(options)
+        if self.needs not in (None, "score", "importances", "grams"):
+            raise ValueError(f"options: {options!r} lack {self.needs!r}, which the merge needs; give it a value")
         if self.holdout is None:
-            object.__setattr__(self, "holdout", 0.2 if judged else 0.0)
-        if not 0 <= (self.holdout or 0) < 1 or (judged and self.holdout == 0):
-            raise ValueError(
-                f"holdout: {self.holdout!r}; give a share of the memory in [0, 1), above 0 for {self.merge}"
-            )
+            object.__setattr__(self, "holdout", 0.2 if self.needs == "score" else 0.0)
+        if self.needs == "score" and not self.holdout:
+            raise ValueError(f"holdout: {self.holdout!r}; give a share above 0, by which the merge is judged")
+
+    def __repr__(self) -> str:
+        merge = repr(self.merge) if isinstance(self.merge, str) else getattr(self.merge, "__qualname__", self.merge)
+        return f"Merging({merge=!s}, options={self.options!r}, training={self.training!r}, holdout={self.holdout!r})"
+
+    @property
+    def row(self) -> Merge:
+        """The merge and what is true of it."""
+        return Merge(self.merge) if callable(self.merge) else MERGES[checks.choice("merge", self.merge, MERGES)]
+
+    @property
+    def needs(self) -> str | None:
+        """What the merge cannot work without and the options lack."""
+        return None if self.row.needs in dict(self.options) else self.row.needs
 
     def due(self, progress: Progress) -> bool:
         """At the end of every task."""
@@ -81,42 +98,38 @@ class Merging:
 
     def __call__(self, context: Context) -> Merged:
         """Merges for deployment."""
-        row, memo = MERGES[self.merge], [*(context.memo or []), *self._measured(context)]
+        memo = [*(context.memo or []), *self._measured(context)]
         train = context.base if self.training == "independent" else context.current
         if not context.progress.task:
             return Merged(train, context.current, memo=memo)
         every = [*context.history, context.current]
-        ws = {1: [context.current], 2: [context.previous, context.current]}.get(row.arity or 0, every)
+        ws = {1: [context.current], 2: [context.previous, context.current]}.get(self.row.arity or 0, every)
         options = dict(self.options)
-        if row.needs == "score":
-            options["score"] = lambda w: self._accuracy(context, w)
-        elif row.needs:
-            options[row.needs] = memo[-len(ws) :]
-        return Merged(train, row(ws, base=context.base, **options), {"merged": len(ws)}, memo)
+        if self.needs == "score":
+            score = context.score
+            assert score is not None
+            options["score"] = lambda weights: score(weights).accuracy
+        elif self.needs:
+            options[self.needs] = memo[-len(ws) :]
+        return Merged(train, self.row(ws, base=context.base, **options), {"merged": len(ws)}, memo)
 
     def _measured(self, context: Context) -> list[Weights]:
         """What the merge needs to know of the task just learned, if anything."""
-        needs = MERGES[self.merge].needs
-        if needs == "grams":
+        if self.needs == "grams":
             return [curvature.grams(context.model, context.current, context.inputs)]
-        if needs != "importances":
+        if self.needs != "importances":
             return []
         set_weights(context.model, context.current)
         return [curvature.fisher(context.model, context.inputs, generator=None)]
-
-    @staticmethod
-    def _accuracy(context: Context, weights: Weights) -> float:
-        assert context.score is not None
-        return context.score(weights).accuracy
 
 
 @dataclass(frozen=True)
 class EMA:
     """Deploys an average of the weights along the way: w <- decay w + (1 - decay) theta after every `every`-th step.
 
-    Polyak averaging with forgetting; `decay` None is the plain mean of all steps of the task, a soup of its checkpoints
-    (arXiv 2203.05482 averages the ends of several runs instead). The average goes on through the tasks, the mean begins
-    anew in each. Training is not touched.
+    Polyak averaging with forgetting. The average goes on through the tasks. With `decay` None it is the plain mean of
+    all steps of a task, and begins anew in each: a soup of checkpoints (arXiv 2203.05482 averages the ends of several
+    runs instead). Training is not touched.
     """
 
     decay: checks.Part | None = 0.99

@@ -7,7 +7,6 @@ tensors and plain values, come back at the next look of the same task.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -16,7 +15,8 @@ from clkit import checks, normalization
 from clkit.consolidation.base import Context, Merged, Progress, scheduled
 from clkit.weights import Weights, combine, lerp, norm, sub
 
-Interval = Annotated[float, checks.Range(0, 1, "low", "the interval between merges as a share of a task's steps")]
+StepShare = Annotated[float, checks.Range(0, 1, "low", "a share of a task's steps")]
+Interval = Annotated[float, checks.Range(0, 1, "low", "a share of a task's steps, or a trigger such as Drift()")]
 Beta = Annotated[float, checks.Range(0, 1, means="0 for the new weights, 1 for the old")]
 
 
@@ -110,8 +110,6 @@ class SFA:
 
     def __post_init__(self) -> None:
         checks.fields(self)
-        if isinstance(self.p, str) or (not callable(self.p) and not isinstance(self.p, Real)):
-            raise ValueError(f"p: {self.p!r}; give a number in (0, 1] or a trigger, for example Drift(0.1)")
         if not callable(self.p):
             object.__setattr__(self, "p", checks.value("p", self.p, Interval))
         if self.beta == ():
@@ -135,9 +133,9 @@ class SFA:
         if callable(self.p):
             wanted, memo["notes"] = self.p(context, Since(*memo["since"]), memo["notes"])
             if not (self.final if progress.end else wanted):
-                return Merged(context.current, context.current, self._report(memo), memo)
-        memo["steps"] = [*memo["steps"], progress.step]
-        memo["drift"] = [*memo["drift"], distance(context, memo["anchor"])]
+                return Merged(context.current, context.current, memo["report"], memo)
+        now, report = {"steps": progress.step, "drift": distance(context, memo["anchor"])}, memo["report"]
+        memo["report"] = {name: [*report[name], number] for name, number in now.items()}
         task = progress.task
         beta = task / (task + 1) if isinstance(self.beta, str) else scheduled(self.beta, max(task - 1, 0))
         merged = self._spared(context, lerp(context.current, memo["anchor"], beta))
@@ -145,7 +143,7 @@ class SFA:
             merged = normalization.refresh(context.model, merged, context.inputs)
         memo["since"] = (progress.step, merged, memo["anchor"]) if callable(self.p) else None
         kept = {"task": progress.task, "ends": memo["ends"]} if progress.end else memo
-        return Merged(merged, merged, self._report(memo), kept, fresh=self.optimizer == "reset")
+        return Merged(merged, merged, memo["report"], kept, fresh=self.optimizer == "reset")
 
     def _memo(self, context: Context) -> dict[str, Any]:
         """The state of this task: that of the last call, or made anew in the task's first."""
@@ -157,19 +155,16 @@ class SFA:
             ends.append(context.previous)
         anchor = self._anchor(ends or [context.previous])
         kept = [] if self.anchor == "previous" else ends
-        since = (0, context.previous, anchor)
-        return {"task": task, "ends": kept, "anchor": anchor, "since": since, "steps": [], "drift": [], "notes": None}
+        since, report = (0, context.previous, anchor), {"steps": [], "drift": []}
+        return {"task": task, "ends": kept, "anchor": anchor, "since": since, "report": report, "notes": None}
 
     def _anchor(self, ends: Sequence[Weights]) -> Weights:
-        newest = ends[::-1]
-        if self.anchor == "previous" or len(ends) == 1:
+        """The weights to average with, of the ends of tasks so far."""
+        newest, count = ends[::-1], len(ends)
+        if self.anchor == "previous" or count == 1:
             return newest[0]
-        if self.anchor == "uniform":
-            shares = [1.0] * len(ends)
-        elif self.anchor == "recency":
-            shares = [0.5**age for age in range(len(ends))]
-        else:
-            shares = [float(w) for w in self.anchor[: len(ends)]]
+        named: dict[Any, Sequence[float]] = {"uniform": [1.0] * count, "recency": [0.5**age for age in range(count)]}
+        shares = [float(w) for w in named.get(self.anchor, self.anchor)][:count]
         return combine(newest[: len(shares)], [w / sum(shares) for w in shares])
 
     def _spared(self, context: Context, merged: Weights) -> Weights:
@@ -186,10 +181,6 @@ class SFA:
                 f"own: no tensor's name begins with one of {self.own}; the model has {list(merged)[:3]} ..."
             )
         return {n: context.current[n].clone() if n.startswith(self.own) else t for n, t in merged.items()}
-
-    @staticmethod
-    def _report(memo: dict[str, Any]) -> dict[str, Any]:
-        return {"steps": list(memo["steps"]), "drift": list(memo["drift"])}
 
 
 @dataclass(frozen=True)
@@ -247,9 +238,9 @@ class Velocity(_Looking):
     """
 
     times: checks.Count = 50
-    start: Interval = 0.25
-    shortest: Interval = 0.05
-    longest: Interval = 0.5
+    start: StepShare = 0.25
+    shortest: StepShare = 0.05
+    longest: StepShare = 0.5
     factor: Annotated[float, checks.Range(1, open="low")] = 1.5
 
     def __post_init__(self) -> None:

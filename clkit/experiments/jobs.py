@@ -109,19 +109,6 @@ def stored(store: Records, key: str) -> Record:
     return record
 
 
-def device_kind(device: str) -> str:
-    """What a device is, "cpu" or "cuda" for example; "auto" is the GPU if there is one. Else raises ValueError."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device: {device!r} is unknown; use 'cpu', 'cuda' or 'auto'") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r} was asked for and torch sees no GPU; use 'cpu' or 'auto'")
-    return kind
-
-
 class Parcel:
     """A value, packed for the way to another process, which may not find its modules by itself; never a file.
 

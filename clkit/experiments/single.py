@@ -14,10 +14,9 @@ from typing import Any, NamedTuple, get_type_hints
 from clkit import checks, data, models
 from clkit.consolidation import CONSOLIDATIONS
 from clkit.data.streams import Disjoint
-from clkit.experiments.jobs import device_kind
 from clkit.learners import LEARNERS
 from clkit.modulation import RULES, modulated
-from clkit.training import Result, Training, run
+from clkit.training import Result, Training, find_device, run
 
 PARTS = ("stream", "model", "rule", "learner", "consolidation", "training")
 
@@ -85,7 +84,7 @@ def run_single(
     A stream's dataset is split into `tasks`; its classes come in their own order, or in one shuffled by `order`.
     """
     made = {part: _maker(part, chosen[part]) for part in PARTS if part != "training"}
-    device_kind(device)
+    find_device(device)
     training = Training(**settings.get("training", {}))
     learner = made["learner"](**settings.get("learner", {}))
     consolidation = made["consolidation"](**settings.get("consolidation", {}))

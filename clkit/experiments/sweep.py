@@ -14,12 +14,12 @@ import torch
 
 from clkit import training as loop
 from clkit.data import Stream
-from clkit.experiments.jobs import Job, Record, SweepError, device_kind, stored, tabulate
+from clkit.experiments.jobs import Job, Record, SweepError, stored, tabulate
 from clkit.experiments.methods import SWEPT, Method, Model, combinations, with_settings, word
 from clkit.experiments.statistics import AXES
 from clkit.learners import Learner
 from clkit.store import Records, cache_root, describe, plain, source_digest
-from clkit.training import Result, Training
+from clkit.training import Result, Training, find_device
 from clkit.weights import Weights
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def sweep(
     any run.
     """
     sources, models, trainings, chosen = parts = _parts(streams, model, training or Training(), methods)
-    records, seeds, kind = _records(store), _seeds(seeds), device_kind(device)
+    records, seeds, kind = _records(store), _seeds(seeds), find_device(device).type
     common = _surroundings(kind) | {"measure": describe(measure, "measure")}
     points: list[tuple[dict[str, Any], Job]] = []
     for name, source in sources.items():
@@ -161,7 +161,7 @@ class Study:
         self, *, store: Path | str | None = None, jobs: int | None = None, progress: bool = False
     ) -> "pd.DataFrame":
         """The table: swept axes, seed, and what the function gave. `store`, `jobs`, errors: those of `sweep`."""
-        records, kind = _records(store), device_kind("auto")
+        records, kind = _records(store), find_device("auto").type
         common = _surroundings(kind) | {"study": describe(self.one_seed, "one_seed")}
         swept = [axis for axis, value in self.axes.items() if isinstance(value, SWEPT)]
         points: list[tuple[dict[str, Any], Job]] = []

@@ -25,7 +25,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -39,8 +39,7 @@ from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation,
 from clkit.data import Examples, Stream, Task
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
-from clkit.training.result import Result
-from clkit.training.settings import Training
+from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, get_weights, set_weights
 
 ModelFactory = Callable[..., nn.Module]
@@ -94,7 +93,7 @@ def run(
     training = training if training is not None else Training()
     _check(stream, model, learner, rule, training)
     started = time.perf_counter()
-    place, model = _device(device), getattr(model, "_orig_mod", model)  # of a compiled module, the module
+    place, model = find_device(device), getattr(model, "_orig_mod", model)  # of a compiled module, the module
     identity: dict[str, Any] = {}  # of the run: all that its result depends on
     if checkpoint is not None:
         parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "stream": stream}
@@ -114,42 +113,40 @@ def run(
     with _reproducible(seed, place):
         net: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(stream, seed=seed)
         net = getattr(net, "_orig_mod", net)
-        options: dict[str, Any] = {"progress": progress, "keep": keep, "watch": watch, "started": started}
-        loop = _Loop(stream.to(place), net.to(place), learner, rule, training, seed, place, record, **options)
+        here = stream.to(place), net.to(place)
+        loop = _Loop(*here, learner, rule, training, seed, place, record, progress, keep, watch, started)
         identity["initial weights"] = store.describe(net, "model") if checkpoint is not None else None
         return loop.run(Checkpoint(checkpoint, identity) if checkpoint is not None else None)
 
 
+@dataclass(eq=False)
 class _Loop:
     """The state of one run; `run` is the story, told in the order of the module's docstring."""
 
-    def __init__(
-        self,
-        stream: Stream,
-        model: nn.Module,
-        learner: Learner,
-        consolidation: Consolidation,
-        training: Training,
-        seed: int,
-        device: torch.device,
-        record: dict[str, Any],
-        *,
-        progress: bool,
-        keep: bool,
-        watch: int | None,
-        started: float,
-    ) -> None:
-        self.stream, self.model, self.learner = stream, model, learner
-        self.consolidation, self.training, self.device = consolidation, training, device
-        self.progress, self.keep, self.watch, self.seed, self.started = progress, keep, watch, seed, started
-        self.result = Result(record, model, learner)
-        seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
+    stream: Stream
+    model: nn.Module
+    learner: Learner
+    consolidation: Consolidation
+    training: Training
+    seed: int
+    device: torch.device
+    record: dict[str, Any]
+    progress: bool
+    keep: bool
+    watch: int | None
+    started: float
+
+    def __post_init__(self) -> None:
+        model, training, device = self.model, self.training, self.device
+        self.result = Result(self.record, model, self.learner)
+        seeds = np.random.SeedSequence(self.seed).generate_state(3).tolist()
         self.order, self.augmenter, self.own = (torch.Generator(device).manual_seed(s) for s in seeds)
-        self.criterion = Criterion(stream, training.labels, training.label_smoothing, device)
-        self.holdout = getattr(consolidation, "holdout", None) or 0.0
-        learner.start(Setting(self.own, self.criterion, len(stream.classes), training.batch, self.holdout))
+        self.criterion = Criterion(self.stream, training.labels, training.label_smoothing, device)
+        self.holdout = getattr(self.consolidation, "holdout", None) or 0.0
+        setting = Setting(self.own, self.criterion, len(self.stream.classes), training.batch, self.holdout)
+        self.learner.start(setting)
         channels_last = training.channels_last if training.channels_last is not None else device.type == "cuda"
-        self.layout = torch.channels_last if channels_last and len(stream.shape) == 3 else None
+        self.layout = torch.channels_last if channels_last and len(self.stream.shape) == 3 else None
         if self.layout is not None:
             model.to(memory_format=self.layout)
         bfloat16 = training.precision == "bfloat16" or (
@@ -161,12 +158,12 @@ class _Loop:
         self.memo: Any = None
         self.report: dict[str, Any] = {}
         self.trace = torch.zeros(0, device=device)
-        self.scratch = copy.deepcopy(model).eval() if not isinstance(consolidation, NoConsolidation) else model
+        self.scratch = copy.deepcopy(model).eval() if not isinstance(self.consolidation, NoConsolidation) else model
         if training.compile:
             model.compile()  # copies are not compiled
         self.optimizer = training.make_optimizer(model.parameters())
-        if len(stream) > 1 and (check := getattr(consolidation, "check", None)) is not None:
-            check(self.scratch, stream[0].prepare(stream[0].train.x[:1]))
+        if len(self.stream) > 1 and (check := getattr(self.consolidation, "check", None)) is not None:
+            check(self.scratch, self.stream[0].prepare(self.stream[0].train.x[:1]))
 
     def run(self, file: Checkpoint | None) -> Result:
         """The tasks that are not in the checkpoint, one after another."""
@@ -202,8 +199,7 @@ class _Loop:
         progress = Progress(task.index, self.steps(task), self.steps(task), True)
         train = deploy = current
         if due := self.consolidation.due(progress):
-            if self.watch is not None:
-                self.look("before", progress)
+            self.look("before", progress)
             train, deploy, *_ = self.consolidate(task, progress, current)
             for part in {id(w): w for w in (train, deploy)}.values():
                 check_finite(part, f"consolidated weights after task {task.index}")
@@ -215,8 +211,7 @@ class _Loop:
         self.learner.calibrate(self.model, task)
         for name, row in zip(("accuracy", "masked", "losses"), self.evaluate(), strict=True):
             setattr(result, name, np.stack([*getattr(result, name), row]))
-        if self.watch is not None:
-            self.note("after" if due else "step", progress, result.accuracy[-1])
+        self.look("after" if due else "step", progress, result.accuracy[-1])
         if deploy is not train:
             set_weights(self.model, train)
         self.previous = deploy
@@ -290,25 +285,21 @@ class _Loop:
             current = get_weights(self.model)
             merged = self.consolidate(task, progress, current)
             if merged.train is not current:
-                if self.watch is not None:
-                    self.look("before", progress)
+                self.look("before", progress)
                 set_weights(self.model, merged.train)
                 if merged.fresh:
                     self.optimizer.state.clear()
-                if self.watch is not None:
-                    self.look("after", progress)
+                self.look("after", progress)
                 return
         if self.watch and progress.step % self.watch == 0 and progress.step < progress.steps:
             self.look("step", progress)
 
-    def look(self, when: str, progress: Progress) -> None:
-        """Tests the live model on every task for the record."""
-        self.note(when, progress, self.evaluate().accuracy)
-
-    def note(self, when: str, progress: Progress, accuracy: np.ndarray) -> None:
-        """Puts accuracies on record."""
-        at = {"learning": progress.task, "step": progress.step, "when": when}
-        self.result.watched.append(at | {"accuracy": accuracy})
+    def look(self, when: str, progress: Progress, accuracy: np.ndarray | None = None) -> None:
+        """Puts accuracies on record if the run is watched: those given, else of the live model on every task."""
+        if self.watch is not None:
+            accuracy = self.evaluate().accuracy if accuracy is None else accuracy
+            at = {"learning": progress.task, "step": progress.step, "when": when}
+            self.result.watched.append(at | {"accuracy": accuracy})
 
     def consolidate(self, task: Task, progress: Progress, current: Weights) -> Merged:
         """Asks the consolidation, with generators of its own, so that training draws the same numbers as without it."""
@@ -321,16 +312,13 @@ class _Loop:
             judged = examples() if judged is None else judged
             return functools.partial(score, self.scratch, judged) if len(judged) else None
 
-        def beta2() -> float:
-            return self.optimizer.param_groups[0]["betas"][1]
-
         context = Context(
             later={
                 "inputs": lambda: examples().x,
                 "score": judge,
                 "held_out": lambda: held_out() is not None,
-                "second_moment": lambda: {name: s["exp_avg_sq"] for name, s in self.moments().items()} or None,
-                "moment_scale": lambda: {name: 1 - beta2() ** float(s["step"]) for name, s in self.moments().items()},
+                "second_moment": lambda: {name: moment for name, (moment, _) in self.moments().items()} or None,
+                "moment_scale": lambda: {name: scale for name, (_, scale) in self.moments().items()},
             },
             model=self.scratch,
             base=self.base,
@@ -355,10 +343,15 @@ class _Loop:
         first = self.stream[0]
         return alignment.symmetry(self.scratch, first.prepare(first.train.x[:2].to(self.device)))
 
-    def moments(self) -> dict[str, dict[str, Any]]:
-        """The state of Adam by parameter name; nothing for other optimizers."""
-        states = {name: self.optimizer.state.get(p, {}) for name, p in self.model.named_parameters()}
-        return {name: state for name, state in states.items() if "exp_avg_sq" in state}
+    def moments(self) -> dict[str, tuple[Tensor, float]]:
+        """Adam's running mean of squared gradients by parameter name, and 1 - beta2^n for the n steps in it."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state.get(parameter, {})
+            if "exp_avg_sq" in state:
+                beta2 = self.optimizer.param_groups[0]["betas"][1]
+                found[name] = state["exp_avg_sq"], 1 - beta2 ** float(state["step"])
+        return found
 
     def examples(self, task: Task) -> Examples:
         """What the learner lets a consolidation see."""
@@ -405,19 +398,19 @@ def _check(
     consolidation: Consolidation,
     training: Training,
 ) -> None:
-    """Raises on arguments of the wrong kind before any work starts."""
-    if not isinstance(stream, Stream):
-        raise TypeError(f"stream: {type(stream).__name__} is not a stream; make one with data.split(dataset, tasks=5)")
-    if not isinstance(model, nn.Module) and not callable(model):
-        raise TypeError(f"model: {model!r} is neither a module nor a factory; pass models.convnet, for example")
+    """Raises on arguments of the wrong kind, or that do not fit together, before any work starts."""
+    due = callable(getattr(consolidation, "due", None)) and callable(consolidation)
+    for name, given, fits, wanted in (
+        ("stream", stream, isinstance(stream, Stream), "a stream, for example data.split(dataset, tasks=5)"),
+        ("model", model, callable(model), "a module, or a factory such as models.convnet"),
+        ("learner", learner, isinstance(learner, Learner), "a learner, for example ER(memory=50)"),
+        ("consolidation", consolidation, due and not isinstance(consolidation, type), "one such as CLeWI(alpha=0.3)"),
+        ("training", training, isinstance(training, Training), "a Training, for example Training(epochs=10, lr=0.1)"),
+    ):
+        if not fits:
+            raise TypeError(f"{name}: {given!r:.80} ({type(given).__name__}); give {wanted}")
     if isinstance(model, nn.Module):
         check_finite(get_weights(model), "model")
-    if not isinstance(learner, Learner):
-        raise TypeError(f"learner: {learner!r} is not a learner; pass an instance, for example ER(memory=50)")
-    if isinstance(consolidation, type) or not callable(consolidation) or not hasattr(consolidation, "due"):
-        raise TypeError(f"consolidation: {consolidation!r} is none; pass an instance, for example CLeWI(alpha=0.3)")
-    if not isinstance(training, Training):
-        raise TypeError(f"training: {training!r} is not a Training; pass Training(epochs=10, lr=0.1), for example")
     if getattr(consolidation, "uses_moments", False) and training.optimizer != "adamw":
         raise ValueError(
             f"optimizer: {training.optimizer!r} keeps no second moments, which {consolidation!r} reads; use "
@@ -425,8 +418,8 @@ def _check(
         )
 
 
-def _device(device: torch.device | str) -> torch.device:
-    """The device meant: "auto" is the first GPU if there is one, else the CPU."""
+def find_device(device: torch.device | str) -> torch.device:
+    """The device meant: "auto" is the first GPU if there is one, else the CPU. Raises ValueError if it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

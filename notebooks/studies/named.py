@@ -16,10 +16,10 @@ def stream(name: str, tasks: int | None = None, *, limit: int | None = None) -> 
     """
     count = tasks or TASKS.get(name, 5)
     words = f"{name}, {count} tasks" + (f", {limit} images a class" if limit else "")
-    return {words: partial(_stream, name, count, limit)}
+    return {words: partial(_stream, name=name, tasks=count, limit=limit)}
 
 
-def _stream(name: str, tasks: int, limit: int | None, seed: int) -> Stream:
+def _stream(seed: int, name: str, tasks: int, limit: int | None) -> Stream:
     return data.split(dataset(name, limit), tasks, order=None if name in ("digits", "letters") else seed)
 
 

@@ -16,7 +16,18 @@ from torch.nn import functional as F
 
 import toys
 from clkit import data, models, weights
-from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, interpolation, listed, load, network, save
+from clkit.modulation import (
+    LowRank,
+    Mask,
+    Modulated,
+    Modulation,
+    Own,
+    interpolation_matrix,
+    listed,
+    load,
+    network,
+    save,
+)
 from clkit.training import label
 from clkit.weights import equal, get_weights
 
@@ -143,7 +154,7 @@ class TestInterpolation:
     @FEW
     @given(st.integers(1, 40), st.integers(1, 60), st.sampled_from(KINDS))
     def test_rows_sum_to_one_and_are_the_formula(self, small, large, kind):
-        matrix = interpolation(small, large, kind)
+        matrix = interpolation_matrix(small, large, kind)
         assert matrix.shape == (large, small)
         assert (matrix.sum(1) - 1).abs().max() < 1e-12
         if kind != "nearest":  # which entry is nearest is a matter of rounding where two are
@@ -154,10 +165,10 @@ class TestInterpolation:
     @pytest.mark.parametrize("kind", KINDS)
     def test_to_its_own_size_is_the_identity_exactly(self, kind):
         for size in (1, 2, 7, 160):
-            assert torch.equal(interpolation(size, size, kind), torch.eye(size).double())
+            assert torch.equal(interpolation_matrix(size, size, kind), torch.eye(size).double())
 
     def test_nearest_repeats_entries_where_the_factor_is_whole(self):
-        assert torch.equal(interpolation(3, 12, "nearest"), torch.eye(3).repeat_interleave(4, 0).double())
+        assert torch.equal(interpolation_matrix(3, 12, "nearest"), torch.eye(3).repeat_interleave(4, 0).double())
 
     @FEW
     @given(cases())

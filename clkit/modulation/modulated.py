@@ -3,31 +3,46 @@
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from clkit import store
+from clkit import checks, store
 from clkit.data import Stream
-from clkit.modulation.layers import Part, find_head, find_parts
-from clkit.modulation.rules import Modulation, Own, Rule
-from clkit.weights import Weights, live_tensors, set_weights
+from clkit.modulation.rules import Modulation, Own, Rule, Tensors
+from clkit.weights import Weights, hooked, live_tensors, set_weights
 
-PARTS = ("gains", "statistics", "affine", "head")
-STATISTICS = ("own", "frozen")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 DEFAULT = Modulation()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A weight that a rule makes, or one third of it where q, k and v are packed into one."""
+
+    name: str
+    index: int
+    of: int
+
+    @property
+    def key(self) -> str:
+        return self.name.replace(".", "/") + (f"/{'qkv'[self.index]}" if self.of == 3 else "")
+
+    def cut(self, weight: Tensor) -> Tensor:
+        return weight.chunk(self.of)[self.index]
 
 
 @dataclass(frozen=True, eq=False)
 class TaskState:
     """What one task adds to a backbone, as it is stored: the ids of its classes, and tensors by name.
 
-    "gains.*" are packed by the rule; "backbone.*" are BatchNorm's running statistics, the norms' scale and shift where
-    they are trained, and the head's rows, one for each of `classes` in their order.
+    "gains.*" are packed by the rule. "backbone.*" are BatchNorm's running statistics, and the norms' scale and shift
+    where they are trained. The head's are rows (classes, ...), one for each of `classes` in their order.
     """
 
     classes: tuple[int, ...]
@@ -45,7 +60,7 @@ class Modulated(nn.Module):
     Any network whose last layer is linear or a convolution. Trainable are the tensors of the rule (`gains`), the head,
     and with `affine` the norms' scale and shift; everything else stays as it was given, and BatchNorm's running
     statistics belong to the task. `begin` starts a task, `state` takes it out, `call` computes with one that was taken
-    out, `folded` makes an ordinary network of it, as fast as the backbone. The learner `PerTask` does this in a run.
+    out. `folded` makes an ordinary network of it, as fast as the backbone. The learner `PerTask` does this in a run.
 
     - `rule`: `Modulation(m1, m2)`, `Mask()`, `LowRank(rank)`, `Own()`, or None for the head (and statistics) alone
     - `layers` that the rule applies to: "convolutions", "linear", "all" of these but the head, a list of patterns of
@@ -57,67 +72,64 @@ class Modulated(nn.Module):
       each task; "frozen" keeps to the backbone's
     - `head`: the name of the last layer, by default the last linear one, else the last convolution
     - `seed`: of what a rule draws; every task starts alike
+
+    Raises ValueError for layers or a head that the network has not, and where the rule changes no layer.
     """
 
+    @checks.arguments
     def __init__(
         self,
         backbone: nn.Module,
         rule: Rule | None = DEFAULT,
         *,
         layers: str | Sequence[str] = "auto",
-        statistics: str = "own",
+        statistics: Literal["own", "frozen"] = "own",
         affine: bool = False,
         head: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if statistics not in STATISTICS:
-            raise ValueError(f"statistics: {statistics!r} is unknown; choose one of {', '.join(STATISTICS)}")
         self.backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.rule, self.layers, self.statistics, self.affine, self.seed = rule, layers, statistics, affine, seed
-        modules = dict(self.backbone.named_modules())
-        self.head = find_head(modules, head)
-        norms = {name: module for name, module in modules.items() if isinstance(module, NORMS)}
-        self._norms = [m for m in norms.values() if isinstance(m, _NormBase) and m.track_running_stats]
-        of_head = [f"{self.head}.{name}" for name, _ in modules[self.head].named_parameters()]
+        self.head = _find_head(self.backbone, head)
         live = dict(self.backbone.named_parameters())
-        batch = [name for name, m in norms.items() if m in self._norms]
-        self._own: dict[str, list[str]] = {"statistics": [], "affine": [], "head": of_head}
-        if statistics == "own":
-            self._own["statistics"] = [f"{name}.{kind}" for name in batch for kind in ("running_mean", "running_var")]
-        if affine and not isinstance(rule, Own):
-            self._own["affine"] = [f"{name}.{kind}" for name, m in norms.items() for kind, _ in m.named_parameters()]
+        of_head = [f"{self.head}.{name}" for name, _ in self.backbone.get_submodule(self.head).named_parameters()]
         if tied := sorted(set(of_head) - live.keys()):
             raise ValueError(f"head: {tied} belong to another layer, too; untie them, or name another head")
+        self._own: dict[str, list[str]] = {"statistics": [], "affine": [], "head": of_head}
+        self._norms: list[_NormBase] = []
+        for name, norm in self.backbone.named_modules():
+            if isinstance(norm, _NormBase) and norm.track_running_stats:
+                self._norms.append(norm)
+                if statistics == "own":
+                    self._own["statistics"] += [f"{name}.running_mean", f"{name}.running_var"]
+            if isinstance(norm, NORMS) and affine and not isinstance(rule, Own):
+                self._own["affine"] += [f"{name}.{kind}" for kind, _ in norm.named_parameters()]
         self._fixed = [name for name, _ in self.backbone.named_buffers() if name not in self._own["statistics"]]
-        for name in [*self._own["affine"], *self._own["head"]]:
+        for name in [*self._own["affine"], *of_head]:
             live[name].requires_grad_(True)
-        for name, tensor in self._live(
-            [*self._own["statistics"], *self._own["affine"], *of_head, *self._fixed]
-        ).items():
+        for name, tensor in self._live([*self._names(), *self._fixed]).items():
             self.register_buffer(_start(name), tensor.detach().clone(), persistent=False)
-        self._parts = find_parts(modules, live, of_head, rule, layers)
+        self._parts = _find_parts(self.backbone, rule, layers, of_head)
         drawn = self._drawn()
         self._parts = [part for part in self._parts if drawn[part.key]]
         if rule is not None and not self._parts:
             raise ValueError(
                 f"rule: {rule!r} leaves every layer as it is; use smaller factors, or None for the head alone"
             )
-        self.gains = nn.ParameterDict(
-            {f"{part.key}/{kind}": nn.Parameter(t) for part in self._parts for kind, t in drawn[part.key].items()}
-        )
+        self.gains = nn.ParameterDict({name: nn.Parameter(t) for name, t in _flat(drawn).items()})
         self._matrices: dict[str, str] = {}
-        if isinstance(rule, Modulation):
-            for part in self._parts:
-                for sizes, matrix in rule.matrices(part.cut(live[part.name]).shape).items():
-                    if sizes not in self._matrices:
-                        self._matrices[sizes] = f"interpolation {sizes}"
-                        self.register_buffer(self._matrices[sizes], matrix.to(live[part.name]), persistent=False)
+        for part in self._parts:
+            weight = self._weight(part)
+            for sizes, matrix in self._rule.matrices(weight.shape).items():
+                if sizes not in self._matrices:
+                    self._matrices[sizes] = f"interpolation {sizes}"
+                    self.register_buffer(self._matrices[sizes], matrix.to(weight), persistent=False)
         self.train(self.training)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the backbone computes with the live task's tensors in place."""
-        return torch.func.functional_call(self.backbone, self._effective(self._live_gains()), inputs)
+        return torch.func.functional_call(self.backbone, self._effective(self._by_part(self.gains)), inputs)
 
     def extra_repr(self) -> str:
         """What tells a model apart besides its tensors."""
@@ -139,9 +151,8 @@ class Modulated(nn.Module):
         With a `state`, gains, statistics, scale and shift are those of an earlier task; the head starts afresh.
         `keep` names parts that stay as they are: among "gains", "statistics", "affine", "head".
         """
-        unknown = set(keep) - set(PARTS)
-        if unknown:
-            raise ValueError(f"keep: {sorted(unknown)} is unknown; choose among {', '.join(PARTS)}")
+        for part in keep:
+            checks.choice("keep", part, ["gains", *self._own])
         for name, tensor in self._live(self._fixed).items():
             tensor.copy_(self.get_buffer(_start(name)))
         for part in self._own.keys() - set(keep):
@@ -151,34 +162,28 @@ class Modulated(nn.Module):
                     source = state.tensors[f"backbone.{name}"]
                 tensor.copy_(source)
         if "gains" not in keep:
-            gains = self._drawn() if state is None else self._unpacked(state)
-            for part in self._parts:
-                for kind, tensor in gains[part.key].items():
-                    self.gains[f"{part.key}/{kind}"].copy_(tensor)
+            for name, tensor in _flat(self._drawn() if state is None else self._unpacked(state)).items():
+                self.gains[name].copy_(tensor)
 
     @torch.no_grad()
     def initial(self) -> TaskState:
         """What every task starts with, as it would be stored, with all rows of the head."""
-        tensors: dict[str, Tensor] = {}
-        for key, drawn in self._drawn().items():
-            tensors |= {f"gains.{key}/{kind}": t for kind, t in self._rule.pack(drawn).items()}
-        for name in [name for part in self._own.values() for name in part]:
-            tensors[f"backbone.{name}"] = self.get_buffer(_start(name)).clone()
-        return TaskState(tuple(range(self.outputs)), tensors)
+        starts = {f"backbone.{name}": self.get_buffer(_start(name)).clone() for name in self._names()}
+        return TaskState(tuple(range(self.outputs)), self._packed(self._drawn()) | starts)
 
     @torch.no_grad()
     def state(self, classes: Sequence[int]) -> TaskState:
-        """Copies of the live task's tensors, as they are stored; of the head the rows of `classes`."""
+        """Copies of the live task's tensors, as they are stored; of the head the rows of `classes`.
+
+        Raises ValueError for classes that the head has not.
+        """
         ids = [int(label) for label in classes]
         if not ids or len(set(ids)) < len(ids) or not all(0 <= label < self.outputs for label in ids):
             raise ValueError(f"classes: {ids} for a head of {self.outputs}; give ids from 0 that it has, each once")
-        rows = torch.tensor(ids)
-        tensors: dict[str, Tensor] = {}
-        for part, live in zip(self._parts, self._live_gains().values(), strict=True):
-            tensors |= {f"gains.{part.key}/{kind}": t.clone() for kind, t in self._rule.pack(live).items()}
+        tensors = {name: tensor.clone() for name, tensor in self._packed(self._by_part(self.gains)).items()}
         for part, names in self._own.items():
             for name, tensor in self._live(names).items():
-                tensors[f"backbone.{name}"] = tensor[rows.to(tensor.device)] if part == "head" else tensor.clone()
+                tensors[f"backbone.{name}"] = tensor[ids] if part == "head" else tensor.clone()
         return TaskState(tuple(ids), {name: tensor.detach() for name, tensor in tensors.items()})
 
     @torch.no_grad()
@@ -186,23 +191,23 @@ class Modulated(nn.Module):
         """All of the backbone's tensors by its own names, with a task's in place: the live one's, or those of `state`.
 
         Gains are folded in. Rows of the head that a state has not are those that a task starts with. `shared` names
-        parts that are taken from the live task all the same.
+        parts that are taken from the live task all the same: "statistics", "affine" or "head".
         """
-        unknown = set(shared) - self._own.keys()
-        if unknown:
-            raise ValueError(f"shared: {sorted(unknown)} is unknown; choose among {', '.join(self._own)}")
-        everything = self._live()
+        for part in shared:
+            checks.choice("shared", part, self._own)
+        found = self._live()
         if state is None:
-            return {n: t.detach().clone() for n, t in (everything | self._effective(self._live_gains())).items()}
-        found = everything | {name: self.get_buffer(_start(name)) for name in self._fixed}
-        found |= self._effective(self._unpacked(state))
-        for part in self._own.keys() - set(shared):
-            for name in self._own[part]:
-                kept = state.tensors[f"backbone.{name}"].to(everything[name])
-                if part == "head":
-                    rows = torch.tensor(state.classes, device=kept.device)
-                    kept = self.get_buffer(_start(name)).index_copy(0, rows, kept)
-                found[name] = kept
+            found |= self._effective(self._by_part(self.gains))
+        else:
+            found |= {name: self.get_buffer(_start(name)) for name in self._fixed}
+            found |= self._effective(self._unpacked(state))
+            for part in self._own.keys() - set(shared):
+                for name in self._own[part]:
+                    own = state.tensors[f"backbone.{name}"].to(found[name])
+                    if part == "head":
+                        rows = torch.tensor(state.classes, device=own.device)
+                        own = self.get_buffer(_start(name)).index_copy(0, rows, own)
+                    found[name] = own
         return {name: tensor.detach().clone() for name, tensor in found.items()}
 
     @torch.no_grad()
@@ -217,8 +222,8 @@ class Modulated(nn.Module):
     def distance(self, x: Tensor, state: TaskState) -> Tensor:
         """How far the statistics of each prepared input are from a stored task's: (N,).
 
-        The squared distance of a channel's mean over positions from the running mean, over the running variance, as
-        the mean over channels and the sum over BatchNorm layers.
+        It is the squared distance of a channel's mean over positions from the running mean, over the running variance:
+        its mean over channels, summed over BatchNorm layers. Raises ValueError without statistics of the task's own.
         """
         if not self._norms:
             raise ValueError("backbone: it has no BatchNorm, so no statistics to compare; infer tasks by 'entropy'")
@@ -231,12 +236,8 @@ class Modulated(nn.Module):
             means = inputs[0].flatten(2).mean(2) if inputs[0].ndim > 2 else inputs[0]
             total.add_(((means - norm.running_mean).square() / (norm.running_var + norm.eps)).mean(1))
 
-        hooks = [norm.register_forward_pre_hook(compare) for norm in self._norms]  # pyright: ignore[reportArgumentType]
-        try:
+        with hooked(((norm, compare) for norm in self._norms), before=True):
             self.call(x, state)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return total
 
     def folded(self, state: TaskState) -> nn.Module:
@@ -273,6 +274,10 @@ class Modulated(nn.Module):
         everything = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
         return everything if names is None else {name: everything[name] for name in names}
 
+    def _names(self) -> list[str]:
+        """The names of the backbone's tensors that a task has of its own."""
+        return [name for names in self._own.values() for name in names]
+
     @property
     def outputs(self) -> int:
         """The number of classes of the live head."""
@@ -280,8 +285,7 @@ class Modulated(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of what tasks build on: all tensors of the backbone as it was given, but the head's."""
-        names = [*self._own["statistics"], *self._own["affine"], *self._fixed]
-        starts = {name: self.get_buffer(_start(name)) for name in names}
+        starts = {name: self.get_buffer(_start(name)) for name in [*self._names(), *self._fixed]}
         given = {n: t for n, t in (live_tensors(self.backbone) | starts).items() if n not in self._own["head"]}
         return store.digest({name: store.hash_tensor(t) for name, t in given.items() if t.is_floating_point()})
 
@@ -290,7 +294,7 @@ class Modulated(nn.Module):
         assert self.rule is not None
         return self.rule
 
-    def _weight(self, part: Part) -> Tensor:
+    def _weight(self, part: _Part) -> Tensor:
         return part.cut(reduce(getattr, part.name.split("."), self.backbone))
 
     def _drawn(self) -> dict[str, dict[str, Tensor]]:
@@ -302,24 +306,25 @@ class Modulated(nn.Module):
             drawn[part.key] = {kind: t.to(weight) for kind, t in self._rule.start(weight, generator).items()}
         return drawn
 
-    def _unpacked(self, state: TaskState) -> dict[str, dict[str, Tensor]]:
-        """The gains of a stored task, by part."""
-        packed: dict[str, dict[str, Tensor]] = {part.key: {} for part in self._parts}
-        for name, tensor in state.tensors.items():
-            if name.startswith("gains."):
-                key, _, kind = name.removeprefix("gains.").rpartition("/")
-                packed[key][kind] = tensor
-        return {part.key: self._rule.unpack(packed[part.key], self._weight(part)) for part in self._parts}
-
-    def _live_gains(self) -> dict[str, dict[str, Tensor]]:
-        """The live task's gains, not copied, by part."""
+    def _by_part(self, flat: Tensors | nn.ParameterDict) -> dict[str, dict[str, Tensor]]:
+        """Gains by "key/kind", as they are, by part and kind."""
         found: dict[str, dict[str, Tensor]] = {part.key: {} for part in self._parts}
-        for name, tensor in self.gains.items():
+        for name, tensor in flat.items():
             key, _, kind = name.rpartition("/")
             found[key][kind] = tensor
         return found
 
-    def _effective(self, gains: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _packed(self, gains: Mapping[str, Tensors]) -> dict[str, Tensor]:
+        """Gains as they are stored in a task's state."""
+        return {f"gains.{name}": t for name, t in _flat({k: self._rule.pack(g) for k, g in gains.items()}).items()}
+
+    def _unpacked(self, state: TaskState) -> dict[str, dict[str, Tensor]]:
+        """The gains of a stored task, by part."""
+        gains = {n.removeprefix("gains."): t for n, t in state.tensors.items() if n.startswith("gains.")}
+        packed = self._by_part(gains)
+        return {part.key: self._rule.unpack(packed[part.key], self._weight(part)) for part in self._parts}
+
+    def _effective(self, gains: Mapping[str, Tensors]) -> dict[str, Tensor]:
         """The weights that the rule makes, by the backbone's names, in the backbone's own precision."""
         made: dict[str, list[Tensor]] = {}
         matrices = {sizes: getattr(self, name) for sizes, name in self._matrices.items()}
@@ -341,3 +346,56 @@ def modulated(
 def _start(name: str) -> str:
     """The name of the buffer with what a task starts with."""
     return "start " + name.replace(".", "/")
+
+
+def _flat(gains: Mapping[str, Tensors]) -> dict[str, Tensor]:
+    """Gains by part and kind, by "key/kind"."""
+    return {f"{key}/{kind}": tensor for key, kinds in gains.items() for kind, tensor in kinds.items()}
+
+
+def _find_head(net: nn.Module, name: str | None) -> str:
+    """The name of the head: the one given, else the last linear layer, else the last convolution."""
+    linear, convolutions = (
+        [name for name, m in net.named_modules() if isinstance(m, kinds)] for kinds in (nn.Linear, CONVOLUTIONS)
+    )
+    if name is not None and name not in linear + convolutions:
+        raise ValueError(f"head: {name!r} is no linear layer or convolution of the network; its last are {linear[-3:]}")
+    if not linear and not convolutions:
+        raise ValueError("backbone: it has no linear layer and no convolution, so no head; end it in nn.Linear")
+    return (linear or convolutions)[-1] if name is None else name
+
+
+def _find_parts(net: nn.Module, rule: Rule | None, layers: str | Sequence[str], of_head: Sequence[str]) -> list[_Part]:
+    """The weights that a rule applies to, packed q, k and v apart."""
+    live = dict(net.named_parameters())
+
+    def named(kinds: Any, weight: str = "weight") -> set[str]:
+        return {f"{name}.{weight}" for name, module in net.named_modules() if isinstance(module, kinds)}
+
+    thirds = named(nn.MultiheadAttention, "in_proj_weight") & live.keys()
+    linear, convolutions = named(nn.Linear) | thirds, named(CONVOLUTIONS)
+    thirds |= {name for name in linear & live.keys() if name.endswith("qkv.weight") and len(live[name]) % 3 == 0}
+    groups = {"convolutions": convolutions, "linear": linear, "all": linear | convolutions}
+    groups["auto"] = groups["convolutions" if len(convolutions) > 1 else "all"]
+    if isinstance(layers, str) and layers not in groups:
+        raise checks.unknown("layers", layers, groups, others=["a list of patterns"])
+    if rule is None:
+        return []
+    if isinstance(rule, Own):
+        chosen, thirds = live.keys(), set()
+    elif isinstance(layers, str):
+        chosen = groups[layers]
+    else:
+        chosen = {name for name in groups["all"] if any(fnmatchcase(name, pattern) for pattern in layers)}
+        for pattern in layers:
+            if not any(fnmatchcase(name, pattern) for name in chosen):
+                known = sorted(groups["all"])[:3]
+                raise ValueError(f"layers: {pattern!r} fits no weight; they are named like {known}")
+    parts = []
+    for name in live:
+        if name in chosen and name not in of_head:
+            of = 3 if name in thirds else 1
+            parts += [_Part(name, i, of) for i in range(of)]
+    if not parts:
+        raise ValueError(f"layers: {layers!r} is no layer of the network; use 'all', or rule=None for the head alone")
+    return parts

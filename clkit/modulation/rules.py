@@ -8,42 +8,72 @@ what is stored of them. Weights are (outputs, inputs, ...): (O, I) of a linear l
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from clkit.modulation.expansion import Interpolation, interpolation
+from clkit import checks
+from clkit.checks import Count, Positive
 
-MODES, INITS, LAYOUTS, STORES = (
-    ("factor", "grid"),
-    ("zero", "kaiming"),
-    ("clean", "reviewed"),
-    ("float32", "float16", "int8"),
-)
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
 Tensors = Mapping[str, Tensor]
 
 
+def interpolation_matrix(
+    small: int, large: int, kind: Interpolation = "bicubic", *, shuffle: int | None = None
+) -> Tensor:
+    """The matrix (large, small) that takes values along an axis of `small` entries to one of `large`, in float64.
+
+    It is what `torch.nn.functional.interpolate` does along an axis, without aligned corners or antialiasing, and over
+    two axes along each. Its rows sum to 1. `shuffle` is a seed of a random order of the large axis, the same for axes
+    of equal size.
+    """
+    options = {} if kind == "nearest" else {"align_corners": False}
+    columns = torch.eye(small, dtype=torch.float64)[:, None, :, None]
+    matrix = interpolate(columns, size=(large, 1), mode=kind, **options)[:, 0, :, 0].T
+    if shuffle is not None:
+        matrix = matrix[torch.randperm(large, generator=torch.Generator().manual_seed(shuffle))]
+    return matrix.contiguous()
+
+
+class _Rule:
+    """What rules share unless they say otherwise: tensors are stored as they are trained, and nothing is prepared."""
+
+    def matrices(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        """What `effective` needs besides the task's tensors, for a weight of this shape, by names to share it by."""
+        return {}
+
+    def pack(self, tensors: Tensors) -> dict[str, Tensor]:
+        """The tensors as they are stored: as they are."""
+        return dict(tensors)
+
+    def unpack(self, packed: Tensors, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors of a weight from what was stored of them: as they are."""
+        return dict(packed)
+
+
 @dataclass(frozen=True)
-class Modulation:
+class Modulation(_Rule):
     """Multiplies a weight, entry by entry, by gains that a small tensor M expands to: W' = W (1 - G(M)).
 
     Adaptive weight modulation, Sverdlov & Ullman 2023 (arXiv 2311.15276). G interpolates M over its two channel axes to
     those of W, for each kernel position by itself.
 
     - `m1`, `m2`: in `mode` "factor", what the authors' code means, the factors by which M is smaller than W along
-      outputs and inputs: larger is leaner. M is (O // m1, I // m2, kh, kw); where an axis is shorter than its factor
-      (I = 1 in a depthwise convolution) it stays whole and the other is divided by m1 m2; a layer whose quotient is 0
-      is left as it is. In `mode` "grid", the wording of the paper's summary, they are the sizes of M's axes, at most
+      outputs and inputs: larger is leaner. M is (O // m1, I // m2, kh, kw). An axis that is shorter than its factor
+      (I = 1 in a depthwise convolution) stays whole, and the other is divided by m1 m2. A layer whose quotient is 0 is
+      left as it is. In `mode` "grid", the wording of the paper's summary, they are the sizes of M's axes, at most
       those of W: larger is richer.
     - `interpolation`: "bicubic" as in the paper (torch's: a = -0.75, borders clamped, `align_corners` off, no
       antialiasing; it overshoots, so that gains may leave the range of 1 - M), "bilinear", or "nearest", an earlier
       variant of the code
     - `init`: "zero" begins at the backbone exactly; "kaiming", the released one, draws M from a normal distribution
       of variance 2 / fan-out, and does not
-    - `layout`: "clean", or "reviewed", which reads M in memory as (kh, kw, I's, O's) and writes the result back in
-      the order (kh, kw, O, I), as the released code does; the same for square 1x1 kernels alone, and with entries
-      that no weight depends on
+    - `layout`: "clean", or "reviewed", which does as the released code: it reads M in memory as (kh, kw, I's, O's) and
+      writes the result back in the order (kh, kw, O, I). They agree for square 1x1 kernels alone, and "reviewed" has
+      entries that no weight depends on.
     - `shuffle`: a seed of random orders of the channels, in which neighbours along an axis are none in the network;
       None for its own order
     - `store`: M's type in a stored task; "int8" rounds to 127 steps each way of its largest entry
@@ -51,24 +81,15 @@ class Modulation:
     The paper does not say what the residual form leaves open: M is a residual, so that zero is the backbone.
     """
 
-    m1: int = 4
-    m2: int = 4
-    mode: str = "factor"
+    m1: Count = 4
+    m2: Count = 4
+    mode: Literal["factor", "grid"] = "factor"
     interpolation: Interpolation = "bicubic"
-    init: str = "zero"
-    layout: str = "clean"
+    init: Literal["zero", "kaiming"] = "zero"
+    layout: Literal["clean", "reviewed"] = "clean"
     shuffle: int | None = None
-    store: str = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("m1", "m2"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {value!r}; give a whole number from 1 on")
-        known = {"mode": MODES, "interpolation": get_args(Interpolation), "init": INITS, "layout": LAYOUTS}
-        for name, options in (known | {"store": STORES}).items():
-            if getattr(self, name) not in options:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(options)}")
+    store: Literal["float32", "float16", "int8"] = "float32"
+    __post_init__ = checks.fields
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """The shape of M for a weight of this shape; None where the layer is left as it is."""
@@ -84,12 +105,12 @@ class Modulation:
         return (*small, *kernel) if all(small) else None
 
     def matrices(self, shape: Sequence[int]) -> dict[str, Tensor]:
-        """The interpolation along both channel axes of a weight of this shape, by their sizes: "small-large".
+        """The interpolation (large, small) along both channel axes of a weight of this shape, by sizes: "small-large".
 
         An axis that stays as it is has none.
         """
         sizes = {(a, b) for a, b in self._axes(shape) if a != b or self.shuffle is not None}
-        return {f"{a}-{b}": interpolation(a, b, self.interpolation, shuffle=self.shuffle) for a, b in sizes}
+        return {f"{a}-{b}": interpolation_matrix(a, b, self.interpolation, shuffle=self.shuffle) for a, b in sizes}
 
     def expand(self, m: Tensor, shape: Sequence[int], matrices: Tensors | None = None) -> Tensor:
         """G(M), of a weight's shape, from M; linear in M. `matrices` are those of this shape, if they are at hand."""
@@ -148,18 +169,19 @@ class Modulation:
 
 
 @dataclass(frozen=True)
-class Mask:
+class Mask(_Rule):
     """Keeps the entries of a weight whose score is above a threshold and drops the others: W' = W (R > threshold).
 
     Piggyback, Mallya et al. 2018 (arXiv 1801.06519): real scores R are trained as if the mask were R itself (the
     straight-through estimator), and one bit each is stored. All entries are kept in the beginning.
     """
 
-    init: float = 1e-2
-    threshold: float = 5e-3
+    init: Positive = 1e-2
+    threshold: Positive = 5e-3
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < self.init:
+        checks.fields(self)
+        if self.threshold >= self.init:
             raise ValueError(f"threshold: {self.threshold!r}; give a number between 0 and init = {self.init!r}")
 
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -184,31 +206,16 @@ class Mask:
         return {"score": bits.flatten()[: weight.numel()].view(weight.shape).to(weight.dtype) * self.init}
 
 
-class _Whole:
-    """What rules share whose tensors are stored as they are trained."""
-
-    def pack(self, tensors: Tensors) -> dict[str, Tensor]:
-        """The tensors as they are."""
-        return dict(tensors)
-
-    def unpack(self, packed: Tensors, weight: Tensor) -> dict[str, Tensor]:
-        """The tensors as they are."""
-        return dict(packed)
-
-
 @dataclass(frozen=True)
-class LowRank(_Whole):
+class LowRank(_Rule):
     """Adds a product of two thin matrices to a weight: W' = W + U V, with U (O, rank) and V (rank, inputs).
 
     LoRA, Hu et al. 2021 (arXiv 2106.09685), without its scale; a kernel is one row of I kh kw inputs. U begins at zero,
     V as a linear layer of so many inputs, so that training begins at the backbone.
     """
 
-    rank: int = 4
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank: {self.rank!r}; give a whole number from 1 on")
+    rank: Count = 4
+    __post_init__ = checks.fields
 
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """U, all zeros, and V, drawn; of at most the weight's own rank."""
@@ -224,7 +231,7 @@ class LowRank(_Whole):
 
 
 @dataclass(frozen=True)
-class Own(_Whole):
+class Own(_Rule):
     """Gives every task all parameters as a copy of its own: a network a task, fine-tuned from the backbone."""
 
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

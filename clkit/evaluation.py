@@ -47,10 +47,10 @@ def evaluate(
 ) -> Evaluation:
     """Tests a model, in evaluation mode, on the test data of every task of a stream; one host synchronisation in all.
 
-    `predict` maps a model, prepared inputs (N, ...) and a task (in the "task" scenario, else None) to logits (N, C), or
-    (N, L, C) for tokens; the default calls the model. Batches of token targets are smaller than `batch` where their
-    logits would take much memory. The training flags of the model's modules are as before afterwards. Raises ValueError
-    for a model with fewer outputs than the stream has classes.
+    `predict` maps a model, prepared inputs (N, ...) and a task to logits (N, C), or (N, L, C) for tokens; the default
+    calls the model. The task is given in the "task" scenario, else None. Batches of token targets are smaller than
+    `batch` where their logits would take much memory. The training flags of the model's modules are as before
+    afterwards. Raises ValueError for a model with fewer outputs than the stream has classes.
     """
 
     def logits(task: Task, x: Tensor) -> Tensor:

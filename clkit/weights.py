@@ -21,7 +21,7 @@ PIECE = 2**18  # entries of a running sum on the CPU: a megabyte, which stays in
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own floating parameters and buffers by name, not copied, one entry per storage.
+    """The model's own floating parameters and buffers by name, in their shapes, not copied, one entry per storage.
 
     Of a module that `torch.compile` wrapped, those of the original, by its names.
     """
@@ -65,9 +65,9 @@ def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: boo
 
 
 def get_weights(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """Copies the model's floating parameters and buffers out of it; later training does not change the copies.
+    """Copies the model's floating parameters and buffers out of it, by name and in their shapes.
 
-    `device` places the copies (default: where the model is).
+    Later training does not change the copies. `device` places the copies (default: where the model is).
     """
     return {name: tensor.to(device, copy=True) for name, tensor in live_tensors(model).items()}
 
@@ -143,7 +143,8 @@ def combine(ws: Sequence[Weights], coefficients: Iterable[float], *, out: Weight
     """Adds up weights times coefficients: sum_i c_i w_i, halves in single precision.
 
     On the CPU piece by piece, so that the running sum stays in the cache and every input is read from memory once.
-    `out` is as in `lerp`; it must not share memory with any but the first of the weights.
+    `out` is as in `lerp`; it must not share memory with any but the first of the weights. Raises ValueError unless
+    there is a coefficient for each of the weights and these have the same names and shapes.
     """
     cs = list(coefficients)
     if len(cs) != len(ws):
@@ -180,17 +181,17 @@ def _add_up(total: Tensor, terms: Sequence[Tensor], coefficients: Sequence[float
 
 
 def add(a: Weights, b: Weights, scale: float = 1.0) -> dict[str, Tensor]:
-    """Moves from `a` along `b`: a + scale b. With a task vector for `b` this is task arithmetic."""
+    """Moves from `a` along `b`: a + scale b. With a task vector, in the same shapes, it is task arithmetic."""
     return map_weights(lambda x, y: torch.add(x, y, alpha=scale), a, b)
 
 
 def sub(a: Weights, b: Weights) -> dict[str, Tensor]:
-    """The vector that leads from `b` to `a`: a - b. Of current and base weights it is the task vector."""
+    """The vector that leads from `b` to `a`, in their shapes: a - b. Of current and base weights, the task vector."""
     return map_weights(torch.sub, a, b)
 
 
 def scale(a: Weights, factor: float) -> dict[str, Tensor]:
-    """Multiplies every tensor by `factor`."""
+    """Multiplies every tensor by `factor`; names and shapes stay."""
     return map_weights(lambda x: x * factor, a)
 
 

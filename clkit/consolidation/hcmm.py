@@ -160,11 +160,12 @@ def importance_merge(
 ) -> dict[str, Tensor]:
     """Goes from the previous weights to the current ones, in every number as far as its importance says.
 
-    ((1 - alpha) F_old theta_old + alpha F theta) / ((1 - alpha) F_old + alpha F), computed as theta_old + w (theta -
-    theta_old) with w of `shares`. w is alpha where both importances are 0, and for names that have none: nothing is
-    divided by zero, alpha = 0 gives the previous weights and alpha = 1 the current ones, bitwise. alpha weights the NEW
-    weights. `old` and `new` hold importances, at least 0, of tensors of the weights, in a common unit and in the shapes
-    of the weights. Raises ValueError for others, for an alpha outside [0, 1] and for weights that do not match.
+    ((1 - alpha) F_old theta_old + alpha F theta) / ((1 - alpha) F_old + alpha F). It is computed as theta_old + w
+    (theta - theta_old), with w of `shares`. w is alpha where both importances are 0, and for names that have none:
+    nothing is divided by zero, alpha = 0 gives the previous weights and alpha = 1 the current ones, bitwise. alpha
+    weights the NEW weights. `old` and `new` hold importances, at least 0, of tensors of the weights, in a common unit
+    and in the shapes of the weights. Raises ValueError for others, for an alpha outside [0, 1] and for weights that do
+    not match.
     """
     checks.value("alpha", alpha, Alpha)
     check_same(previous, current, names=("previous", "current"))
@@ -304,8 +305,8 @@ def projection(model: nn.Module, inputs: Tensor, wanted: str | None) -> tuple[st
 def projections(model: nn.Module, x: Tensor) -> tuple[dict[str, Layer], str | None]:
     """The layers whose weight matrix can be corrected, by the name of the weight, and the last one before the head.
 
-    Those are the trainable linear layers and ungrouped convolutions that run once when the model is called with the
-    prepared inputs `x` (N, ...), in this order. The head is the last linear layer that runs, else the last convolution.
+    Those are the trainable linear layers and ungrouped convolutions that run once, in this order. The model is called
+    with the prepared inputs `x` (N, ...). The head is the last linear layer that runs, else the last convolution.
     For a linearised model the layers are its network's.
     """
     names: dict[int, str] = {}

@@ -53,8 +53,8 @@ class Merging:
 
     A merge of one takes the current weights. A merge of two takes those deployed after the last task, then the current
     ones. All others take the weights trained on every task so far, in order. Task vectors start from the weights before
-    the first task. Fisher information, for labels drawn from the network, and Gram matrices are measured once, at a
-    task's end, on what the learner lets a consolidation see.
+    the first task. Fisher information and Gram matrices are measured once, at a task's end, on what the learner lets a
+    consolidation see. Fisher's labels are drawn from the network.
 
     After the first task, with nothing to merge, the trained weights are deployed. Bytes kept grow with the tasks.
     Raises ValueError for a name that is not known, and for options that the merge does not take or lacks.

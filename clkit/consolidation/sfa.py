@@ -69,17 +69,18 @@ def merge_steps(steps: int, p: float, final: bool = True) -> list[int]:
 class SFA:
     """Pulls the weights in training back towards the previous task's, every p-th part of a task and at its end.
 
-    Sequential fine-tuning with averaging, Kleiman et al. 2025 (arXiv 2501.05559): after K, 2K, ... optimizer steps of a
-    task and after its last one, theta <- (1 - beta) theta + beta theta_o, where theta_o are the weights that the
-    previous task ended with, the same for the whole task. beta = 0 is fine-tuning, bit for bit; beta = 1 never leaves
-    theta_o. K = 1 with plain gradient descent is L2 regularisation, exactly: rate eta = (1 - beta) lr, strength
-    beta / eta. p = 1 is one merge a task, WiSE-FT's. Where K does not divide the steps, the last two merges are close
-    together, and p a little below 1 holds back much more than p = 1 does.
+    Sequential fine-tuning with averaging, Kleiman et al. 2025 (arXiv 2501.05559). After K, 2K, ... optimizer steps of a
+    task and after its last one, theta <- (1 - beta) theta + beta theta_o. theta_o are the weights that the previous
+    task ended with, the same for the whole task. beta = 0 is fine-tuning, bit for bit; beta = 1 never leaves theta_o.
+
+    K = 1 with plain gradient descent is L2 regularisation, exactly: rate eta = (1 - beta) lr, strength beta / eta. p =
+    1 is one merge a task, WiSE-FT's. Where K does not divide the steps, the last two merges are close together: p a
+    little below 1 holds back much more than p = 1 does.
 
     - `p`: the interval as a share of a task's steps, K = max(1, round(p steps)); or a trigger that decides (`Drift`,
       `Plateau`, `Velocity`, `Cosine`)
-    - `beta`: the weight of the old weights; a sequence, one number a task from the second on (the last one repeats); or
-      "equal": 1 - 1/k in task k = 2, 3, ..., at which p = 1 is the mean of all that the tasks were trained to
+    - `beta`: the weight of the old weights. A sequence has one number a task from the second on (the last one repeats).
+      "equal" is 1 - 1/k in task k = 2, 3, ...: with p = 1 the mean of all that the tasks were trained to
     - `anchor`: theta_o. "previous" (the paper); over the ends of all earlier tasks, their "uniform" mean or their mean
       weighted by "recency", halving with every task back; or a sequence of weights, newest first, of so many of them.
       Merging with checkpoints j at a beta_j each is beta = sum beta_j with the beta_j as the anchor.
@@ -87,8 +88,8 @@ class SFA:
     - `final`: merge after a task's last step; `first`: merge in the first task, too, with the weights before it
     - `optimizer`: "keep" its state and schedule through a merge, or "reset" its state
     - `own`: tensors, by the beginning of their names, that are left as trained: task-specific heads
-    - `untouched`: "average" everything; or "keep" as trained every number that no task so far has moved from where it
-      was before the first task (rows of a head for classes that are new, if the loss leaves them out until then)
+    - `untouched`: "average" everything; or "keep" as trained every number that no earlier task has moved from where it
+      began. Those are a head's rows for new classes, if the loss leaves them out until then
     - `refresh`: re-estimate BatchNorm after a merge on what the learner lets a consolidation see; else its statistics
       are averaged like everything else, counters aside
 
@@ -232,8 +233,8 @@ class Velocity(_Looking):
     """Merges at intervals that shrink while the weights move faster and grow while they slow down.
 
     The speed of an interval is the distance that the parameters came in it over its steps. An interval faster than the
-    one before makes the next shorter by `factor`, a slower one makes it longer, between the `shortest` and the
-    `longest`, shares of a task's steps; `start` is the first. The rule of AimMerging (arXiv 2509.17348) without its
+    one before makes the next shorter by `factor`; a slower one makes it longer. Intervals are shares of a task's steps,
+    `start` first, between the `shortest` and the `longest`. The rule of AimMerging (arXiv 2509.17348) without its
     forgetting trigger, which needs stored data; that paper leaves the factor to be chosen.
     """
 
@@ -267,8 +268,8 @@ class Velocity(_Looking):
 class Cosine(_Looking):
     """Merges when the gradient no longer drives the weights away from the anchor.
 
-    The cosine between the last step's descent direction and theta - anchor is positive while training moves on outward
-    and falls to 0, or below, once the task is learned; a merge is due when it is below `limit`.
+    That is when the cosine between the last step's descent direction and theta - anchor is below `limit`. It is
+    positive while training moves on outward, and falls to 0, or below, once the task is learned.
     """
 
     limit: Annotated[float, checks.Range(-1, 1)] = 0.0

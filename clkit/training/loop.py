@@ -11,12 +11,14 @@ The order of events in one task:
 6. load `deploy`: `learner.calibrate`, then evaluate on the test data of every task
 7. load `train`, from which the next task goes on
 
-Weights are written into the live model in place, so an optimizer keeps its references; its state is fresh in each task
-and goes on through a consolidation within one, unless that asks for a fresh one.
-What is left between two tasks, the state of model, learner and generators and some weights, makes a checkpoint.
-Nothing waits for the device within an epoch, and an evaluation waits for it once. The data order, the augmentation,
-the learner and the model (dropout) draw from generators of their own, all derived from `seed`: two runs that differ in
-the consolidation alone see the same batches.
+Weights are written into the live model in place, so an optimizer keeps its references. Its state is fresh in each task
+and goes on through a consolidation within one, unless that asks for a fresh one. What is left between two tasks, the
+state of model, learner and generators and some weights, makes a checkpoint.
+
+Nothing waits for the device within an epoch, and an evaluation waits for it once. The data order, the augmentation, the
+learner and the model (dropout) draw from generators of their own, all derived from `seed`. A consolidation's own draws,
+and the learner's examples that it asks for, leave these as they are. So two runs that differ in the consolidation alone
+see the same batches.
 """
 
 import copy
@@ -43,7 +45,7 @@ from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, get_weights, set_weights
 
 ModelFactory = Callable[..., nn.Module]
-T = TypeVar("T")
+Answer = TypeVar("Answer")
 
 
 def label(model: nn.Module | ModelFactory) -> str:
@@ -357,7 +359,7 @@ class _Loop:
         """What the learner lets a consolidation see."""
         return self.aside(self.learner.examples, task)
 
-    def aside(self, ask: Callable[[Task], T], task: Task) -> T:
+    def aside(self, ask: Callable[[Task], Answer], task: Task) -> Answer:
         """What the learner answers; all generators are put back, so that training is the same if nobody asks."""
         state = self.own.get_state()
         with _reproducible(self.seed + task.index, self.device):
@@ -437,5 +439,8 @@ def _reproducible(seed: int, device: torch.device) -> Iterator[None]:
     cuda = device.type == "cuda"
     quiet = torch.backends.cudnn.flags(deterministic=True, benchmark=False) if cuda else nullcontext()
     with torch.random.fork_rng([device] if cuda else []), quiet:
-        torch.manual_seed(seed)
+        if cuda:
+            torch.manual_seed(seed)
+        else:  # torch.manual_seed would queue a call, with its stack in words, for a GPU that may come: a third of EMA
+            torch.default_generator.manual_seed(seed)
         yield

@@ -1,8 +1,8 @@
 """What an accuracy matrix says: average accuracy, forgetting, transfer, plasticity; and the barrier of a curve.
 
-`matrix[t, k]` is the test accuracy on task k after learning task t, in [0, 1]; T tasks make it (T, T). Every formula
-of the kit stands here, once. Published tables that divide the sum of forgetting by T instead of T - 1 (CLeWI's does)
-are `forgetting * (T - 1) / T`.
+`matrix[t, k]` is the test accuracy on task k after learning task t, in [0, 1]; T tasks make it (T, T), and another
+shape raises ValueError. Every formula of the kit stands here, once. Published tables that divide the sum of forgetting
+by T instead of T - 1 (CLeWI's does) are `forgetting * (T - 1) / T`.
 """
 
 import numpy as np
@@ -43,7 +43,10 @@ def bwt(matrix: ArrayLike) -> float:
 
 
 def fwt(matrix: ArrayLike, initial: ArrayLike) -> float:
-    """Forward transfer: mean_{k>0} (A[k-1,k] - initial[k]), `initial` being the accuracies before any training."""
+    """Forward transfer: mean_{k>0} (A[k-1,k] - initial[k]), `initial` (T,) being the accuracies before any training.
+
+    Raises ValueError unless `initial` has one accuracy for each task.
+    """
     a, start = _square(matrix), np.asarray(initial, dtype=float)
     if start.shape != (len(a),):
         raise ValueError(f"initial: the shape is {start.shape}; pass one accuracy for each of {len(a)} tasks")
@@ -76,7 +79,8 @@ def summary(matrix: ArrayLike, initial: ArrayLike) -> dict[str, float]:
 def barrier(losses: ArrayLike, ts: ArrayLike) -> float:
     """The highest a loss curve rises over the chord of its end points: max_t L(t) - ((1-t) L(0) + t L(1)).
 
-    `ts` rise from 0 to 1. The end points themselves give 0, so the value is never negative.
+    `losses` (n,) are measured at `ts` (n,), which rise from 0 to 1; else raises ValueError. The end points themselves
+    give 0, so the value is never negative.
     """
     curve, t = np.asarray(losses, dtype=float), np.asarray(ts, dtype=float)
     if curve.shape != t.shape or t.ndim != 1 or len(t) < 2 or t[0] != 0 or t[-1] != 1 or (np.diff(t) <= 0).any():

@@ -256,24 +256,27 @@ def test_bad_datasets_tasks_and_streams_are_refused():
     good, task = toy(), task_of(toy())
     cases = [
         (lambda: replace(good, test=good.test[:0]), "no test examples"),
-        (lambda: replace(good, classes=("a", "b", "b", "c")), r"named twice: \['b'\]"),
+        (lambda: replace(good, classes=("a", "b", "b", "c")), r"names \['b'\] twice; give each its own name"),
         (lambda: replace(good, test=Examples(good.test.x[:, :1], good.test.y)), "convert them alike"),
         (lambda: replace(good, test=Examples(good.test.x.float(), good.test.y)), "convert them alike"),
         (lambda: replace(task, classes=()), "at least one"),
         (lambda: replace(task, classes=(0, 1, 2, 2)), "distinct"),
         (lambda: replace(task, classes=(0, 1, 2)), r"labels \[3\]"),
-        (lambda: Stream("s", (), ("a",)), "no tasks"),
-        (lambda: Stream("s", (task,), good.classes, "cls"), "choose one of class, domain, task"),
+        (lambda: Stream("s", (), ("a",)), "tasks: stream 's' has none; pass at least one"),
+        (
+            lambda: Stream("s", (task,), good.classes, "cls"),
+            "scenario: 'cls' is unknown; choose one of class, domain",
+        ),
         (lambda: Stream("s", (replace(task, index=1),), good.classes), "number from 0"),
-        (lambda: Stream("s", (task,), good.classes[:3]), "names 3"),
+        (lambda: Stream("s", (task,), good.classes[:3]), "names 3; name all"),
         (
             lambda: Stream("s", (task, replace(task, index=1, normalize=Normalize((1.0,), (1.0,)))), good.classes),
             "unlike",
         ),
-        (lambda: Normalize((0.0,), (0.0,)), "positive"),
+        (lambda: Normalize((0.0,), (0.0,)), r"std: \(0.0,\); give several, each a number, above 0"),
         (lambda: Normalize((0.0, 1.0), (1.0,)), "every channel"),
         (lambda: Normalize((0.0, 0.0), (1.0, 1.0))(images()), "2 channels and the input 3"),
-        (lambda: Augment(crop=-1), "numbers of pixels"),
+        (lambda: Augment(crop=-1), "crop: -1; give a whole number, at least 0, pixels"),
         (lambda: Augment(flip=True)(torch.zeros(4, 9), seeded()), "needs images"),
     ]
     for make, message in cases:

@@ -1,6 +1,7 @@
 """Datasets: embedded, rendered, from folders and zips, and torchvision's (stood in for by fakes)."""
 
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,7 +199,7 @@ def test_size_scales_to_fill_a_square_and_cuts_around_the_centre(tmp_path: Path)
 
 def test_decoding_in_threads_changes_nothing():
     def decode(threads: int) -> torch.Tensor:
-        return decoding.decode(20, picture, str, threads=threads)
+        return decoding.decode({str(i): partial(picture, i) for i in range(20)}, threads=threads)
 
     assert torch.equal(decode(1), decode(4))
 
@@ -208,7 +209,7 @@ def test_orientation_is_honoured(tmp_path: Path):
     exif[0x112] = 6  # turn a quarter clockwise to view
     plain = plant(tmp_path, *PLAIN)
     picture(0).save(plain / "cat" / "0.png", exif=exif)
-    x = decoding.decode(1, lambda i: Image.open(plain / "cat" / "0.png"), str)
+    x = decoding.decode({"turned": lambda: Image.open(plain / "cat" / "0.png")})
     assert torch.equal(x[0], pixels(0).rot90(-1, (1, 2)))
 
 

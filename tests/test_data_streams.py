@@ -344,7 +344,7 @@ def test_streams_leave_their_dataset_alone():
         (lambda d: data.series([d], scenario="domain"), "scenario: 'domain' is unknown; choose one of class, task"),
         (
             lambda d: data.series({"a": d, "b": numbered(5, shape=(1, 5, 5))}),
-            r"\(1, 5, 5\), task 0 \(1, 4, 4\): resize",
+            r"\(1, 5, 5\), task 0 \(1, 4, 4\); resize",
         ),
         (lambda d: data.series({"a": d, "b": tokens()}), "torch.float32, 'b': torch.int64.*convert them alike"),
         (lambda d: data.domains({"a": d, "b": tokens()}), "convert them alike"),

@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from clkit import checks
+from clkit.checks import Positive, Range
+
+Pixels = Annotated[int, Range(0, means="pixels")]
 
 
 @dataclass(frozen=True)
@@ -15,20 +21,19 @@ class Normalize:
     """
 
     mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    std: tuple[Positive, ...] = (1.0,)
 
     def __post_init__(self) -> None:
+        checks.fields(self)
         if len(self.mean) != len(self.std) or not self.mean:
-            raise ValueError(f"mean={self.mean}, std={self.std}: pass one of each for every channel")
-        if min(self.std) <= 0:
-            raise ValueError(f"std={self.std}: standard deviations must be positive")
+            raise ValueError(f"mean: {self.mean}, and std {self.std}; pass one of each for every channel")
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise raw rows (N, C, ...) on their device; int64 tokens are returned as they are."""
         if x.dtype == torch.int64:
             return x
         if len(self.mean) not in (1, x.shape[1]):
-            raise ValueError(f"{self} has {len(self.mean)} channels and the input {x.shape[1]}: pass one mean each")
+            raise ValueError(f"{self} has {len(self.mean)} channels and the input {x.shape[1]}; pass one mean each")
         dtype = x.dtype if x.is_floating_point() else torch.float32
         scale, shift = _affine(self, x.dtype == torch.uint8, dtype, x.device)
         shape = (-1,) + (1,) * (x.ndim - 2)
@@ -70,13 +75,10 @@ class Augment:
     background). They apply in this order.
     """
 
-    crop: int = 0
+    crop: Pixels = 0
     flip: bool = False
-    shift: int = 0
-
-    def __post_init__(self) -> None:
-        if self.crop < 0 or self.shift < 0:
-            raise ValueError(f"crop={self.crop}, shift={self.shift}: pass numbers of pixels, 0 for none")
+    shift: Pixels = 0
+    __post_init__ = checks.fields
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Draw a change for each image and apply all of them in one gather on the images' device.
@@ -86,7 +88,7 @@ class Augment:
         if self == NO_AUGMENT:
             return x
         if x.ndim != 4:
-            raise ValueError(f"{self} needs images (N, C, H, W), not shape {tuple(x.shape)}: use Augment()")
+            raise ValueError(f"{self} needs images (N, C, H, W), not shape {tuple(x.shape)}; use Augment()")
         return self.apply(x, *(draw.to(x.device, non_blocking=True) for draw in self.draw(len(x), generator)))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,9 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
@@ -14,9 +16,6 @@ from clkit import checks
 from clkit.checks import Count, Range
 from clkit.data.augment import Normalize
 from clkit.data.core import Dataset, Examples
-
-if TYPE_CHECKING:
-    from PIL import Image, ImageFont
 
 
 def _span(*ranges: tuple[int, int]) -> str:
@@ -130,9 +129,7 @@ def _jittered(plates: Tensor, count: int, size: int, jitter: float, generator: t
     return Examples(x, y)
 
 
-def _font(face: str, pixels: int) -> "ImageFont.FreeTypeFont":
-    from PIL import ImageFont
-
+def _font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(_file(face), pixels, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -142,10 +139,8 @@ def _file(face: str) -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{FONTS[face]}.ttf"
 
 
-def _ink(font: "ImageFont.FreeTypeFont", character: str) -> tuple["Image.Image", int]:
+def _ink(font: "ImageFont.FreeTypeFont", character: str) -> tuple[Image.Image, int]:
     """Draw one character, cut to its bounds; also the height of its upper edge above the baseline."""
-    from PIL import Image, ImageDraw
-
     left, top, right, bottom = font.getbbox(character, anchor="ls")
     image = Image.new("L", (round(right - left), round(bottom - top)))
     ImageDraw.Draw(image).text((-left, -top), character, fill=255, font=font, anchor="ls")
@@ -154,9 +149,6 @@ def _ink(font: "ImageFont.FreeTypeFont", character: str) -> tuple["Image.Image",
 
 def _plates(face: str, characters: str, side: int) -> Tensor:
     """Draw characters in one font on squares (N, side, side), on a common baseline; too large ones are shrunk."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
     font, room = _font(face, round(EM * side)), round(0.9 * side)
     plates = np.zeros((len(characters), side, side), np.uint8)
     baseline = round(side * (0.5 + 0.26 * EM))
@@ -192,9 +184,6 @@ def _script(scripts: tuple[str, ...]) -> str:
 
 def _lookalikes(characters: str) -> Tensor:
     """Compare characters by shape, leaving out size and position: a symmetric boolean table (N, N)."""
-    import numpy as np
-    from PIL import Image
-
     side = 24
     distance = torch.zeros(len(characters), len(characters))
     aspect = torch.zeros_like(distance)

@@ -4,15 +4,15 @@ Examples stay raw (uint8 images, integer tokens) until a step needs them; `Task.
 batch where its tensors live. There are no loader processes and there is no per-example Python.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from clkit import store
+from clkit import checks, store
 from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize
 
 Scenario = Literal["class", "domain", "task"]
@@ -34,15 +34,15 @@ class Examples:
 
     def __post_init__(self) -> None:
         if self.y.dtype != torch.int64:
-            raise TypeError(f"y has dtype {self.y.dtype}: labels are int64, so pass y.long()")
+            raise TypeError(f"y: the dtype is {self.y.dtype}; labels are int64, so pass y.long()")
         if self.x.ndim < 2:
-            raise ValueError(f"x has shape {tuple(self.x.shape)}: it needs a row per example, so pass x[:, None]")
+            raise ValueError(f"x: the shape is {tuple(self.x.shape)}; it needs a row per example, so pass x[:, None]")
         if len(self.x) != len(self.y):
-            raise ValueError(f"x has {len(self.x)} rows and y has {len(self.y)}: pass one label for each row of x")
+            raise ValueError(f"y: x has {len(self.x)} rows and y has {len(self.y)}; pass one label for each row of x")
         if self.y.ndim != 1 and self.y.shape != self.x.shape:
             raise ValueError(
-                f"y has shape {tuple(self.y.shape)} for x of shape {tuple(self.x.shape)}: "
-                "labels are (N,), or one for each token, in the shape of x"
+                f"y: the shape is {tuple(self.y.shape)} and that of x {tuple(self.x.shape)}; pass one label for each "
+                "row, or one for each token"
             )
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class Dataset:
     def __post_init__(self) -> None:
         if len(set(self.classes)) < len(self.classes):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
-            raise ValueError(f"dataset {self.name!r}: classes named twice: {twice[:5]}; give each its own name")
+            raise ValueError(f"classes: dataset {self.name!r} names {twice[:5]} twice; give each its own name")
         check_examples(f"dataset {self.name!r}", self.train, self.test, tuple(range(len(self.classes))))
 
 
@@ -165,9 +165,9 @@ class Batch:
 class Stream:
     """Tasks in the order in which they are learned; `classes` names all labels, whichever task they come in.
 
-    `scenario` is "class" (new classes, told apart from all others), "task" (new classes, told apart within their
-    task, which is given) or "domain" (the same classes, new inputs). All tasks share the shape of an input and the
-    normalisation, so that rows kept from one task can be prepared in another.
+    `scenario` says what a task brings. "class": new classes, told apart from all others. "task": new classes, told
+    apart within their task, which is given. "domain": the same classes, new inputs. All tasks share the shape of an
+    input and the normalisation, so that rows kept from one task can be prepared in another.
     """
 
     name: str
@@ -177,29 +177,26 @@ class Stream:
     shape: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.scenario not in get_args(Scenario):
-            raise ValueError(f"scenario={self.scenario!r}: choose one of {', '.join(get_args(Scenario))}")
+        checks.fields(self)
         if not self.tasks:
-            raise ValueError(f"stream {self.name!r} has no tasks: pass at least one")
-        first = self.tasks[0]
+            raise ValueError(f"tasks: stream {self.name!r} has none; pass at least one")
+        first, known = self.tasks[0], len(self.classes)
+        shape = tuple(first.train.x.shape[1:])
+        object.__setattr__(self, "shape", shape)
         for position, task in enumerate(self.tasks):
-            if task.index != position:
-                raise ValueError(f"task {task.name!r} has index {task.index} at position {position}: number from 0")
-            if max(task.classes) >= len(self.classes):
-                raise ValueError(
-                    f"task {position} ({task.name!r}) has class {max(task.classes)} and the stream names "
-                    f"{len(self.classes)}: name every class in `classes`"
-                )
-            if task.train.x.shape[1:] != first.train.x.shape[1:]:
-                raise ValueError(
-                    f"task {position} ({task.name!r}) has inputs of shape {tuple(task.train.x.shape[1:])}, task 0 "
-                    f"{tuple(first.train.x.shape[1:])}: resize or convert them alike (size=, grey=)"
-                )
-            if task.normalize != first.normalize:
-                raise ValueError(f"task {position} ({task.name!r}) is normalised unlike task 0: use one Normalize")
-            if self.scenario == "domain" and task.classes != first.classes:
-                raise ValueError(f"task {position} ({task.name!r}) has other classes than task 0: use scenario='class'")
-        object.__setattr__(self, "shape", tuple(first.train.x.shape[1:]))
+            own = tuple(task.train.x.shape[1:])
+            faults = {
+                f"has index {task.index}; number from 0": task.index != position,
+                f"has class {max(task.classes)} and the stream names {known}; name all": max(task.classes) >= known,
+                f"has inputs {own}, task 0 {shape}; resize or convert them alike (size=, grey=)": own != shape,
+                "is normalised unlike task 0; use one Normalize": task.normalize != first.normalize,
+                "has other classes than task 0; use scenario='class'": (
+                    self.scenario == "domain" and task.classes != first.classes
+                ),
+            }
+            for fault, found in faults.items():
+                if found:
+                    raise ValueError(f"tasks: {position} ({task.name!r}) {fault}")
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -252,38 +249,37 @@ class Stream:
                 moved[storage.data_ptr()] = flat.cpu().pin_memory() if pin else flat.to(device)
             return moved[storage.data_ptr()].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-        tasks = (
-            replace(
-                task,
-                train=Examples(move(task.train.x), move(task.train.y)),
-                test=Examples(move(task.test.x), move(task.test.y)),
-            )
-            for task in self.tasks
-        )
+        tasks = (changed(task, lambda part: Examples(move(part.x), move(part.y))) for task in self.tasks)
         return replace(self, tasks=tuple(tasks))
+
+
+Owner = TypeVar("Owner", Dataset, Task)
+
+
+def changed(owner: Owner, change: Callable[[Examples], Examples], **others: Any) -> Owner:
+    """Change the training and test examples of a dataset or task alike, and replace its fields named in `others`."""
+    return replace(owner, train=change(owner.train), test=change(owner.test), **others)
 
 
 def check_examples(owner: str, train: Examples, test: Examples, classes: tuple[int, ...]) -> None:
     """Raise unless both parts have examples, inputs of one shape and dtype, and only labels among `classes`."""
     if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
-        raise ValueError(f"{owner}: classes={classes} must be distinct label ids from 0, at least one")
+        raise ValueError(f"{owner}: classes {classes}; pass distinct label ids from 0, at least one")
     for part, examples in (("train", train), ("test", test)):
         if not len(examples):
-            raise ValueError(f"{owner} has no {part} examples: give it some, or leave out its classes {classes[:5]}")
+            raise ValueError(f"{owner} has no {part} examples; give it some, or leave out its classes {classes[:5]}")
         y = examples.y.flatten()
         y = y[y != IGNORED] if examples.y.ndim > 1 else y
         counts = torch.bincount(y.clamp(0, max(classes) + 1), minlength=max(classes) + 2)
         counts[list(classes)] = 0
         if counts.any() or (len(y) and y.min() < 0):
-            known = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-            for label in classes:
-                known |= y == label
+            known = torch.isin(y, torch.tensor(classes, device=y.device))
             raise ValueError(
-                f"{owner}: {part} labels {y[~known].unique()[:5].tolist()} are not among its {len(classes)} classes: "
+                f"{owner}: {part} labels {y[~known].unique()[:5].tolist()} are not among its {len(classes)} classes; "
                 "labels count from 0 and every one needs its class"
             )
     if train.x.shape[1:] != test.x.shape[1:] or train.x.dtype != test.x.dtype:
         raise ValueError(
             f"{owner}: train inputs are {tuple(train.x.shape[1:])} {train.x.dtype}, test inputs "
-            f"{tuple(test.x.shape[1:])} {test.x.dtype}: convert them alike"
+            f"{tuple(test.x.shape[1:])} {test.x.dtype}; convert them alike"
         )

@@ -184,14 +184,12 @@ def folder(
     chosen, cut = train + test, len(train)
     threads = (os.cpu_count() or 1) if sum(image.size for image in chosen) > THREADS_PAY * len(chosen) else 1
 
+    def read(image: _Image) -> Image.Image:
+        return Image.open(BytesIO(tree[image.inside].read()))
+
     def make() -> dict[str, Tensor]:
-        def read(index: int) -> Image.Image:
-            return Image.open(BytesIO(tree[chosen[index].inside].read()))
-
-        def describe(index: int) -> str:
-            return str(path / chosen[index].inside)
-
-        return {"x": decode(len(chosen), read, describe, size=size, grey=grey, threads=threads)}
+        sources = {str(path / image.inside): partial(read, image) for image in chosen}
+        return {"x": decode(sources, size=size, grey=grey, threads=threads)}
 
     x = _kept((path.resolve(), chosen, size, grey), make)["x"]
     every = Examples(x, labels(chosen))
@@ -289,39 +287,34 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 
 def decode(
-    count: int,
-    read: Callable[[int], Image.Image],
-    describe: Callable[[int], str],
+    sources: Mapping[str, Callable[[], Image.Image]],
     *,
     size: int | None = None,
     grey: bool | None = None,
     threads: int = 1,
 ) -> Tensor:
-    """Read `count` images into one uint8 tensor (count, 1 or 3, H, W).
+    """Read images, by names that errors give them, into one uint8 tensor (N, 1 or 3, H, W).
 
     With `size`, each is scaled to fill a square of that side and cut to it around its centre. `grey` chooses one
-    channel or three; None means three unless all images are grey. Raises ValueError with the `describe`d image where
-    one cannot be read, or where sizes differ and `size` is None.
+    channel or three; None means three unless all images are grey. Raises ValueError where an image cannot be read, or
+    where sizes differ and `size` is None.
     """
 
-    def pixels(index: int) -> np.ndarray:
+    def pixels(name: str) -> np.ndarray:
         try:
-            with read(index) as image:
+            with sources[name]() as image:
                 return _pixels(image, size, grey)
         except Exception as error:
-            raise ValueError(f"{describe(index)} cannot be read as an image ({error}); mend or remove it") from error
+            raise ValueError(f"{name} cannot be read as an image ({error}); mend or remove it") from error
 
     with ThreadPoolExecutor(threads) as pool:
-        arrays = list(pool.map(pixels, range(count)) if threads > 1 else map(pixels, range(count)))
-    shapes = [array.shape[:2] for array in arrays]
-    other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if other is not None:
-        raise ValueError(
-            f"size: None, but {describe(0)} is {shapes[0][1]}x{shapes[0][0]} and {describe(other)} "
-            f"{shapes[other][1]}x{shapes[other][0]}; pass a size to bring all images to"
-        )
+        arrays = list(pool.map(pixels, sources) if threads > 1 else map(pixels, sources))
+    sizes = {f"{array.shape[1]}x{array.shape[0]}": name for name, array in zip(sources, arrays, strict=True)}
+    if len(sizes) > 1:
+        (one, first), (other, second), *_ = sizes.items()
+        raise ValueError(f"size: None, but {first} is {one} and {second} {other}; pass a size to bring all images to")
     colour = any(array.ndim == 3 for array in arrays)
-    out = torch.empty(count, 3 if colour else 1, *shapes[0], dtype=torch.uint8)
+    out = torch.empty(len(arrays), 3 if colour else 1, *arrays[0].shape[:2], dtype=torch.uint8)
     for row, array in zip(out.numpy(), arrays, strict=True):
         row[:] = array.transpose(2, 0, 1) if array.ndim == 3 else array
     return out
@@ -389,9 +382,8 @@ def _examples(dataset: Any, key: tuple[object, ...], large: bool, size: int | No
                 image, labels[index] = dataset[index]
                 return image
 
-            threads, where = os.cpu_count() or 1, f"{type(dataset).__name__} image"
-            x = decode(len(dataset), read, lambda i: f"{where} {i}", size=size, grey=False, threads=threads)
-            return {"x": x, "y": labels}
+            sources = {f"{type(dataset).__name__} image {i}": partial(read, i) for i in range(len(dataset))}
+            return {"x": decode(sources, size=size, grey=False, threads=os.cpu_count() or 1), "y": labels}
 
         return Examples(**_kept((*key, len(dataset), size), make))
     x = torch.as_tensor(dataset.data)

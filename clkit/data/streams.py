@@ -1,10 +1,10 @@
 """From datasets to streams: new classes, new domains, permuted pixels, turned images, everything so far."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from clkit import checks
 from clkit.checks import Count, Share
 from clkit.data.augment import NO_AUGMENT, Normalize
-from clkit.data.core import Dataset, Examples, Stream, Task
+from clkit.data.core import Dataset, Examples, Stream, Task, changed
 
 Disjoint = Literal["class", "task"]  # the scenarios whose tasks have classes of their own
 
@@ -118,7 +118,7 @@ def permuted(dataset: Dataset, tasks: Count = 10, *, share: Share = 1.0, seed: i
 
     plain = replace(dataset, augment=NO_AUGMENT)
     orders = permutations(pixels, tasks, share=share, seed=seed)
-    views = [plain, *(_changed(plain, partial(shuffled, order=order)) for order in orders[1:])]
+    views = [plain, *(changed(plain, partial(shuffled, order=order)) for order in orders[1:])]
     part = f"-{share:g}" if share < 1 else ""
     return _line(f"{dataset.name}-permuted-{tasks}{part}", [(f"permutation {i}", view) for i, view in enumerate(views)])
 
@@ -148,7 +148,7 @@ def rotated(dataset: Dataset, angles: Sequence[float] = (0, 20, 40, 60, 80)) -> 
     def turned(examples: Examples, angle: float) -> Examples:
         return Examples(_turn(examples.x, angle), examples.y)
 
-    views = [(f"{angle:g} degrees", _changed(dataset, partial(turned, angle=angle))) for angle in angles]
+    views = [(f"{angle:g} degrees", changed(dataset, partial(turned, angle=angle))) for angle in angles]
     return _line(f"{dataset.name}-rotated-{len(angles)}", views)
 
 
@@ -166,8 +166,7 @@ def shared_head(stream: Stream) -> Stream:
     for task in stream:
         ids = torch.zeros(len(stream.classes), dtype=torch.int64)
         ids[list(task.classes)] = torch.arange(len(names))
-        train, test = (_relabelled(part, ids) for part in (task.train, task.test))
-        tasks.append(replace(task, classes=tuple(range(len(names))), train=train, test=test))
+        tasks.append(changed(task, partial(_relabelled, ids=ids), classes=tuple(range(len(names)))))
     return Stream(f"{stream.name}-shared", tuple(tasks), tuple(names), "domain")
 
 
@@ -179,8 +178,9 @@ def conflicting(dataset: Dataset, conflict: Share = 1.0, *, marked: bool = False
     little to do with that. For a share `conflict` of the classes, drawn by `seed`, it is the opposite of the first's
     instead. So labels stay functions of the image, and at 1 the tasks contradict each other in every one. One head
     serves both (domain-incremental). The images, the same in both tasks, and their order are the dataset's own; only
-    the choice of the classes is random. `marked` images (C, H + 1, W) have one more row of pixels at the bottom, dark
-    in the first task and bright in the second. They are not augmented. Then a network exists that answers both.
+    the choice of the classes is random. `marked` images (C, H + 1, W) have one more row of pixels at the bottom. It
+    is dark in the first task and bright in the second, so that a network exists that answers both. They are not
+    augmented.
 
     Raises ValueError for token targets, and where `marked` asks for images and there are none.
     """
@@ -204,7 +204,7 @@ def conflicting(dataset: Dataset, conflict: Share = 1.0, *, marked: bool = False
         return _relabelled(Examples(x, examples.y), answers)
 
     views = [
-        (name, _changed(asked, partial(answered, answers=answers, mark=mark), classes=("no", "yes")))
+        (name, changed(asked, partial(answered, answers=answers, mark=mark), classes=("no", "yes")))
         for name, answers, mark in (("even", first, 0), ("small", second, 1))
     ]
     return _line(f"{dataset.name}-conflict-{conflict:g}", views)
@@ -233,11 +233,6 @@ def _line(name: str, views: Sequence[tuple[str, Dataset]], normalize: Normalize 
         for i, (task, view) in enumerate(views)
     )
     return Stream(name, tuple(tasks), labels, "domain")
-
-
-def _changed(dataset: Dataset, change: Callable[[Examples], Examples], **others: Any) -> Dataset:
-    """Change the training and the test examples of a dataset alike, and replace its `others`."""
-    return replace(dataset, train=change(dataset.train), test=change(dataset.test), **others)
 
 
 def _named(datasets: Mapping[str, Dataset] | Sequence[Dataset]) -> dict[str, Dataset]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,13 +243,11 @@ def _documents(path: Path, fields: Sequence[str]) -> tuple[str, ...]:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         return tuple(filter(None, (document.strip("\n") for document in re.split(r"\n\s*\n", text))))
-    return tuple("\n".join(str(_field(row, field, path)) for field in fields) for row in _json_rows(text))
-
-
-def _field(row: dict[str, Any], field: str, path: Path) -> Any:
-    if field not in row:
-        raise ValueError(f"fields: {path} has no {field!r}; its rows have {', '.join(row)}")
-    return row[field]
+    rows = _json_rows(text)
+    for row, field in product(rows, fields):
+        if field not in row:
+            raise ValueError(f"fields: {path} has no {field!r}; its rows have {', '.join(row)}")
+    return tuple("\n".join(str(row[field]) for field in fields) for row in rows)
 
 
 def _parted(documents: Iterable[str], source: str) -> Corpus:
@@ -312,8 +311,8 @@ def _licences() -> Corpus:
     wanted = re.compile(r"(licen[cs]e|copying|notice)[^/]*?(\.txt|\.md|\.rst)?", re.IGNORECASE)
     places = {Path(sysconfig.get_path("stdlib"), "LICENSE.txt")}
     for package in metadata.distributions():
-        files = (file for file in package.files or () if wanted.fullmatch(file.name))
-        places |= {Path(str(package.locate_file(file))) for file in files}
+        named = (file for file in package.files or () if wanted.fullmatch(file.name))
+        places |= {Path(str(package.locate_file(file))) for file in named}
     found = sorted({text for place in places if (text := _read(place))})
     seen: set[str] = set()
     documents = []

@@ -8,6 +8,7 @@ import torch
 
 from clkit import data
 from clkit.data import Augment, Dataset, Examples, Normalize, Stream
+from clkit.data.core import changed
 from clkit.data.streams import Disjoint
 from studies.awm.backbones import latin
 
@@ -58,8 +59,7 @@ def _pictures(name: str, size: int, limit: int | None) -> Dataset:
     digits = name.startswith(("mnist", "usps"))
     augment = Augment(crop=size // 8, flip=not digits)
     full = data.load(name, size=size, limit=limit, augment=augment)
-    train, test = (Examples(part.x.expand(-1, 3, -1, -1), part.y) for part in (full.train, full.test))
-    return replace(full, train=train, test=test)
+    return changed(full, lambda part: Examples(part.x.expand(-1, 3, -1, -1), part.y))  # in colour
 
 
 def _latin() -> Normalize:

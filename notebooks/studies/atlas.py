@@ -12,7 +12,7 @@ made.accuracy(made.merge("ties", "independent", scale=1.5)).mean()
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, product
@@ -26,7 +26,7 @@ from clkit import curvature, data, models, weights
 from clkit.consolidation import SFA, Merging
 from clkit.data import Examples, Stream
 from clkit.evaluation import evaluate
-from clkit.experiments.statistics import difference
+from clkit.experiments import contrasts
 from clkit.learners import Joint, Learner
 from clkit.merging import MERGES
 from clkit.training import Training, run
@@ -39,8 +39,6 @@ TASKS = tuple(data.SCRIPTS)
 TRAININGS = ("independent", "sequential")
 STARTS = ("pretrained", "random", "apart")
 SEEDS = range(5)
-STUDIES = {"atlas": SEEDS, "references": SEEDS, "starts": SEEDS, "geometry": SEEDS, "counts": range(3),
-           "variants": range(2)}  # fmt: skip
 MASKED = "emr, masked"  # EMR as its paper deploys it: a network for each task, made of one vector and a mask
 NAMES = (*MERGES, MASKED)
 COUNTED = ("average", "task_arithmetic", "model_stock", "ties", "magmax", "regmean", "iso_c", "tsv", MASKED)
@@ -230,164 +228,112 @@ def zoo(
     return Zoo(stream, held_out, copy.deepcopy(net), first, networks, importances, grams, seed)
 
 
-def config(study: str) -> dict[str, Any]:
-    """What one of `STUDIES` depends on, in words: its seeds, the training, and the options tried."""
-    names = {"atlas": NAMES, "counts": COUNTED, "variants": COUNTED, "starts": ("task_arithmetic",)}.get(study, ())
-    tried = {name: [dict(options) for options in settings(name)] for name in names}
-    trained = {"earlier": repr(EARLIER), "training": repr(ADAM), "examples": [PER_CLASS, HELD_OUT]}
-    made = {"variants": list(VARIANTS)} if study == "variants" else {}
-    return {"study": study, "seeds": list(STUDIES[study])} | trained | {"settings": tried} | made
-
-
 def settings(name: str) -> list[Mapping[str, Any]]:
     """The options of a merge that are tried: first those without tuning, then those to choose from."""
     return [UNTUNED.get(name, {}), *SEARCHED.get(name, [])]
 
 
-def atlas(seeds: Iterable[int] = SEEDS, names: Sequence[str] = NAMES, **made: Any) -> "pd.DataFrame":
+def merges(seed: int, names: Sequence[str] = NAMES, **made: Any) -> list[dict[str, Any]]:
     """Every merge at all its settings, independent and sequential: a row each.
 
-    Columns: seed, training, method, untuned (whether the options are those without tuning), the options' numbers (NaN
-    where they are not given), held_out and acc, the mean accuracies over tasks on held-out and on test data, and tasks,
-    the accuracies on test data by task. `made` is passed to `zoo`.
+    Columns: training, method, untuned (whether the options are those without tuning), the options' numbers (NaN where
+    they are not given), held_out and acc, the mean accuracies over tasks on held-out and on test data, and tasks, the
+    accuracies on test data by task. `made` is passed to `zoo`.
     """
-    import pandas as pd
-
-    rows = []
-    for one in _zoos(seeds, **made):
-        for training, name in product(TRAININGS, names):
-            for place, options in enumerate(settings(name)):
-                merged = one.merge(name, training, **options)
-                test = one.accuracy(merged)
-                row = {"seed": one.seed, "training": training, "method": name, "untuned": place == 0}
-                row |= {knob: float(options.get(knob, "nan")) for knob in KNOBS}
-                row["held_out"] = round(float(one.accuracy(merged, held_out=True).mean()), 5)
-                rows.append(row | {"acc": round(float(test.mean()), 5), "tasks": test.round(4).tolist()})
-    return pd.DataFrame(rows)
+    one, rows = zoo(seed, **made), []
+    for training, name in product(TRAININGS, names):
+        for place, options in enumerate(settings(name)):
+            merged = one.merge(name, training, **options)
+            test = one.accuracy(merged)
+            row = {"training": training, "method": name, "untuned": place == 0}
+            row |= {knob: float(options.get(knob, "nan")) for knob in KNOBS}
+            row["held_out"] = round(float(one.accuracy(merged, held_out=True).mean()), 5)
+            rows.append(row | {"acc": round(float(test.mean()), 5), "tasks": test.round(4).tolist()})
+    return rows
 
 
 def chosen(table: "pd.DataFrame", by: Sequence[str] = ("seed", "training", "method")) -> "pd.DataFrame":
-    """Of `atlas`, the rows with the options that did best on held-out data, the first of equals."""
+    """Of `merges`, the rows with the options that did best on held-out data, the first of equals."""
     return table.loc[table.groupby(list(by), sort=False).held_out.idxmax()].reset_index(drop=True)
 
 
-def gains(table: "pd.DataFrame", over: str = "average", level: float = 0.95) -> "pd.DataFrame":
-    """How much higher every method's accuracy is than that of the method `over`, seed by seed.
-
-    The table has a row for each seed, training and method, with the column acc. The result has a row for each training
-    and method, with gain, the mean over seeds, lower and upper, the ends of Student's `level` interval, and verdict:
-    "gains", "loses", or "open" where the interval holds 0.
-    """
-    import pandas as pd
-
-    wide = table.pivot_table(index=["training", "seed"], columns="method", values="acc", sort=False)
-    long = wide.sub(wide[over], axis=0).drop(columns=over).stack()
-    parts: Any = long.groupby(["training", "method"], sort=False)
-    found = {place: difference(gaps, level) for place, gaps in parts}
-    rows = [(gap.mean, gap.lower, gap.upper, gap.verdict) for gap in found.values()]
-    places = pd.MultiIndex.from_tuples(found, names=["training", "method"])
-    return pd.DataFrame(rows, places, ["gain", "lower", "upper", "verdict"])
+def over(table: "pd.DataFrame", other: str = "average") -> "pd.DataFrame":
+    """What every method adds to the accuracy of `other`, paired by seed, within each training: `contrasts`."""
+    pairs = {name: (name, other) for name in dict.fromkeys(table.method) if name != other}
+    return contrasts(table, pairs, within=["training"])
 
 
-def references(seeds: Iterable[int] = SEEDS, **made: Any) -> "pd.DataFrame":
-    """What merges are compared with: seed, reference, acc, the mean accuracy over tasks, and tasks, that by task.
+def references(seed: int, **made: Any) -> list[dict[str, Any]]:
+    """What merges are compared with: reference, acc, the mean accuracy over tasks, and tasks, that by task.
 
     - "start", the base; "each its own", every independently fine-tuned network on its own task: eight networks
     - "joint", one network trained on all tasks together; "one after the other", the last sequential network
     - "SFA", merged with the previous task's weights four times a task, while it trains (arXiv 2501.05559)
     """
-    import pandas as pd
-
-    rows = []
-    for one in _zoos(seeds, **made):
-        n = len(one.stream)
-        weights.set_weights(one.model, one.base)
-        training = made.get("training", ADAM)
-        common = {"seed": one.seed, "device": "cpu", "progress": False}
-        joint = run(one.stream, one.model, Joint(), None, training, **common).masked[-1]
-        averaged = run(one.stream, one.model, Learner(), SFA(0.25, 0.5), training, **common).masked[-1]
-        found = {
-            "start": one.accuracy([one.base] * n),
-            "each its own": one.accuracy(one.networks["independent"]),
-            "joint": joint,
-            "one after the other": one.accuracy([one.networks["sequential"][-1]] * n),
-            "SFA": averaged,
-        }
-        for name, accuracy in found.items():
-            row = {"seed": one.seed, "reference": name, "acc": round(float(accuracy.mean()), 5)}
-            rows.append(row | {"tasks": accuracy.round(4).tolist()})
-    return pd.DataFrame(rows)
+    one = zoo(seed, **made)
+    n = len(one.stream)
+    weights.set_weights(one.model, one.base)
+    training, common = made.get("training", ADAM), {"seed": seed, "device": "cpu", "progress": False}
+    found = {
+        "start": one.accuracy([one.base] * n),
+        "each its own": one.accuracy(one.networks["independent"]),
+        "joint": run(one.stream, one.model, Joint(), None, training, **common).masked[-1],
+        "one after the other": one.accuracy([one.networks["sequential"][-1]] * n),
+        "SFA": run(one.stream, one.model, Learner(), SFA(0.25, 0.5), training, **common).masked[-1],
+    }
+    return [
+        {"reference": name, "acc": round(float(accuracy.mean()), 5), "tasks": accuracy.round(4).tolist()}
+        for name, accuracy in found.items()
+    ]
 
 
-def counts(
-    seeds: Iterable[int] = STUDIES["counts"], sizes: Sequence[int] = (2, 3, 4, 6, 8), names: Sequence[str] = COUNTED
-) -> "pd.DataFrame":
-    """Merges of the first 2 to 8 networks: seed, training, tasks, method, own and acc.
+def counts(seed: int, sizes: Sequence[int] = (2, 3, 4, 6, 8), names: Sequence[str] = COUNTED) -> list[dict[str, Any]]:
+    """Merges of the first 2 to 8 networks: training, tasks, method, own and acc.
 
     Both are means over the tasks merged: `own` of the fine-tuned networks, each on its task, `acc` of the merge, whose
     options are chosen on held-out data for every number of tasks.
     """
-    import pandas as pd
-
-    rows = []
-    for one in _zoos(seeds):
-        for training, size in product(TRAININGS, sizes):
-            some = list(range(size))
-            own = one.accuracy([one.networks[training][i] for i in some], some).mean()
-            for name in names:
-                best = _best(one, name, training, some)
-                row = {"seed": one.seed, "training": training, "tasks": size, "method": name, "own": float(own)}
-                rows.append(row | {"acc": float(one.accuracy(best, some).mean())})
-    return pd.DataFrame(rows)
+    one, rows = zoo(seed), []
+    for training, size in product(TRAININGS, sizes):
+        some = list(range(size))
+        own = one.accuracy([one.networks[training][i] for i in some], some).mean()
+        for name in names:
+            acc = one.accuracy(_best(one, name, training, some), some).mean()
+            rows.append({"training": training, "tasks": size, "method": name, "own": float(own), "acc": float(acc)})
+    return rows
 
 
-def variants(
-    seeds: Iterable[int] = STUDIES["variants"], kinds: Mapping[str, Mapping[str, Any]] = VARIANTS
-) -> "pd.DataFrame":
-    """Whether what is found carries over: other networks, trainings and starts, by the settings `kinds` of `zoo`.
+def variants(seed: int, variant: str) -> list[dict[str, Any]]:
+    """Whether what is found carries over to one of VARIANTS: other networks, trainings and starts.
 
-    Columns: seed, variant, training, method and acc, with options chosen on held-out data. Beside the merges of
-    `COUNTED` the methods "start" and "each its own" are those of `references`.
+    Columns: training, method and acc, with options chosen on held-out data. Beside the merges of COUNTED the methods
+    "start" and "each its own" are those of `references`.
     """
-    import pandas as pd
-
-    rows = []
-    for variant, made in kinds.items():
-        for one, training in product(_zoos(seeds, **made), TRAININGS):
-            found = {"start": [one.base] * len(one.stream), "each its own": one.networks[training]}
-            found |= {name: _best(one, name, training) for name in COUNTED}
-            for name, merged in found.items():
-                row = {"seed": one.seed, "variant": variant, "training": training, "method": name}
-                rows.append(row | {"acc": round(float(one.accuracy(merged).mean()), 5)})
-    return pd.DataFrame(rows)
+    one, rows = zoo(seed, **VARIANTS[variant]), []
+    for training in TRAININGS:
+        found = {"start": [one.base] * len(one.stream), "each its own": one.networks[training]}
+        for name, merged in (found | {name: _best(one, name, training) for name in COUNTED}).items():
+            acc = round(float(one.accuracy(merged).mean()), 5)
+            rows.append({"training": training, "method": name, "acc": acc})
+    return rows
 
 
-def starts(seeds: Iterable[int] = SEEDS) -> "pd.DataFrame":
-    """Negative controls: the average and task arithmetic of networks from another start than a pretrained one.
+def starts(seed: int, start: str) -> dict[str, float]:
+    """Negative controls: the average and task arithmetic of networks from one of STARTS.
 
-    Columns: seed, start ("pretrained", "random": one initialisation for all, "apart": one for each), own, the mean
-    accuracy of the fine-tuned networks on their tasks, average, and task_arithmetic, its scale chosen on held-out data.
+    Columns: own, the mean accuracy of the fine-tuned networks on their tasks, average, and task_arithmetic, its scale
+    chosen on held-out data.
     """
-    import pandas as pd
-
-    rows = []
-    for start in STARTS:
-        for one in _zoos(seeds, start=start):
-            row: dict[str, Any] = {"seed": one.seed, "start": start}
-            row["own"] = float(one.accuracy(one.networks["independent"]).mean())
-            row["average"] = float(one.accuracy(one.merge("average")).mean())
-            rows.append(row | {"task_arithmetic": float(one.accuracy(_best(one, "task_arithmetic")).mean())})
-    return pd.DataFrame(rows)
+    one = zoo(seed, start=start)
+    merged = {"own": one.networks["independent"], "average": one.merge("average")}
+    merged["task_arithmetic"] = _best(one, "task_arithmetic")
+    return {name: float(one.accuracy(ws).mean()) for name, ws in merged.items()}
 
 
-def geometry(seeds: Iterable[int] = SEEDS) -> "pd.DataFrame":
+def geometry(seed: int) -> list[dict[str, Any]]:
     """How the task vectors of one start lie to each other, independent and sequential: `relations`, a row for each."""
-    import pandas as pd
-
-    return pd.DataFrame([
-        {"seed": one.seed, "training": training} | relations(one.vectors(training))
-        for one, training in product(_zoos(seeds), TRAININGS)
-    ])  # fmt: skip
+    one = zoo(seed)
+    return [{"training": training} | relations(one.vectors(training)) for training in TRAININGS]
 
 
 def relations(vectors: Sequence[Weights], density: float = 0.2) -> dict[str, Any]:
@@ -444,11 +390,6 @@ def positions(
         acc = float(made.accuracy(merged, pair).mean())
         rows.append({"method": name, "first": float(found[0]), "second": float(found[1]), "off": rest, "acc": acc})
     return pd.DataFrame(rows)
-
-
-def _zoos(seeds: Iterable[int], **made: Any) -> Iterator[Zoo]:
-    for seed in seeds:
-        yield zoo(seed, **made)
 
 
 def _best(made: Zoo, name: str, training: str = "independent", tasks: Sequence[int] | None = None) -> list[Weights]:

@@ -8,14 +8,15 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from clkit import alignment, metrics, normalization, weights
+from clkit import alignment, checks, metrics, normalization, weights
+from clkit.checks import Count
 from clkit.data import Stream, Task
 from clkit.evaluation import EVALUATION_BATCH, evaluate
 from clkit.weights import Weights
@@ -23,7 +24,8 @@ from clkit.weights import Weights
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-VARIANTS = ("plain", "plain, re-estimated", "aligned", "aligned, re-estimated")
+Variant = Literal["plain", "plain, re-estimated", "aligned", "aligned, re-estimated"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 Path = Callable[[float], Weights]
 Predict = Callable[[nn.Module, Tensor, Task | None], Tensor]
@@ -57,6 +59,7 @@ def segment(a: Weights, b: Weights) -> Path:
     return partial(weights.lerp, a, b)
 
 
+@checks.arguments
 def curve(
     model: nn.Module,
     path: Path | tuple[Weights, Weights],
@@ -64,16 +67,16 @@ def curve(
     ts: int | ArrayLike = 21,
     *,
     refresh: Tensor | None = None,
-    seen: int | None = None,
+    seen: Count | None = None,
     predict: Predict | None = None,
-    batch: int = EVALUATION_BATCH,
+    batch: Count = EVALUATION_BATCH,
 ) -> Curve:
     """Loss and test accuracy on each task of `stream` along `path`, or along the segment from a to b for `path=(a, b)`.
 
     `ts` are positions, or how many of them evenly from 0 to 1. `refresh` are prepared inputs on which BatchNorm's
     statistics are re-estimated at every position, ends included; None takes them as the path gives them. `seen` keeps
     the first so many tasks only. `predict` is a learner's, as for `evaluation.evaluate`. The model is not changed.
-    Waits for the device once a position.
+    Waits for the device once a position. Raises ValueError for no positions and for more tasks than there are.
     """
     positions = _positions(ts)
     device = next(model.parameters()).device
@@ -88,6 +91,7 @@ def curve(
     return Curve(positions, loss, accuracy)
 
 
+@checks.arguments
 def interpolation(
     model: nn.Module,
     old: Weights,
@@ -97,19 +101,16 @@ def interpolation(
     *,
     ts: int | ArrayLike = 21,
     symmetry: alignment.Symmetry | None = None,
-    seen: int | None = None,
-    variants: Sequence[str] = VARIANTS,
+    seen: Count | None = None,
+    variants: tuple[Variant, ...] = VARIANTS,
 ) -> dict[str, Curve]:
     """The four curves from `new` (t = 0) to `old` (t = 1) that show what alignment and re-estimation each do.
 
     "plain" and "aligned" (`old` permuted to look like `new` by activations on `inputs`) take BatchNorm's statistics
     as interpolated; "plain, re-estimated" and "aligned, re-estimated" estimate them on `inputs` at every position, as
-    CLeWI does (arXiv 2404.04002), whose alpha is this t. `variants` picks some of them. `symmetry` saves deriving it
-    from the model again.
+    CLeWI does (arXiv 2404.04002), whose alpha is this t. `variants` picks some of them. `inputs` (N, ...) are prepared.
+    `symmetry` saves deriving it from the model again. Raises ValueError as `curve` does.
     """
-    unknown = [name for name in variants if name not in VARIANTS]
-    if unknown:
-        raise ValueError(f"variants: {unknown[0]!r} is unknown; choose among {', '.join(map(repr, VARIANTS))}")
     device = next(model.parameters()).device
     old, new, inputs = _on(device, old), _on(device, new), inputs.to(device)
     ends = {"plain": old}
@@ -130,6 +131,7 @@ def interpolation(
     }
 
 
+@checks.arguments
 def merges(
     model: nn.Module,
     trained: Sequence[Weights],
@@ -138,12 +140,13 @@ def merges(
     stream: Stream,
     *,
     ts: int | ArrayLike = 21,
-    variants: Sequence[str] = VARIANTS,
+    variants: tuple[Variant, ...] = VARIANTS,
 ) -> list[dict[str, Curve]]:
     """The curves of `interpolation` for every merge of a stream, over the tasks seen by then: entry 0 is after task 1.
 
-    From the weights `trained` on a task to those `deployed` after the task before it, as a run's result keeps them
-    together with the `inputs` that its consolidation saw. Whatever alpha the run merged with, the whole path is shown.
+    Each path goes from the weights `trained` on a task to those `deployed` after the task before it. A run's result
+    keeps both, and the `inputs` (N, ...) that its consolidation saw. Whatever alpha the run merged with, the whole path
+    is shown.
     """
     symmetry = alignment.symmetry(model, inputs[0][:2].to(next(model.parameters()).device))
     options = {"ts": ts, "symmetry": symmetry, "variants": variants}
@@ -164,22 +167,24 @@ class Plane:
     corners: np.ndarray
 
 
+@checks.arguments
 def plane(
     model: nn.Module,
     corners: Sequence[Weights],
     stream: Stream,
-    points: int = 15,
+    points: Count = 15,
     *,
     margin: float = 0.25,
     refresh: Tensor | None = None,
-    seen: int | None = None,
+    seen: Count | None = None,
     predict: Predict | None = None,
-    batch: int = EVALUATION_BATCH,
+    batch: Count = EVALUATION_BATCH,
 ) -> Plane:
     """Loss and accuracy on the plane through three weights (a, b, c), `points` by `points`, in true proportions.
 
     a is the origin, b lies on the x axis; distances are those in weight space. The grid reaches `margin` times its
-    extent beyond the corners (Garipov et al., arXiv 1802.10026, figure 1). Other options as for `curve`.
+    extent beyond the corners (Garipov et al., arXiv 1802.10026, figure 1). Other options as for `curve`. Raises
+    ValueError unless there are three corners that do not lie on one line.
     """
     if len(corners) != 3:
         raise ValueError(f"corners: {len(corners)} weights were given; a plane goes through three")
@@ -239,9 +244,7 @@ def _positions(ts: int | ArrayLike) -> np.ndarray:
 
 
 def _first(stream: Stream, seen: int | None) -> Stream:
-    if seen is None:
-        return stream
-    if not 1 <= seen <= len(stream):
+    if (seen or 0) > len(stream):
         raise ValueError(f"seen: {seen} of {len(stream)} tasks; give a number from 1 to {len(stream)}")
     return Stream(stream.name, stream.tasks[:seen], stream.classes, stream.scenario)
 

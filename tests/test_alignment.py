@@ -410,45 +410,45 @@ class TestErrors:
 class TestPoints:
     def test_free_points_are_one_cell(self):
         points = Points()
-        cells = (points.fresh(4), points.finish())[1]
-        assert len(set(cells.cell.tolist())) == 1
+        orbits = (points.fresh(4), points.finish())[1]
+        assert len(set(orbits.orbit.tolist())) == 1
 
     def test_a_slice_is_a_cell_of_its_own(self):
         points = Points()
         a = points.fresh(5)
-        points.separate(a[:2])
-        cell = points.finish().cell
-        assert cell[0] == cell[1] != cell[2] == cell[4]
+        points.recolour(a[:2])
+        orbit = points.finish().orbit
+        assert orbit[0] == orbit[1] != orbit[2] == orbit[4]
 
     def test_united_arrays_split_along_each_other(self):
         points = Points()
         a, b, c = points.fresh(2), points.fresh(3), points.fresh(5)
         points.unite(np.concatenate([a, b]), c, "")
-        cell = points.finish().cell
-        assert cell[a[0]] == cell[c[1]] != cell[b[0]] == cell[c[4]]
+        orbit = points.finish().orbit
+        assert orbit[a[0]] == orbit[c[1]] != orbit[b[0]] == orbit[c[4]]
 
     def test_an_array_united_with_a_shift_of_itself_stands_still(self):
         points = Points()
         a = points.fresh(6)
         points.unite(a, np.roll(a, 2), "")
-        cells = points.finish()
-        units, first = np.unique(cells.unit, return_index=True)
-        assert len(set(cells.cell[first].tolist())) == len(units)
+        orbits = points.finish()
+        units, first = np.unique(orbits.unit, return_index=True)
+        assert len(set(orbits.orbit[first].tolist())) == len(units)
 
     def test_crossing_blocks_are_pinned(self):
         points = Points()
         a = points.fresh(6)
         points.rows(a.reshape(2, 3), "first")
         points.rows(a.reshape(3, 2), "second")
-        cells = points.finish()
-        assert len(set(cells.cell[a].tolist())) == 6
-        assert {cells.reasons[w] for w in cells.why[a]} == {"second"}
+        orbits = points.finish()
+        assert len(set(orbits.orbit[a].tolist())) == 6
+        assert {orbits.reasons[w] for w in orbits.why[a]} == {"second"}
 
     def test_growth_keeps_what_is_there(self):
         points = Points()
         a = points.fresh(3)
-        points.separate(a[:1])
-        before = points.finish().cell[a].copy()
+        points.recolour(a[:1])
+        before = points.finish().orbit[a].copy()
         points.fresh(5000)
         assert np.array_equal(np.unique(before, return_inverse=True)[1].shape, a.shape)
-        assert (points.finish().cell[a] == points.finish().cell[a][0]).tolist() == (before == before[0]).tolist()
+        assert (points.finish().orbit[a] == points.finish().orbit[a][0]).tolist() == (before == before[0]).tolist()

@@ -201,7 +201,7 @@ class _Moments:
 
 
 def assign(symmetry: Symmetry, matrices: Matrices, groups: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The permutations that maximise the sum of the similarities of matched units; units without any stay.
+    """The permutations (units,) that maximise the sum of similarities (units, units); units without any stay.
 
     Blocks are matched by their own similarity plus that of their best matched members. `groups` picks some (default:
     all) of the groups that lie in no block, with their members.

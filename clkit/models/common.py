@@ -20,8 +20,8 @@ def seeded(seed: int) -> Iterator[None]:
 def image_shape(stream: Stream, smallest: int = 1, channels: Collection[int] = ()) -> tuple[int, int, int]:
     """Channels, height and width of a stream's images.
 
-    Raises ValueError for inputs that are no images, for images with a side below `smallest`, and, where `channels`
-    lists the numbers of channels that a network takes, for others.
+    `channels` lists the numbers of channels that a network takes (default: any). Raises ValueError for inputs that
+    are no images, for images with a side below `smallest`, and for other numbers of channels.
     """
     if len(stream.shape) != 3:
         raise ValueError(

@@ -44,8 +44,8 @@ def features(
 
     In evaluation mode, `batch` rows at a time, with `weights` in place of the model's own if given. `x` is prepared
     input on the model's device. The inputs of the last `nn.Linear` that runs are (N, F), or (N, L, F) for tokens.
-    Raises ValueError for an unknown layer, for one that does not run, for a model without a linear layer where no
-    layer is named, and for empty `x`.
+    Raises ValueError for an unknown layer, for one that does not run, and for empty `x`. Without a `layer` it also
+    raises it for a model without a linear layer.
     """
     if not len(x):
         raise ValueError("x: there are no rows; pass at least one")

@@ -139,8 +139,9 @@ def clip(
     open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))`, for grey images one of each. For those the first
     convolution's kernels are summed over their three input channels. For `run`: `partial(models.clip, weights="file")`.
 
-    Raises ImportError without open_clip, and ValueError for inputs that are no images or smaller than a patch, for
-    names and weights that open_clip does not know or that do not fit, and for prompts that cannot be made.
+    Raises ImportError without open_clip. Raises ValueError for inputs that are no images or smaller than a patch, and
+    for prompts that cannot be made. It also raises it for names and weights that open_clip does not know, or that do
+    not fit.
     """
     prompts = _prompts(stream, templates, classes)
     channels, height, width = image_shape(stream, channels=(1, 3))
@@ -226,7 +227,7 @@ def huggingface(stream: Stream, path: Path | str, *, seed: int = 0) -> nn.Module
     downloaded. Dropout is what the folder's configuration says. `seed` draws weights that the folder lacks. Tied
     weights stay tied, and `get_weights` has them once. For `run`: `partial(models.huggingface, path=path)`.
 
-    Raises ImportError without transformers, and ValueError for a folder without a model, for tokens that the model
+    Raises ImportError without transformers. Raises ValueError for a folder without a model, for tokens that the model
     does not have and for windows that are longer than its context.
     """
     transformers = local_only("path", path)

@@ -21,9 +21,11 @@ Kernel = Literal["linear", "rbf"]
 def hsic(k: Tensor, l: Tensor, *, unbiased: bool = False) -> Tensor:
     """The Hilbert-Schmidt independence criterion of two kernel matrices (..., n, n) of the same examples.
 
-    Biased: tr(K H L H) / (n - 1)^2 with H the centring matrix (Gretton et al. 2005). Unbiased, which is 0 in
-    expectation for independent features and needs 4 examples: [tr(K~ L~) + 1'K~1 1'L~1 / ((n-1)(n-2)) - 2 1'K~ L~1 /
-    (n-2)] / (n (n-3)), where the diagonals of K~ and L~ are 0 (Song et al. 2012, eq. 5). Leading axes broadcast.
+    Biased: tr(K H L H) / (n - 1)^2 with H the centring matrix (Gretton et al. 2005). Leading axes broadcast.
+
+    Unbiased, which is 0 in expectation for independent features and needs 4 examples (Song et al. 2012, eq. 5):
+    [tr(K~ L~) + 1'K~1 1'L~1 / ((n-1)(n-2)) - 2 1'K~ L~1 / (n-2)] / (n (n-3)).
+    The diagonals of K~ and L~ are 0.
     """
     n = k.shape[-1]
     if not unbiased:
@@ -61,7 +63,7 @@ def cka_in_batches(
 
     Nguyen, Raghu, Kornblith 2021 (arXiv 2010.15327, eq. 4). Its expectation does not depend on the size of the batches,
     which have 4 examples at least and count alike; memory is that of one batch. The median distance of the "rbf"
-    kernel is each batch's own. `pairs` may be a generator.
+    kernel is each batch's own. `pairs` may be a generator. Raises ValueError for no pairs and for smaller batches.
     """
     total, count = torch.zeros(3, dtype=torch.float64), 0
     for a, b in pairs:
@@ -90,7 +92,8 @@ def cka_by_layer(
     """Minibatch CKA of every one of `layers` of `first` with every one of `others` (default: the same) of `second`.
 
     A table with a row for each layer of the first model and a column for each of the second's. Both models run once
-    over `x`; rows are split evenly into batches of at most `batch`, and only kernels of one batch are held.
+    over `x` (N, ...). Its rows are split evenly into batches of at most `batch`, and only kernels of one batch are
+    held. Raises ValueError for unknown layers, for layers that do not run, and for fewer than 4 rows.
     """
     import pandas as pd
 
@@ -117,7 +120,7 @@ def distances(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     """How far apart two networks' features (N, ...) of the same examples are, each (N,), in double precision.
 
     "l1": the mean over features of |a - b|. "l2": the root of the mean over features of (a - b)^2, in the same unit.
-    "cosine": 1 - cos(a, b), in [0, 2]; two vectors of zeros are at 0, one at 1.
+    "cosine": 1 - cos(a, b), in [0, 2]; two vectors of zeros are at 0, one at 1. Raises ValueError for unequal shapes.
     """
     if a.shape != b.shape:
         raise ValueError(f"a, b: features of shapes {tuple(a.shape)} and {tuple(b.shape)}; pass one layer's of both")
@@ -132,7 +135,7 @@ def mismatch(a: Tensor, b: Tensor, labels: Tensor | None = None) -> "DataFrame":
     """The means of `distances` over all examples and, with `labels` (N,), over those of each class.
 
     A table with the columns class ("all", then each label), examples, l1, l2, cosine. For the representation before
-    and after a merge: HCMM (arXiv 2509.23592, figure 3).
+    and after a merge: HCMM (arXiv 2509.23592, figure 3). Raises ValueError for unequal shapes, labels among them.
     """
     import pandas as pd
 

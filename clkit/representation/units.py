@@ -32,7 +32,7 @@ def variance_ratio(
     The variance of every unit over all examples and positions, averaged over units, divided by the mean of the same
     over `parents`: the measure of variance collapse in REPAIR (Jordan et al., arXiv 2211.08403, figure 2). `layers`
     is as for `activations`. A table with the columns layer, merged, parents, ratio; layers in the order in which they
-    run. NaN where the parents do not vary.
+    run. NaN where the parents do not vary. Raises ValueError for no parents and for fewer than 2 rows of `x` (N, ...).
     """
     import pandas as pd
 
@@ -88,7 +88,8 @@ def correlations(
     """Pearson's correlation of each unit of a layer under weights `a` with each under `b`, (units, units), on `x`.
 
     Over all examples and positions, added up in double precision batch by batch, so that memory does not grow with
-    `x`. A unit that does not vary correlates 0 with all. `layer` is as for `features`.
+    `x` (N, ...). A unit that does not vary correlates 0 with all. `layer` is as for `features`. Raises ValueError for
+    fewer than 2 rows.
     """
     _check_rows(x)
     nets = [with_weights(model, w) for w in (a, b)]
@@ -114,8 +115,8 @@ def matched(
 ) -> "DataFrame":
     """The spectrum of correlations between the units of a layer under `a` and under `b`, before and after matching.
 
-    Each unit of `a` is paired with one of `b` so that the sum of `correlations` is largest (one linear assignment, as
-    in Li et al. 2016, arXiv 1511.07543). A table with the columns kind ("as they are": unit i with unit i; "matched"),
+    One linear assignment pairs each unit of `a` with one of `b` so that the sum of `correlations` is largest (Li et al.
+    2016, arXiv 1511.07543). A table with the columns kind ("as they are": unit i with unit i; "matched"),
     rank (0 for the largest correlation), unit (of `a`), partner (of `b`), correlation.
     """
     import pandas as pd

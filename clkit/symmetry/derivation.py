@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clkit.symmetry.labels import Factor, Label, Part, drop, fixed, join
+from clkit.symmetry.labels import Factor, Label, Span, drop, fixed, join
 from clkit.symmetry.moving import Call, is_shape
-from clkit.symmetry.points import Cells, Ids, Points
-from clkit.symmetry.program import VIEWS, Program, base_name, owners, trace, writes
+from clkit.symmetry.points import Ids, Orbits, Points
+from clkit.symmetry.program import VIEWS, Program, base_name, mutates, owners, trace
 from clkit.symmetry.rules import propagate
 from clkit.symmetry.structure import Axis, Group, Symmetry, Tap, slots_of
 from clkit.weights import live_tensors
@@ -43,7 +43,7 @@ def symmetry(model: nn.Module, example: Any) -> Symmetry:
 
 
 class SharedMemory(Exception):
-    """An operation writes in place where labels would not show it."""
+    """An operation mutates in place where labels would not show it."""
 
 
 def _derive(model: nn.Module, example: Any, functional: bool) -> Symmetry:
@@ -58,7 +58,7 @@ def _derive(model: nn.Module, example: Any, functional: bool) -> Symmetry:
     walk = Walk(programs, shapes)
     stuck = dict.fromkeys(idle - programs[-1].used, "not used") | dict.fromkeys(_overlapping(model), "shared memory")
     for name, why in stuck.items():
-        drop(walk.points, walk.weights[name], walk.weights[name].parts, why)
+        drop(walk.points, walk.weights[name], walk.weights[name].spans, why)
     return _read(program, walk, example)
 
 
@@ -80,10 +80,10 @@ class Walk:
                 for value in node.all_input_nodes:
                     self._return(program, value, current[value])
                 break
-            if writes(node):
+            if mutates(node):
                 _check(node, values)
             current[node] = values[node] = self._label(program, node, current)
-            if writes(node):
+            if mutates(node):
                 current[node.all_input_nodes[0]] = current[node]
         return values
 
@@ -92,14 +92,14 @@ class Walk:
             join(self.points, [label, self.weights[program.written[node.name]]], "buffer")
         for result in (r for r in tree_leaves(label) if isinstance(r, Label)):
             if node.name not in program.written:
-                drop(self.points, result, result.parts, "output")
+                drop(self.points, result, result.spans, "output")
 
     def _weight(self, name: str, shape: tuple[int, ...]) -> Label:
         dims = [(Factor(n),) if n > 1 else () for n in shape]
         if name in self.fibres:
             dims[1] = (Factor(shape[1], "group of a convolution"),)
         live = [row[0] for k, row in enumerate(dims) if row and not (k == 1 and name in self.fibres)]
-        return Label(tuple(dims), tuple(Part(self.points.fresh(f.size), (f,)) for f in live))
+        return Label(tuple(dims), tuple(Span(self.points.fresh(f.size), (f,)) for f in live))
 
     def _label(self, program: Program, node: Node, current: dict[Node, Any]) -> Any:
         value = node.meta.get("val")
@@ -130,8 +130,10 @@ class Walk:
 
 
 def _check(node: Node, values: dict[Node, Any]) -> None:
-    """What writes to a tensor, or to a view of it, ties or pins what is written; labels would miss it only along an
-    axis that the tensor did not vary along."""
+    """Raises SharedMemory for a write that labels would miss: along an axis that the tensor did not vary along.
+
+    Any other write, to a tensor or to a view of it, ties or pins what is written.
+    """
     if len(node.all_input_nodes) == 1 and base_name(node) not in ("fill", "zero"):
         return
     if any(isinstance(label := values[owner], Label) and label.uniform for owner in owners(node)[1:]):
@@ -195,14 +197,14 @@ def _fibres(programs: list[Program], shapes: dict[str, tuple[int, ...]]) -> dict
 
 def _read(program: Program, walk: Walk, example: Any) -> Symmetry:
     """Turns the finished points into groups, axes and taps."""
-    cells = walk.points.finish()
-    found = _follow(cells)
-    lane = np.unique(np.stack([cells.column, cells.cell]), axis=1, return_inverse=True)[1].ravel()
-    reasons, reason = _blame(cells, found.group)
+    orbits = walk.points.finish()
+    found = _follow(orbits)
+    lane = np.unique(np.stack([orbits.colour, orbits.orbit]), axis=1, return_inverse=True)[1].ravel()
+    reasons, reason = _blame(orbits, found.group)
     places = {}
     for name, label in walk.weights.items():
-        arrays = [label.part(row[0]) if row else None for row in label.dims]
-        places[name] = [part.points if part else np.full(n, -1) for part, n in zip(arrays, label.shape, strict=True)]
+        arrays = [label.span(row[0]) if row else None for row in label.dims]
+        places[name] = [span.points if span else np.full(n, -1) for span, n in zip(arrays, label.shape, strict=True)]
         if name in walk.fibres:
             places[name][1] = walk.fibres[name]
     names = _names(places, found)
@@ -235,43 +237,43 @@ class _Found:
     units: Ids
 
 
-def _follow(cells: Cells) -> _Found:
+def _follow(orbits: Orbits) -> _Found:
     """Numbers the units of every group, block by block; one alone in its block follows the block."""
-    n = len(cells.unit)
+    n = len(orbits.unit)
     group, index = np.full(n, -1), np.full(n, -1)
     within, units = np.full(n + 1, -1), np.zeros(n + 1, np.int64)
-    level = np.unique(cells.unit[cells.block < 0])
+    level = np.unique(orbits.unit[orbits.block < 0])
     while len(level):
-        block, cell = cells.block[level], cells.cell[level]
+        block, orbit = orbits.block[level], orbits.orbit[level]
         place = np.where(block >= 0, index[block], -1)
-        order = np.lexsort((level, block, place, cell))
-        level, block, cell = level[order], block[order], cell[order]
-        pairs = np.unique(np.stack([cell, block]), axis=1, return_inverse=True, return_counts=True)
+        order = np.lexsort((level, block, place, orbit))
+        level, block, orbit = level[order], block[order], orbit[order]
+        pairs = np.unique(np.stack([orbit, block]), axis=1, return_inverse=True, return_counts=True)
         free = pairs[2][pairs[1].ravel()] > 1
         follows = ~free & (block >= 0)
         group[level[follows]], index[level[follows]] = group[block[follows]], index[block[follows]]
-        level_free, cell_free, block_free = level[free], cell[free], block[free]
-        _, starts, counts = np.unique(cell_free, return_index=True, return_counts=True)
-        group[level_free] = cell_free
+        level_free, orbit_free, block_free = level[free], orbit[free], block[free]
+        _, starts, counts = np.unique(orbit_free, return_index=True, return_counts=True)
+        group[level_free] = orbit_free
         index[level_free] = np.arange(len(level_free)) - np.repeat(starts, counts)
-        within[cell_free] = np.where(block_free >= 0, group[block_free], -1)
-        units[cell_free] = np.repeat(counts, counts)
-        level = np.unique(cells.unit[np.isin(cells.block, level)])
-    return _Found(group[cells.unit], index[cells.unit], within, units)
+        within[orbit_free] = np.where(block_free >= 0, group[block_free], -1)
+        units[orbit_free] = np.repeat(counts, counts)
+        level = np.unique(orbits.unit[np.isin(orbits.block, level)])
+    return _Found(group[orbits.unit], index[orbits.unit], within, units)
 
 
-def _blame(cells: Cells, group: Ids) -> tuple[tuple[str, ...], Ids]:
+def _blame(orbits: Orbits, group: Ids) -> tuple[tuple[str, ...], Ids]:
     """For every point that stands still, the number of a reason: its own, or of its members if it is a block."""
-    why = np.zeros(len(cells.unit), np.int64)
-    named = np.flatnonzero(cells.why)[::-1]
-    why[cells.unit[named]] = cells.why[named]
+    why = np.zeros(len(orbits.unit), np.int64)
+    named = np.flatnonzero(orbits.why)[::-1]
+    why[orbits.unit[named]] = orbits.why[named]
     for _ in range(3):
-        inner = np.flatnonzero((cells.block >= 0) & (why[cells.unit] > 0))
-        outer = cells.block[inner]
-        why[outer] = np.where(why[outer] > 0, why[outer], why[cells.unit[inner]])
-    alone = len(cells.reasons)
-    why = np.where(why > 0, why, alone)[cells.unit]
-    return (*cells.reasons, "no other has its role"), np.where(group < 0, why, 0)
+        inner = np.flatnonzero((orbits.block >= 0) & (why[orbits.unit] > 0))
+        outer = orbits.block[inner]
+        why[outer] = np.where(why[outer] > 0, why[outer], why[orbits.unit[inner]])
+    alone = len(orbits.reasons)
+    why = np.where(why > 0, why, alone)[orbits.unit]
+    return (*orbits.reasons, "no other has its role"), np.where(group < 0, why, 0)
 
 
 def _names(places: dict[str, list[Ids]], found: _Found) -> dict[int, str]:
@@ -319,7 +321,7 @@ def find_taps(
         new = []
         for node in some:
             if isinstance(label := values[node], Label):
-                new += [tap for part in label.parts if (tap := _tap(node, label, part, group, index, lane, names))]
+                new += [tap for span in label.spans if (tap := _tap(node, label, span, group, index, lane, names))]
         new = [Tap(t.node, t.sizes, t.places, {g: s for g, s in t.slots.items() if g not in shown}) for t in new]
         taps += [t for t in new if t.slots]
         shown |= {g for t in new for g in t.slots}
@@ -327,20 +329,20 @@ def find_taps(
 
 
 def _tap(
-    node: Node, label: Label, part: Part, group: Ids, index: Ids, lane: Ids, names: Mapping[int, str]
+    node: Node, label: Label, span: Span, group: Ids, index: Ids, lane: Ids, names: Mapping[int, str]
 ) -> Tap | None:
     sizes, places, count = [], {}, 0
     for row in label.dims:
-        inside = any(f in part.factors for f in row)
+        inside = any(f in span.factors for f in row)
         sizes.append(tuple(f.size for f in row) if inside and len(row) > 1 else ())
         for f in row if inside else row[:1]:
             places[f] = count
             count += inside
         count += not inside
     for d, (row, split) in enumerate(zip(label.dims, sizes, strict=True)):
-        loose = next((k for k, f in enumerate(row) if f not in part.factors), None)
+        loose = next((k for k, f in enumerate(row) if f not in span.factors), None)
         if split and loose is not None:
             sizes[d] = (*split[:loose], -1, *split[loose + 1 :])
-    points = part.points.ravel()
+    points = span.points.ravel()
     slots = {names[g]: rows for g, rows in slots_of(group[points], index[points], lane[points]).items()}
-    return Tap(node.name, tuple(sizes), tuple(places[f] for f in part.factors), slots) if slots else None
+    return Tap(node.name, tuple(sizes), tuple(places[f] for f in span.factors), slots) if slots else None

@@ -1,7 +1,7 @@
-"""Labels: which points lie on the axes of a tensor, and how they follow it through reshapes, sums and products.
+"""Labels: which points lie on the axes of a tensor, how they follow it, and what happens where labels meet.
 
-A dimension of a tensor is a sequence of *factors* (outer to inner, their sizes multiply). A *part* is an array of
-points over some factors: permuting the points permutes these factors jointly. A factor in no part is fixed if it has
+A dimension of a tensor is a sequence of *factors* (outer to inner, their sizes multiply). A *span* is an array of
+points over some factors: permuting the points permutes these factors jointly. A factor in no span is fixed if it has
 a reason (`why`), else uniform: the tensor does not vary along it.
 """
 
@@ -17,14 +17,14 @@ from clkit.symmetry.points import Ids, Points
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A piece of a dimension; `why` it is fixed ("" if it is uniform or in a part)."""
+    """A piece of a dimension; `why` it is fixed ("" if it is uniform or in a span)."""
 
     size: int
     why: str = ""
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Span:
     """Points over some factors: axis k of `points` is `factors[k]`."""
 
     points: Ids
@@ -37,10 +37,10 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Label:
-    """Factors for every dimension of a tensor and the parts over them."""
+    """Factors for every dimension of a tensor and the spans over them."""
 
     dims: tuple[tuple[Factor, ...], ...]
-    parts: tuple[Part, ...] = ()
+    spans: tuple[Span, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,16 +50,16 @@ class Label:
     @property
     def uniform(self) -> bool:
         """Is there an axis that the tensor does not vary along?"""
-        return any(not f.why and self.part(f) is None for row in self.dims for f in row)
+        return any(not f.why and self.span(f) is None for row in self.dims for f in row)
 
-    def part(self, factor: Factor) -> Part | None:
-        """The part that holds a factor, if one does."""
-        return next((p for p in self.parts if factor in p.factors), None)
+    def span(self, factor: Factor) -> Span | None:
+        """The span that holds a factor, if one does."""
+        return next((p for p in self.spans if factor in p.factors), None)
 
-    def touching(self, dims: Iterable[int]) -> list[Part]:
-        """The parts with a factor in one of the dimensions."""
+    def touching(self, dims: Iterable[int]) -> list[Span]:
+        """The spans with a factor in one of the dimensions."""
         inside = {f for d in dims for f in self.dims[d]}
-        return [p for p in self.parts if not inside.isdisjoint(p.factors)]
+        return [p for p in self.spans if not inside.isdisjoint(p.factors)]
 
 
 def fixed(shape: Sequence[int], why: str) -> Label:
@@ -67,13 +67,13 @@ def fixed(shape: Sequence[int], why: str) -> Label:
     return Label(tuple((Factor(n, why),) if n > 1 else () for n in shape))
 
 
-def tidy(dims: Sequence[Sequence[Factor]], parts: Iterable[Part]) -> Label:
+def tidy(dims: Sequence[Sequence[Factor]], spans: Iterable[Span]) -> Label:
     """A label without factors of size 1 and with neighbours in one dimension merged where they are one axis."""
     kept = []
-    for part in parts:
-        factors = tuple(f for f in part.factors if f.size > 1)
+    for span in spans:
+        factors = tuple(f for f in span.factors if f.size > 1)
         if factors:
-            kept.append(Part(part.points.reshape([f.size for f in factors]), factors))
+            kept.append(Span(span.points.reshape([f.size for f in factors]), factors))
     out = []
     for dim in dims:
         row: list[Factor] = []
@@ -87,16 +87,16 @@ def tidy(dims: Sequence[Sequence[Factor]], parts: Iterable[Part]) -> Label:
     return Label(tuple(out), tuple(kept))
 
 
-def _merge(outer: Factor, inner: Factor, parts: list[Part]) -> Factor | None:
+def _merge(outer: Factor, inner: Factor, spans: list[Span]) -> Factor | None:
     both = Factor(outer.size * inner.size, outer.why or inner.why)
-    for i, part in enumerate(parts):
-        if outer in part.factors or inner in part.factors:
-            k = part.factors.index(outer) if outer in part.factors else len(part.factors)
-            if part.factors[k + 1 : k + 2] != (inner,):
+    for i, span in enumerate(spans):
+        if outer in span.factors or inner in span.factors:
+            k = span.factors.index(outer) if outer in span.factors else len(span.factors)
+            if span.factors[k + 1 : k + 2] != (inner,):
                 return None
-            shape = part.points.shape
-            points = part.points.reshape(*shape[:k], both.size, *shape[k + 2 :])
-            parts[i] = Part(points, (*part.factors[:k], both, *part.factors[k + 2 :]))
+            shape = span.points.shape
+            points = span.points.reshape(*shape[:k], both.size, *shape[k + 2 :])
+            spans[i] = Span(points, (*span.factors[:k], both, *span.factors[k + 2 :]))
             return both
     return both if bool(outer.why) == bool(inner.why) else None
 
@@ -105,25 +105,25 @@ def cut(label: Label, cuts: dict[Factor, tuple[int, ...]]) -> Label:
     """Splits factors into several, outer to inner."""
     new = {f: tuple(Factor(n, f.why) for n in sizes) for f, sizes in cuts.items()}
     dims = tuple(tuple(g for f in dim for g in new.get(f, (f,))) for dim in label.dims)
-    parts = []
-    for part in label.parts:
-        factors = tuple(g for f in part.factors for g in new.get(f, (f,)))
-        parts.append(Part(part.points.reshape([f.size for f in factors]), factors))
-    return Label(dims, tuple(parts))
+    spans = []
+    for span in label.spans:
+        factors = tuple(g for f in span.factors for g in new.get(f, (f,)))
+        spans.append(Span(span.points.reshape([f.size for f in factors]), factors))
+    return Label(dims, tuple(spans))
 
 
-def drop(points: Points, label: Label, parts: Iterable[Part], why: str) -> Label:
-    """Pins some parts of a label and makes their factors fixed ones."""
-    gone = {f: Factor(f.size, why) for part in parts for f in part.factors}
-    for part in parts:
-        points.pin(part.points, why)
+def drop(points: Points, label: Label, spans: Iterable[Span], why: str) -> Label:
+    """Pins some spans of a label and makes their factors fixed ones."""
+    gone = {f: Factor(f.size, why) for span in spans for f in span.factors}
+    for span in spans:
+        points.pin(span.points, why)
     dims = [[gone.get(f, f) for f in dim] for dim in label.dims]
-    return tidy(dims, [p for p in label.parts if p.factors[0] not in gone])
+    return tidy(dims, [p for p in label.spans if p.factors[0] not in gone])
 
 
 def reshape(points: Points, label: Label, shape: Sequence[int], why: str) -> Label:
     """The same elements, in row-major order, in another shape; pins everything if an axis is cut unevenly."""
-    line = tidy([[f for dim in label.dims for f in dim]], label.parts)
+    line = tidy([[f for dim in label.dims for f in dim]], label.spans)
     rest = [(f, f.size) for f in line.dims[0]]
     pieces: dict[Factor, list[int]] = {f: [] for f in line.dims[0]}
     lengths = []
@@ -133,7 +133,7 @@ def reshape(points: Points, label: Label, shape: Sequence[int], why: str) -> Lab
             factor, left = rest.pop(0) if rest else (None, 0)
             take = left if left and n % left == 0 else n
             if factor is None or left % take:
-                drop(points, label, label.parts, why)
+                drop(points, label, label.spans, why)
                 return fixed(shape, why)
             pieces[factor].append(take)
             lengths[-1] += 1
@@ -142,77 +142,77 @@ def reshape(points: Points, label: Label, shape: Sequence[int], why: str) -> Lab
                 rest.insert(0, (factor, left // take))
     line = cut(line, {f: tuple(sizes) for f, sizes in pieces.items()})
     queue = iter(line.dims[0])
-    return tidy([[next(queue) for _ in range(length)] for length in lengths], line.parts)
+    return tidy([[next(queue) for _ in range(length)] for length in lengths], line.spans)
 
 
 def reorder(label: Label, order: Sequence[int]) -> Label:
     """The dimensions in another order."""
-    return Label(tuple(label.dims[d] for d in order), label.parts)
+    return Label(tuple(label.dims[d] for d in order), label.spans)
 
 
-def whole(points: Points, label: Label, dim: int, why: str) -> Label:
+def flatten(points: Points, label: Label, dim: int, why: str) -> Label:
     """The label with one factor at most in a dimension: a flattened axis becomes points of its own."""
     if len(label.dims[dim]) < 2:
         return label
-    parts = label.touching([dim])
-    inside = [p for p in parts if set(p.factors) <= set(label.dims[dim])]
-    label = drop(points, label, [p for p in parts if p not in inside[:1]], why)
+    spans = label.touching([dim])
+    inside = [p for p in spans if set(p.factors) <= set(label.dims[dim])]
+    label = drop(points, label, [p for p in spans if p not in inside[:1]], why)
     row = label.dims[dim]
     if len(row) < 2:
         return label
     one = Factor(prod(f.size for f in row), next((f.why for f in row if f.why), ""))
     new = []
-    for part in label.touching([dim]):
-        array = part.ordered([f for f in row if f in part.factors])
-        repeats = [k for k, f in enumerate(row) if f not in part.factors]
+    for span in label.touching([dim]):
+        array = span.ordered([f for f in row if f in span.factors])
+        repeats = [k for k, f in enumerate(row) if f not in span.factors]
         if repeats:
             array = np.broadcast_to(np.expand_dims(array, repeats), [f.size for f in row])
             index = tuple(np.indices(array.shape)[repeats])
             array = points.copies(array, np.asarray(np.ravel_multi_index(index, [row[k].size for k in repeats])))
         one = Factor(one.size)
-        new.append(Part(array.reshape(-1), (one,)))
-    keep = [p for p in label.parts if p not in label.touching([dim])]
+        new.append(Span(array.reshape(-1), (one,)))
+    keep = [p for p in label.spans if p not in label.touching([dim])]
     return Label((*label.dims[:dim], (one,), *label.dims[dim + 1 :]), (*keep, *new))
 
 
 def gather(points: Points, label: Label, dim: int, index: Ids, why: str) -> Label:
     """The entries `index` (known beforehand) along a dimension."""
-    label = whole(points, label, dim, why)
+    label = flatten(points, label, dim, why)
     if not label.dims[dim]:
         return label if len(index) == 1 else replace(label, dim, Factor(len(index)))
     (factor,) = label.dims[dim]
-    new, part = Factor(len(index), factor.why), label.part(factor)
-    if part is None:
+    new, span = Factor(len(index), factor.why), label.span(factor)
+    if span is None:
         return replace(label, dim, new)
-    axis = part.factors.index(factor)
-    array = np.ascontiguousarray(part.points.take(index, axis))
+    axis = span.factors.index(factor)
+    array = np.ascontiguousarray(span.points.take(index, axis))
     if len(np.unique(index)) < factor.size:
-        points.separate(array)
-    factors = tuple(new if f is factor else f for f in part.factors)
-    return replace(label, dim, new, Part(points.distinct(array), factors), part)
+        points.recolour(array)
+    factors = tuple(new if f is factor else f for f in span.factors)
+    return replace(label, dim, new, Span(points.distinct(array), factors), span)
 
 
-def replace(label: Label, dim: int, factor: Factor, part: Part | None = None, old: Part | None = None) -> Label:
-    """The label with another factor as a dimension, and the part that holds it in place of `old`."""
-    parts = [p for p in label.parts if p is not old] + ([part] if part else [])
-    return tidy([*label.dims[:dim], (factor,), *label.dims[dim + 1 :]], parts)
+def replace(label: Label, dim: int, factor: Factor, span: Span | None = None, old: Span | None = None) -> Label:
+    """The label with another factor as a dimension, and the span that holds it in place of `old`."""
+    spans = [p for p in label.spans if p is not old] + ([span] if span else [])
+    return tidy([*label.dims[:dim], (factor,), *label.dims[dim + 1 :]], spans)
 
 
 def expand(label: Label, shape: Sequence[int]) -> Label:
     """The label of a tensor repeated along dimensions of size 1, and along new ones in front."""
     dims = ((),) * (len(shape) - len(label.dims)) + label.dims
-    return Label(tuple(row if row or n == 1 else (Factor(n),) for row, n in zip(dims, shape, strict=True)), label.parts)
+    return Label(tuple(row if row or n == 1 else (Factor(n),) for row, n in zip(dims, shape, strict=True)), label.spans)
 
 
 def join(points: Points, labels: Sequence[Label], why: str) -> Label:
     """The label of an elementwise operation with broadcasting: ties what meets, pins what meets a fixed axis."""
-    labels = aligned(points, labels, why)
+    labels = _aligned(points, labels, why)
     rank = len(labels[0].dims)
     slots = []
     for d in range(rank):
         row = max((label.dims[d] for label in labels), key=lambda r: prod(f.size for f in r))
         slots.append(tuple(Factor(f.size) for f in row))
-    parts: list[Part] = []
+    spans: list[Span] = []
     reasons: dict[Factor, str] = {}
     for label in labels:
         name = {
@@ -221,37 +221,37 @@ def join(points: Points, labels: Sequence[Label], why: str) -> Label:
             if row
             for f, slot in zip(row, place, strict=True)
         }
-        new = [Part(p.points, tuple(name[f] for f in p.factors)) for p in label.parts]
-        whys = {slot: f.why for f, slot in name.items() if f.why and label.part(f) is None}
-        covered = {f for p in parts for f in p.factors}
+        new = [Span(p.points, tuple(name[f] for f in p.factors)) for p in label.spans]
+        whys = {slot: f.why for f, slot in name.items() if f.why and label.span(f) is None}
+        covered = {f for p in spans for f in p.factors}
         new = [q for q in new if not _pinned(points, q, {f: w for f, w in reasons.items() if f not in covered})]
-        parts = [p for p in parts if not _pinned(points, p, whys)]
+        spans = [p for p in spans if not _pinned(points, p, whys)]
         reasons |= whys
-        for p in parts:
+        for p in spans:
             for q in new:
                 _tie(points, p, q, why)
-        union, parts = sorted([*parts, *new], key=lambda p: -len(p.factors)), []
+        union, spans = sorted([*spans, *new], key=lambda p: -len(p.factors)), []
         for p in union:
-            if all(set(p.factors).isdisjoint(other.factors) for other in parts):
-                parts.append(p)
+            if all(set(p.factors).isdisjoint(other.factors) for other in spans):
+                spans.append(p)
         reasons |= {f: why for p in union for f in p.factors if f not in reasons}
-    covered = {f for p in parts for f in p.factors}
+    covered = {f for p in spans for f in p.factors}
     last = {f: Factor(f.size, "" if f in covered else reasons.get(f, "")) for row in slots for f in row}
-    parts = [Part(p.points, tuple(last[f] for f in p.factors)) for p in parts]
-    return tidy([[last[f] for f in row] for row in slots], parts)
+    spans = [Span(p.points, tuple(last[f] for f in p.factors)) for p in spans]
+    return tidy([[last[f] for f in row] for row in slots], spans)
 
 
-def aligned(points: Points, labels: Sequence[Label], why: str) -> list[Label]:
+def _aligned(points: Points, labels: Sequence[Label], why: str) -> list[Label]:
     """Labels of equal rank whose dimensions, where they are not broadcast, are cut into the same factors."""
     rank = max(len(label.dims) for label in labels)
-    labels = [Label(((),) * (rank - len(label.dims)) + label.dims, label.parts) for label in labels]
+    labels = [Label(((),) * (rank - len(label.dims)) + label.dims, label.spans) for label in labels]
     for d in range(rank):
         bounds = set()
         for label in labels:
             bounds |= set(_bounds(label.dims[d]))
         steps = sorted(bounds)
         if any(b % a for a, b in pairwise(steps)):
-            labels = [whole(points, label, d, why) for label in labels]
+            labels = [flatten(points, label, d, why) for label in labels]
             continue
         for i, label in enumerate(labels):
             cuts = {}
@@ -267,18 +267,20 @@ def _bounds(row: Sequence[Factor]) -> list[int]:
     return [prod(f.size for f in row[k:]) for k in range(len(row) + 1)]
 
 
-def _pinned(points: Points, part: Part, reasons: dict[Factor, str]) -> bool:
-    """Pins the axes of a part that meet fixed ones; is nothing left of it?"""
-    axes = tuple(k for k, f in enumerate(part.factors) if f in reasons)
+def _pinned(points: Points, span: Span, reasons: dict[Factor, str]) -> bool:
+    """Pins the axes of a span that meet fixed ones; is nothing left of it?"""
+    axes = tuple(k for k, f in enumerate(span.factors) if f in reasons)
     if axes:
-        points.pin(part.points, reasons[part.factors[axes[0]]], axes)
-    return len(axes) == len(part.factors)
+        points.pin(span.points, reasons[span.factors[axes[0]]], axes)
+    return len(axes) == len(span.factors)
 
 
-def _tie(points: Points, p: Part, q: Part, why: str) -> None:
-    """Makes two parts that meet over common factors move together: the smaller one as blocks of the larger, else
-    neither along these factors."""
-    p, q = sorted((p, q), key=lambda part: -len(part.factors))
+def _tie(points: Points, p: Span, q: Span, why: str) -> None:
+    """Makes two spans that meet over common factors move together.
+
+    The smaller one becomes blocks of the larger. Where that cannot be, neither moves along these factors.
+    """
+    p, q = sorted((p, q), key=lambda span: -len(span.factors))
     common = [f for f in p.factors if f in q.factors]
     if not common:
         return
@@ -291,36 +293,36 @@ def _tie(points: Points, p: Part, q: Part, why: str) -> None:
         points.pin(q.points, why)
 
 
-def split(points: Points, label: Label, dims: Iterable[int], why: str) -> None:
-    """Lets indices in and out of `dims` move independently: a part over both moves block by block."""
+def into_blocks(points: Points, label: Label, dims: Iterable[int], why: str) -> None:
+    """Lets indices in and out of `dims` move independently: a span over both becomes blocks and their members."""
     inside = {f for d in dims for f in label.dims[d]}
-    for part in label.parts:
-        outer = [f for f in part.factors if f not in inside]
-        if outer and len(outer) < len(part.factors):
-            _rows(points, part, outer, why)
+    for span in label.spans:
+        outer = [f for f in span.factors if f not in inside]
+        if outer and len(outer) < len(span.factors):
+            _rows(points, span, outer, why)
 
 
-def _rows(points: Points, part: Part, outer: Sequence[Factor], why: str) -> Part:
-    array = part.ordered([*outer, *(f for f in part.factors if f not in outer)])
+def _rows(points: Points, span: Span, outer: Sequence[Factor], why: str) -> Span:
+    array = span.ordered([*outer, *(f for f in span.factors if f not in outer)])
     shape = array.shape[: len(outer)]
-    return Part(points.rows(array.reshape(prod(shape), -1), why).reshape(shape), tuple(outer))
+    return Span(points.rows(array.reshape(prod(shape), -1), why).reshape(shape), tuple(outer))
 
 
 def reduce(points: Points, label: Label, dims: Sequence[int], keep: bool, why: str) -> Label:
     """The label of a reduction that does not look at the order along `dims`."""
     gone = {f for d in dims for f in label.dims[d]}
-    parts = []
-    for part in label.parts:
-        outer = [f for f in part.factors if f not in gone]
+    spans = []
+    for span in label.spans:
+        outer = [f for f in span.factors if f not in gone]
         if outer:
-            parts.append(part if len(outer) == len(part.factors) else _rows(points, part, outer, why))
+            spans.append(span if len(outer) == len(span.factors) else _rows(points, span, outer, why))
     rows = [() if d in dims else row for d, row in enumerate(label.dims) if keep or d not in dims]
-    return tidy(rows, parts)
+    return tidy(rows, spans)
 
 
 def cat(points: Points, labels: Sequence[Label], dim: int, why: str) -> Label:
     """The label of tensors put one after the other along a dimension."""
-    labels = [whole(points, label, dim, why) for label in labels]
+    labels = [flatten(points, label, dim, why) for label in labels]
     sizes = [label.shape[dim] for label in labels]
     if not any(label.touching([dim]) for label in labels):
         reasons = [f.why for label in labels for f in label.dims[dim]]
@@ -334,12 +336,12 @@ def cat(points: Points, labels: Sequence[Label], dim: int, why: str) -> Label:
     for label, size in zip(labels, sizes, strict=True):
         arrays += [p.points for p in label.touching([dim])] or [still(points, size, why)]
     new = Factor(sum(sizes))
-    part = Part(points.distinct(np.concatenate(arrays)), (new,))
-    return replace(join(points, rests, why), dim, new, part)
+    span = Span(points.distinct(np.concatenate(arrays)), (new,))
+    return replace(join(points, rests, why), dim, new, span)
 
 
 def _cat_blocks(points: Points, labels: Sequence[Label], rests: Sequence[Label], dim: int, why: str) -> Label:
-    """`cat` of parts that reach into other dimensions (head dimensions), if these are alike in all labels."""
+    """`cat` of spans that reach into other dimensions (head dimensions), if these are alike in all labels."""
     touching = [label.touching([dim]) for label in labels]
     others = [
         [
@@ -368,16 +370,16 @@ def _cat_blocks(points: Points, labels: Sequence[Label], rests: Sequence[Label],
     ]
     outer = [joined.dims[d][k] for d, k in others[0]]
     new = Factor(sum(label.shape[dim] for label in labels))
-    part = Part(points.distinct(np.concatenate(arrays, -1)), (*outer, new))
-    rest = Label(joined.dims, tuple(p for p in joined.parts if set(p.factors).isdisjoint(outer)))
-    return replace(rest, dim, new, part)
+    span = Span(points.distinct(np.concatenate(arrays, -1)), (*outer, new))
+    rest = Label(joined.dims, tuple(p for p in joined.spans if set(p.factors).isdisjoint(outer)))
+    return replace(rest, dim, new, span)
 
 
 def contract(points: Points, labels: Sequence[Label], terms: Sequence[str], out: str, why: str) -> Label:
     """The label of an einsum: a product over letters, summed over those that are not in `out`."""
     letters = out + "".join(sorted(set("".join(terms)) - set(out)))
     spread = [
-        Label(tuple(label.dims[term.index(a)] if a in term else () for a in letters), label.parts)
+        Label(tuple(label.dims[term.index(a)] if a in term else () for a in letters), label.spans)
         for label, term in zip(labels, terms, strict=True)
     ]
     product = join(points, spread, why)

@@ -32,8 +32,10 @@ from clkit.symmetry.points import Ids, Points
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One operation at work: its ATen name, what computes it, where points are tied, its name for reports, its result's
-    shape, its arguments."""
+    """One operation at work: its ATen name, what computes it, where points are tied, and what reports call it.
+
+    `shape` is that of its result, or shapes nested as the result is. `constants` are the values of known integers.
+    """
 
     name: str
     target: Any
@@ -179,14 +181,14 @@ def index_rule(call: Call) -> Any:
     label, indices = call["self"], call["indices"]
     places = [d for d, index in enumerate(indices) if index is not None]
     values = [call.constants.get(indices[d]) for d in places]
-    if any(isinstance(i, Label) and i.parts for i in indices) or places != list(range(places[0], places[-1] + 1)):
+    if any(isinstance(i, Label) and i.spans for i in indices) or places != list(range(places[0], places[-1] + 1)):
         return NotImplemented
     if len(places) == 1 and values[0] is not None and values[0].ndim == 1:
         return gather(call.points, label, places[0], values[0] % label.shape[places[0]], call.why)
     label = drop(call.points, label, label.touching(places), call.why)
     tail = len(label.dims) - places[-1] - 1
     new = fixed(call.shape[places[0] : len(call.shape) - tail], call.why).dims
-    return Label((*label.dims[: places[0]], *new, *label.dims[places[-1] + 1 :]), label.parts)
+    return Label((*label.dims[: places[0]], *new, *label.dims[places[-1] + 1 :]), label.spans)
 
 
 @rule("slice_scatter select_scatter")
@@ -195,8 +197,8 @@ def scatter_rule(call: Call) -> Label:
     label, aten = call["self"], torch.ops.aten
     taken = aten.select.int if "index" in call.arguments else aten.slice.Tensor
     join(call.points, [_take(call, taken, label, [call["dim"]], but="src"), call["src"]], call.why)
-    dims = [[f if f.why or label.part(f) else Factor(f.size, call.why) for f in row] for row in label.dims]
-    return Label(tuple(tuple(row) for row in dims), label.parts)
+    dims = [[f if f.why or label.span(f) else Factor(f.size, call.why) for f in row] for row in label.dims]
+    return Label(tuple(tuple(row) for row in dims), label.spans)
 
 
 @rule("cat concat concatenate")
@@ -210,7 +212,7 @@ def cat_rule(call: Call) -> Label:
 def stack_rule(call: Call) -> Label:
     """One after the other along a new dimension."""
     dim = call["dim"] % (len(call["tensors"][0].dims) + 1)
-    labels = [Label((*t.dims[:dim], (), *t.dims[dim:]), t.parts) for t in call["tensors"]]
+    labels = [Label((*t.dims[:dim], (), *t.dims[dim:]), t.spans) for t in call["tensors"]]
     return cat(call.points, labels, dim, call.why)
 
 

@@ -1,12 +1,7 @@
-"""The units that a symmetry permutes: positions on the axes of tensors, tied until every operation commutes.
+"""Points, units, colours, blocks and orbits: the structure that a walk through a graph refines.
 
-A *point* is one position on an axis of a tensor (an output channel, a head, a row of a weight). Points that must
-move as one are united into a *unit*. Every point lies in a *column*, its role: a unit may take the place of another
-only if both have one member in each of the same columns. A unit may lie in a *block* (a head, a group of a
-convolution), which is a unit too: members of a block move with it, and freely among themselves.
-
-All methods only ever shrink the group of permutations that the finished structure allows, so an operation found to
-commute with every permutation still does after whatever follows.
+All methods shrink the group of permutations that the finished structure allows, and none widens it. So an operation
+that commutes with every permutation still does after whatever follows. The package's door explains the words.
 """
 
 from dataclasses import dataclass
@@ -18,42 +13,42 @@ Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Cells:
-    """The finished structure, one entry a point: its unit, its column, the unit around it (or -1), its cell.
+class Orbits:
+    """The finished structure, one entry a point: its unit, its colour, its block (a unit, or -1), its orbit.
 
-    Units of one cell with one block may replace each other, and so may their blocks. `reasons[why]` says why a point
+    Units of one orbit with one block may replace each other, and so may their blocks. `reasons[why]` says why a point
     was pinned (0: it was not).
     """
 
     unit: Ids
-    column: Ids
+    colour: Ids
     block: Ids
-    cell: Ids
+    orbit: Ids
     why: Ids
     reasons: list[str]
 
 
 class Points:
-    """A growing set of points with ties, roles and blocks; arrays of point ids stand for axes of tensors."""
+    """A growing set of points with units, colours and blocks; arrays of point ids stand for axes of tensors."""
 
     def __init__(self) -> None:
-        self.count, self.columns = 0, 0
-        self._root, self._column, self._block, self._why = (np.empty(0, np.int64) for _ in range(4))
+        self.count, self.colours = 0, 0
+        self._root, self._colour, self._block, self._why = (np.empty(0, np.int64) for _ in range(4))
         self._next = np.empty(0, np.int64)  # the members of a unit form a ring
         self._full = np.empty(0, bool)  # is the block around another unit
         self._reasons = [""]
 
     def fresh(self, *shape: int) -> Ids:
-        """New points in one new column: they may replace each other freely."""
+        """New points in one new colour: they may replace each other freely."""
         n = int(np.prod(shape))
         if self.count + n > len(self._root):
             room = np.full(max(len(self._root), n, 1024), -1)
-            self._root, self._column = np.append(self._root, room), np.append(self._column, room)
+            self._root, self._colour = np.append(self._root, room), np.append(self._colour, room)
             self._block, self._why = np.append(self._block, room), np.append(self._why, room)
             self._next, self._full = np.append(self._next, room), np.append(self._full, room > 0)
         new = np.arange(self.count, self.count + n)
-        self._root[new], self._column[new], self._block[new], self._why[new] = new, self.columns, -1, 0
-        self._next[new], self.count, self.columns = new, self.count + n, self.columns + 1
+        self._root[new], self._colour[new], self._block[new], self._why[new] = new, self.colours, -1, 0
+        self._next[new], self.count, self.colours = new, self.count + n, self.colours + 1
         return new.reshape(shape)
 
     def units(self, points: Ids) -> Ids:
@@ -71,8 +66,8 @@ class Points:
         block[inside] = self.units(block[inside])
         return block
 
-    def separate(self, points: Ids, tags: Ids | int = 0) -> None:
-        """Lets units replace each other only where their points' tags are equal, and none that is not among them."""
+    def recolour(self, points: Ids, tags: Ids | int = 0) -> None:
+        """Refines the colours of the points' units by tags: only units with equal tags may replace each other."""
         first = points.ravel()
         ring, members = self._next[first], [first]
         while (open_ := ring != first).any():
@@ -80,23 +75,23 @@ class Points:
             ring = np.where(open_, self._next[ring], first)
         every = np.stack(members)
         marks = np.broadcast_to(np.broadcast_to(tags, points.shape).ravel(), every.shape)
-        codes = _codes(self._column[every].ravel(), marks.ravel())
-        self._column[every.ravel()] = self.columns + codes
-        self.columns += int(codes.max(initial=-1)) + 1
+        codes = _codes(self._colour[every].ravel(), marks.ravel())
+        self._colour[every.ravel()] = self.colours + codes
+        self.colours += int(codes.max(initial=-1)) + 1
 
     def pin(self, points: Ids, why: str, axes: tuple[int, ...] | None = None) -> None:
         """Fixes the index along some axes (default: all) of an array of points; `why` is kept for the report."""
         axes = tuple(range(points.ndim)) if axes is None else axes
         shape = tuple(points.shape[a] for a in axes)
-        self.separate(points, np.asarray(np.ravel_multi_index(tuple(np.indices(points.shape)[list(axes)]), shape)))
+        self.recolour(points, np.asarray(np.ravel_multi_index(tuple(np.indices(points.shape)[list(axes)]), shape)))
         if why not in self._reasons:
             self._reasons.append(why)
         self._why[points[self._why[points] == 0]] = self._reasons.index(why)
 
     def copies(self, points: Ids, tags: Ids) -> Ids:
-        """New points that move as `points` do and no other way: a repeated axis. Equal tags mark equal roles."""
+        """New points that move as `points` do and no other way: a repeated axis. Equal tags keep equal colours."""
         new = self.fresh(*points.shape)
-        self.separate(new, _codes(self._column[points].ravel(), tags.ravel()).reshape(points.shape))
+        self.recolour(new, _codes(self._colour[points].ravel(), tags.ravel()).reshape(points.shape))
         self._put(new, self.units(points))
         return new
 
@@ -148,12 +143,12 @@ class Points:
     def unite(self, a: Ids, b: Ids, why: str) -> None:
         """Makes the points of `a` and `b` move together, position by position."""
         a, b = a.ravel(), b.ravel()
-        one, other = self._column[a], self._column[b]
+        one, other = self._colour[a], self._colour[b]
         pairs = int(_codes(one, other).max(initial=-1)) + 1
         if pairs > len(np.unique(one)):
-            self.separate(a, other)
+            self.recolour(a, other)
         if pairs > len(np.unique(other)):
-            self.separate(b, one)
+            self.recolour(b, one)
         self._unite(a, b, why)
 
     def _put(self, units: Ids, blocks: Ids) -> None:
@@ -175,8 +170,8 @@ class Points:
                 self.pin(a, why)
                 self.pin(b, why)
                 return
-            if (self._full[low] & self._full[high]).any():  # the roles of their members stay apart
-                self.separate(np.flatnonzero(np.isin(self.blocks(np.arange(self.count)), high)))
+            if (self._full[low] & self._full[high]).any():  # the colours of their members stay apart
+                self.recolour(np.flatnonzero(np.isin(self.blocks(np.arange(self.count)), high)))
             self._root[high], self._block[low] = low, block
             self._next[low], self._next[high] = self._next[high], self._next[low]
             self._full[low] |= self._full[high]
@@ -206,18 +201,18 @@ class Points:
         inner[clash] = (x, y)[side][clash]
         return inner
 
-    def finish(self) -> Cells:
-        """Sorts the units into cells of those that may replace each other."""
+    def finish(self) -> Orbits:
+        """Sorts the units into orbits: colour refinement by the orbits of members and blocks, until nothing changes."""
         everything = np.arange(self.count)
-        unit, column, block = self.units(everything), self._column[everything], self.blocks(everything)
-        cell = _codes(_signatures(unit, column, self.count, repeats=False)[unit])
+        unit, colour, block = self.units(everything), self._colour[everything], self.blocks(everything)
+        orbit = _codes(_signatures(unit, colour, self.count, repeats=False)[unit])
         members = np.unique(unit[block >= 0])
         found = 0
-        while found < (found := int(cell.max(initial=-1)) + 1):
-            inner = _signatures(block[members], cell[members], self.count)[unit]
-            outer = np.where(block >= 0, cell[block], -1)
-            cell = _codes(cell, inner, outer)
-        return Cells(unit, column, block, cell, self._why[everything], self._reasons)
+        while found < (found := int(orbit.max(initial=-1)) + 1):
+            inner = _signatures(block[members], orbit[members], self.count)[unit]
+            outer = np.where(block >= 0, orbit[block], -1)
+            orbit = _codes(orbit, inner, outer)
+        return Orbits(unit, colour, block, orbit, self._why[everything], self._reasons)
 
 
 def _codes(*keys: Ids) -> Ids:

@@ -78,7 +78,7 @@ class Program:
 
     @cached_property
     def _overwritten(self) -> set[Node]:
-        return {owner for node in self.module.graph.nodes if writes(node) for owner in owners(node)}
+        return {owner for node in self.module.graph.nodes if mutates(node) for owner in owners(node)}
 
 
 def _fill(arguments: Any, values: Mapping[Node, list[Any]], k: int) -> Any:
@@ -159,7 +159,7 @@ def base_name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def writes(node: Node) -> bool:
+def mutates(node: Node) -> bool:
     """Does an operation change its first operand in place?"""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
@@ -167,7 +167,7 @@ def writes(node: Node) -> bool:
 def owners(node: Node) -> list[Node]:
     """A node and those whose memory its value may share: what it is a view of, up to the tensor that owns it."""
     chain = [node]
-    while node.op == "call_function" and node.all_input_nodes and (base_name(node) in VIEWS or writes(node)):
+    while node.op == "call_function" and node.all_input_nodes and (base_name(node) in VIEWS or mutates(node)):
         node = node.all_input_nodes[0]
         chain.append(node)
     return chain

@@ -1,8 +1,7 @@
-"""What each operation of a graph asks of the points on its operands: one table, operation -> rule.
+"""What each operation of a graph asks of the points on its operands; and the rules of operations that mix elements.
 
-A rule ties and pins points until the operation commutes with every permutation that is left, and returns the label
-of its result (a list where there are several). Elementwise operations need no entry; an operation that is neither
-elementwise nor in the table has all its operands pinned, which costs coverage and never correctness.
+Elementwise operations need no entry in the table. An operation that is neither elementwise nor in the table has all
+its operands pinned, which costs coverage and never correctness.
 """
 
 from collections.abc import Sequence
@@ -14,23 +13,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 from clkit.symmetry.labels import (
     Factor,
     Label,
-    Part,
+    Span,
     contract,
     drop,
     fixed,
+    flatten,
+    into_blocks,
     join,
     reduce,
     reorder,
     replace,
     reshape,
-    split,
     still,
-    whole,
 )  # fmt: skip
 from clkit.symmetry.moving import RULES, Call, Rule, is_shape, pointwise_rule, reason, rule, same_rule
 from clkit.symmetry.points import Ids, Points
 
-LETTERS = "abcdefghijklmnop"
+_LETTERS = "abcdefghijklmnop"
 
 
 def _contract(call: Call, labels: Sequence[Label], terms: Sequence[str], out: str) -> Label:
@@ -40,14 +39,14 @@ def _contract(call: Call, labels: Sequence[Label], terms: Sequence[str], out: st
 @rule("linear")
 def linear_rule(call: Call) -> Label:
     """x @ weight.T + bias."""
-    rows = LETTERS[: len(call["input"].dims) - 1]
+    rows = _LETTERS[: len(call["input"].dims) - 1]
     out = _contract(call, call.labels("input", "weight"), [rows + "y", "zy"], rows + "z")
     return join(call.points, [out, *call.labels("bias")], call.why)
 
 
 def _product(call: Call, a: Label, b: Label) -> Label:
     x, y = ("z" if len(a.dims) == 1 else "xz"), ("z" if len(b.dims) == 1 else "zy")
-    outer = LETTERS[: max(len(a.dims) - len(x), len(b.dims) - len(y))]
+    outer = _LETTERS[: max(len(a.dims) - len(x), len(b.dims) - len(y))]
     terms = [outer[len(outer) - len(t.dims) + len(end) :] + end for t, end in ((a, x), (b, y))]
     return _contract(call, [a, b], terms, outer + x[:-1] + y[1:])
 
@@ -92,10 +91,10 @@ def attention_rule(call: Call) -> Any:
     if call["is_causal"]:
         rank = len(query.dims)
         query, key, value = (drop(call.points, t, t.touching([rank - 2]), call.why) for t in (query, key, value))
-    outer = LETTERS[: len(query.dims) - 2]
+    outer = _LETTERS[: len(query.dims) - 2]
     scores = _contract(call, [query, key], [outer + "xz", outer + "yz"], outer + "xy")
     scores = join(call.points, [scores, *call.labels("attn_mask")], call.why)
-    split(call.points, scores, [len(outer) + 1], call.why)
+    into_blocks(call.points, scores, [len(outer) + 1], call.why)
     return _contract(call, [scores, value], [outer + "xy", outer + "yz"], outer + "xz")
 
 
@@ -106,22 +105,22 @@ def convolution_rule(call: Call) -> Any:
     transposed, groups = call.arguments.get("transposed", "output_padding" in call.arguments), call["groups"]
     batched = len(x.dims) == len(weight.dims)
     if not batched:
-        x = Label(((), *x.dims), x.parts)
+        x = Label(((), *x.dims), x.spans)
     space = range(2, len(x.dims))
     x = drop(call.points, x, x.touching(space), call.why)
     weight = drop(call.points, weight, weight.touching(space), "kernel position")
     shape = call.shape if batched else (1, *call.shape)
-    spread = [Label(((), t.dims[0], *((),) * len(space)), t.parts) for t in call.labels("bias")]
+    spread = [Label(((), t.dims[0], *((),) * len(space)), t.spans) for t in call.labels("bias")]
     if groups == 1:
-        flat_x, flat_w = Label(x.dims[:2], x.parts), Label(weight.dims[:2], weight.parts)
+        flat_x, flat_w = Label(x.dims[:2], x.spans), Label(weight.dims[:2], weight.spans)
         out = _contract(call, [flat_x, flat_w], ["ac", "cb" if transposed else "bc"], "ab")
     elif transposed:
         return NotImplemented
     else:
         out = _grouped(call, x, weight, groups)
     where = fixed(shape[2:], reason(x, space)).dims
-    out = join(call.points, [Label((*out.dims, *where), out.parts), *spread], call.why)
-    return out if batched else Label(out.dims[1:], out.parts)
+    out = join(call.points, [Label((*out.dims, *where), out.spans), *spread], call.why)
+    return out if batched else Label(out.dims[1:], out.spans)
 
 
 def _grouped(call: Call, x: Label, weight: Label, groups: int) -> Label:
@@ -140,15 +139,15 @@ def _grouped(call: Call, x: Label, weight: Label, groups: int) -> Label:
     call.points.unite(call.points.rows(outputs, call.why), blocks, call.why)
     channels = Factor(outputs.size)
     batch = drop(call.points, x, [p for p in x.touching([0]) if p in x.touching([1])], call.why)
-    return Label((batch.dims[0], (channels,)), (*batch.touching([0]), Part(outputs.ravel(), (channels,))))
+    return Label((batch.dims[0], (channels,)), (*batch.touching([0]), Span(outputs.ravel(), (channels,))))
 
 
 def line(points: Points, label: Label, dim: int, why: str) -> Ids:
     """The points along one dimension, new ones that stand still where it is fixed."""
-    label = whole(points, label, dim, why)
+    label = flatten(points, label, dim, why)
     label = drop(points, label, [p for p in label.touching([dim]) if p.points.ndim > 1], why)
-    parts = label.touching([dim])
-    return parts[0].points if parts else still(points, label.shape[dim], reason(label, [dim]))
+    spans = label.touching([dim])
+    return spans[0].points if spans else still(points, label.shape[dim], reason(label, [dim]))
 
 
 @rule("max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
@@ -163,14 +162,14 @@ def spatial_rule(call: Call) -> Any:
     dims = range(rank - count, rank)
     why = reason(label, dims)
     label = drop(call.points, label, label.touching(dims), call.why)
-    out = [Label((*label.dims[: dims[0]], *fixed(s[dims[0] :], why).dims), label.parts) for s in shapes]
+    out = [Label((*label.dims[: dims[0]], *fixed(s[dims[0] :], why).dims), label.spans) for s in shapes]
     return out[0] if is_shape(call.shape) else out
 
 
 def _channels(call: Call, label: Label, *names: str) -> Label:
     """Joins per-channel tensors to a label along dimension 1."""
     tail = ((),) * (len(label.dims) - 2)
-    spread = [Label(((), t.dims[0], *tail), t.parts) for t in call.labels(*names)]
+    spread = [Label(((), t.dims[0], *tail), t.spans) for t in call.labels(*names)]
     return join(call.points, [label, *spread], call.why)
 
 
@@ -179,7 +178,7 @@ def batch_norm_rule(call: Call) -> Any:
     """Normalisation of each channel."""
     label = call["input"]
     if call.arguments.get("training") or call.arguments.get("use_input_stats"):
-        split(call.points, label, [1] if "training" in call.arguments else range(2, len(label.dims)), call.why)
+        into_blocks(call.points, label, [1] if "training" in call.arguments else range(2, len(label.dims)), call.why)
     out = _channels(call, label, "weight", "bias", "running_mean", "running_var")
     return out if is_shape(call.shape) else [out, *(fixed(s, call.why) for s in call.shape[1:])]
 
@@ -190,7 +189,7 @@ def group_norm_rule(call: Call) -> Label:
     label, shape = call["input"], call["input"].shape
     groups = call["num_groups"]
     grouped = reshape(call.points, label, (shape[0], groups, shape[1] // groups, *shape[2:]), call.why)
-    split(call.points, grouped, range(2, len(grouped.dims)), call.why)
+    into_blocks(call.points, grouped, range(2, len(grouped.dims)), call.why)
     return _channels(call, label, "weight", "bias")
 
 
@@ -198,14 +197,14 @@ def group_norm_rule(call: Call) -> Label:
 def layer_norm_rule(call: Call) -> Label:
     """Normalisation over the last dimensions."""
     label, rank = call["input"], len(call["input"].dims)
-    split(call.points, label, range(rank - len(call["normalized_shape"]), rank), call.why)
+    into_blocks(call.points, label, range(rank - len(call["normalized_shape"]), rank), call.why)
     return join(call.points, [label, *call.labels("weight", "bias")], call.why)
 
 
 @rule("softmax log_softmax _softmax _log_softmax _safe_softmax")
 def softmax_rule(call: Call) -> Label:
     """A dimension is normalised whatever its order."""
-    split(call.points, call["self"], [call.dim()], call.why)
+    into_blocks(call.points, call["self"], [call.dim()], call.why)
     return call["self"]
 
 
@@ -237,7 +236,7 @@ def ordered_rule(call: Call) -> Any:
 def embedding_rule(call: Call) -> Label:
     """Rows of a weight that the input picks."""
     weight = drop(call.points, call["weight"], call["weight"].touching([0]), "input")
-    return Label((*fixed(call.shape[:-1], "input").dims, weight.dims[1]), weight.parts)
+    return Label((*fixed(call.shape[:-1], "input").dims, weight.dims[1]), weight.spans)
 
 
 @rule("prelu")
@@ -249,14 +248,14 @@ def prelu_rule(call: Call) -> Label:
 def propagate(call: Call) -> Any:
     """The label of an operation's result, nested as the result is."""
     operands = [a for a in tree_leaves(call.arguments) if isinstance(a, Label)]
-    live = any(label.parts for label in operands)
+    live = any(label.spans for label in operands)
     result = known(call) if live and (known := _rule(call)) else NotImplemented
     if result is not NotImplemented:
         return result
     reasons = [f.why for label in operands for row in label.dims for f in row if f.why]
     why = call.why if live else next(iter(reasons), "constant")
     for label in operands:
-        drop(call.points, label, label.parts, why)
+        drop(call.points, label, label.spans, why)
     return tree_map(lambda shape: None if shape is None else fixed(shape, why), call.shape, is_leaf=is_shape)
 
 

@@ -289,12 +289,15 @@ Permutations = Mapping[str, Tensor]
 
 
 def identity(symmetry: Symmetry) -> dict[str, Tensor]:
-    """The permutations that leave everything where it is."""
+    """The permutations that leave everything where it is: for each group a tensor (units,) of the numbers in order."""
     return {name: torch.arange(group.units) for name, group in symmetry.groups.items()}
 
 
 def random_permutations(symmetry: Symmetry, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Draws an element of the symmetry uniformly: blocks change places, and their members within them."""
+    """Draws an element of the symmetry uniformly: blocks change places, and their members within them.
+
+    For each group it gives a tensor (units,), on the CPU.
+    """
     drawn: dict[str, Tensor] = {}
 
     def draw(name: str) -> Tensor:
@@ -309,7 +312,10 @@ def random_permutations(symmetry: Symmetry, generator: torch.Generator | None = 
 
 
 def compose(first: Permutations, then: Permutations) -> dict[str, Tensor]:
-    """One element for two: permuting by the result is permuting by `first`, then by `then`."""
+    """One element (units,) a group for two: permuting by the result is permuting by `first`, then by `then`.
+
+    Raises ValueError for permutations of different groups.
+    """
     if first.keys() != then.keys():
         raise ValueError(
             f"first and then: groups differ ({sorted(first.keys() ^ then.keys())[:3]}); use one symmetry's permutations"
@@ -318,15 +324,15 @@ def compose(first: Permutations, then: Permutations) -> dict[str, Tensor]:
 
 
 def invert(permutations: Permutations) -> dict[str, Tensor]:
-    """The element that undoes `permutations`."""
+    """The element that undoes `permutations`, (units,) a group."""
     return {name: torch.argsort(p) for name, p in permutations.items()}
 
 
 def permute(symmetry: Symmetry, permutations: Permutations, weights: Weights) -> dict[str, Tensor]:
-    """Moves units to the places that `permutations` gives them; values are copied bitwise, the function stays.
+    """Moves units to the places that `permutations` (units,) give them; values are copied bitwise, the function stays.
 
-    Groups that `permutations` leaves out stay as they are. Raises KeyError for an unknown group, ValueError for
-    something that is no permutation of a group, or weights that do not fit the symmetry.
+    Groups that `permutations` leaves out stay as they are. Raises ValueError for an unknown group, for something that
+    is no permutation of a group, and for weights that do not fit the symmetry.
     """
     check_weights(symmetry, weights, "weights")
     moving = element(symmetry, permutations)
@@ -356,7 +362,7 @@ class Element:
 
 
 def element(symmetry: Symmetry, permutations: Permutations) -> Element:
-    """Puts permutations into one array; raises KeyError or ValueError for what is no element of the symmetry."""
+    """Puts permutations (units,) into one array; raises ValueError for what is no element of the symmetry."""
     for name in permutations:
         checks.choice("permutations", name, symmetry.groups)
     starts = np.cumsum([0, *(g.units for g in symmetry.groups.values())])
@@ -376,7 +382,7 @@ def element(symmetry: Symmetry, permutations: Permutations) -> Element:
 
 
 def move(symmetry: Symmetry, element: Element, name: str, tensor: Tensor, but: int | None = None) -> Tensor:
-    """Moves what lies on the axes of one weight, all of them or all but one."""
+    """Moves what lies on the axes of one weight, all of them or all `but` one; the shape (any) stays."""
     out = tensor
     for dim, axis in enumerate(symmetry.axes[name]):
         source = None if dim == but else _sources(axis, element)

@@ -540,8 +540,8 @@ class TestCorrection:
     @pytest.mark.parametrize(
         ("model", "projection", "message"),
         [
-            (SMALL, "linaer1.weight", "'linaer1.weight' fits no weight; give the name of one of .*'linear1.weight'"),
-            (SMALL, "linear?.weight", r"fits \['linear1.weight', 'linear2.weight'\]; give the name of one"),
+            (SMALL, "linaer1.weight", "'linaer1.weight' fits no weight; name one of .*'linear1.weight'"),
+            (SMALL, "linear?.weight", r"fits \['linear1.weight', 'linear2.weight'\]; name one"),
             (partial(models.mlp, hidden=()), None, r"comes before the head; name one of \['linear.weight'\], or use"),
         ],
     )

@@ -143,9 +143,8 @@ class HCMM:
                 f'importance: "{self.importance}" needs Adam\'s second moments and there are none; train with '
                 'Training(optimizer="adamw") for at least one step, or use importance="fisher" or "none"'
             )
-        if self.importance == "corrected":
-            return {name: v / context.moment_scale[name] for name, v in context.second_moment.items()}
-        moments = {name: v.clone() for name, v in context.second_moment.items()}
+        scales = context.moment_scale if self.importance == "corrected" else {}
+        moments = {name: v / scales.get(name, 1.0) for name, v in context.second_moment.items()}
         if self.importance == "normalised":
             mean = curvature.diagonal_trace(moments) / sum(v.numel() for v in moments.values())
             moments = {name: v / mean if mean else v for name, v in moments.items()}
@@ -289,16 +288,11 @@ def projection(model: nn.Module, inputs: Tensor, wanted: str | None) -> tuple[st
     if not len(inputs):
         raise ValueError("inputs: the memory is empty where features are needed; offer it examples first")
     found, last = projections(model, inputs[:1])
-    if wanted is None:
-        if last is None:
-            raise ValueError(
-                "projection: no linear layer or convolution that is trained and runs once comes before the head; "
-                f'name one of {list(found)}, or use correction="none"'
-            )
-        return last, found[last]
-    fits = [name for name in found if fnmatchcase(name, wanted)]
+    fits = [name for name in found if (name == last if wanted is None else fnmatchcase(name, wanted))]
     if len(fits) != 1:
-        raise ValueError(f"projection: {wanted!r} fits {fits or 'no weight'}; give the name of one of {list(found)}")
+        what = "no linear layer or convolution that is trained and runs once comes before the head"
+        what = what if wanted is None else f"{wanted!r} fits {fits or 'no weight'}"
+        raise ValueError(f'projection: {what}; name one of {list(found)}, or use correction="none"')
     return fits[0], found[fits[0]]
 
 

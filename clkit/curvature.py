@@ -120,9 +120,8 @@ def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: Count = 64) -
         found[name] = found[name].add_(gram) if name in found else gram
 
     plain = [m for m in net.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)]
-    with hooked(
-        ((m, add) for m in plain if id(m.weight) in names), before=True
-    ):  # a parametrized weight is no parameter
+    hooks = [(m, add) for m in plain if id(m.weight) in names]  # a parametrized weight is no parameter
+    with hooked(hooks, before=True):
         for part in x.split(chunk):
             net(part)
     return found

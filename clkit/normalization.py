@@ -20,7 +20,7 @@ from clkit.checks import Range, Share
 from clkit.weights import Weights, check_same, evaluation_mode, hooked, live_tensors
 
 REPAIRED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-SweepRows = Annotated[int, Range(2, means="so that there is a variance; 256 is usual")]
+Chunk = Annotated[int, Range(2, means="so that there is a variance; 256 is usual")]
 Hook = Callable[[str, Any, tuple[Tensor, ...], Tensor], Tensor | None]
 
 
@@ -56,7 +56,7 @@ def batchnorms(model: nn.Module) -> tuple[str, ...]:
 
 
 @checks.arguments
-def refresh(model: nn.Module, weights: Weights, inputs: Tensor, *, batch: SweepRows = 256) -> dict[str, Tensor]:
+def refresh(model: nn.Module, weights: Weights, inputs: Tensor, *, batch: Chunk = 256) -> dict[str, Tensor]:
     """`weights` with the BatchNorm statistics re-estimated on `inputs` (N, ...); the rest is as given.
 
     One sweep in which BatchNorm, and nothing else (no dropout), is in training mode. Batches count by their number
@@ -80,13 +80,7 @@ def refresh(model: nn.Module, weights: Weights, inputs: Tensor, *, batch: SweepR
 
 @checks.arguments
 def repair(
-    model: nn.Module,
-    weights: Weights,
-    *,
-    ends: tuple[Weights, Weights],
-    t: Share,
-    inputs: Tensor,
-    batch: SweepRows = 256,
+    model: nn.Module, weights: Weights, *, ends: tuple[Weights, Weights], t: Share, inputs: Tensor, batch: Chunk = 256
 ) -> dict[str, Tensor]:
     """`weights` from between `ends` = (a, b), every channel's statistics moved to where they are between the ends'.
 

@@ -168,9 +168,10 @@ class TestMerge:
         ("change", "message"),
         [
             ({"alpha": 1.5}, "alpha: 1.5"),
-            ({"new": {"c": torch.ones(5)}}, "new: 'c' of shape \\(5,\\) is no tensor of the weights"),
+            ({"new": {"c": torch.ones(5)}}, "new: 'c' of shape \\(5,\\) does not fit the weights"),
             ({"old": {"b": torch.ones(4)}}, "old: 'b' of shape \\(4,\\)"),
             ({"old": {"b": -torch.ones(5)}}, "old: 'b' has negative entries"),
+            ({"new": {"b": torch.full((5,), torch.nan)}}, "new: 'b' holds a NaN"),
             ({"current": {"a": torch.ones(5)}}, "current and previous have different names"),
         ],
     )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from clkit import checks, curvature, normalization, tangent
 from clkit.consolidation.base import Context, Merged, Progress
+from clkit.merging import check_importances
 from clkit.weights import Weights, check_same, evaluation_mode, hooked, set_weights
 
 Alpha = Annotated[float, checks.Range(0, 1, means="0 for the old weights, 1 for the new")]
@@ -169,14 +170,7 @@ def importance_merge(
     checks.value("alpha", alpha, Alpha)
     check_same(previous, current, names=("previous", "current"))
     for label, known in (("old", old), ("new", new)):
-        for name, tensor in known.items():
-            if name not in previous or tensor.shape != previous[name].shape:
-                raise ValueError(
-                    f"{label}: {name!r} of shape {tuple(tensor.shape)} is no tensor of the weights; give importances "
-                    "of the same architecture"
-                )
-            if (tensor < 0).any():
-                raise ValueError(f"{label}: {name!r} has negative entries; give squares or magnitudes")
+        check_importances(label, known, previous)
     return _step(previous, current, shares(old, new, alpha), alpha)
 
 

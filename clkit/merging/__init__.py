@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clkit import checks
 from clkit.merging.averages import (
-    average, fisher_merge, greedy_soup, interpolate, model_stock, regmean, slerp, task_arithmetic, wise_ft,
+    average, check_importances, fisher_merge, greedy_soup, interpolate, model_stock, regmean, slerp, task_arithmetic,
+    wise_ft,
 )  # fmt: skip
 from clkit.merging.entrywise import breadcrumbs, dare, dare_ties, della, emr, magmax, pcb, ties
 from clkit.merging.pieces import TaskVectors

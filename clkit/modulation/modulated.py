@@ -153,14 +153,12 @@ class Modulated(nn.Module):
         """
         for part in keep:
             checks.choice("keep", part, ["gains", *self._own])
-        for name, tensor in self._live(self._fixed).items():
-            tensor.copy_(self.get_buffer(_start(name)))
-        for part in self._own.keys() - set(keep):
-            for name, tensor in self._live(self._own[part]).items():
-                source = self.get_buffer(_start(name))
-                if state is not None and part != "head":
-                    source = state.tensors[f"backbone.{name}"]
-                tensor.copy_(source)
+        begun = [name for part, names in self._own.items() if part not in keep for name in names]
+        sources = self._starts([*self._fixed, *begun])
+        if state is not None:
+            sources |= {name: state.tensors[f"backbone.{name}"] for name in begun if name not in self._own["head"]}
+        for name, tensor in self._live(sources).items():
+            tensor.copy_(sources[name])
         if "gains" not in keep:
             for name, tensor in _flat(self._drawn() if state is None else self._unpacked(state)).items():
                 self.gains[name].copy_(tensor)
@@ -168,7 +166,7 @@ class Modulated(nn.Module):
     @torch.no_grad()
     def initial(self) -> TaskState:
         """What every task starts with, as it would be stored, with all rows of the head."""
-        starts = {f"backbone.{name}": self.get_buffer(_start(name)).clone() for name in self._names()}
+        starts = {f"backbone.{name}": tensor.clone() for name, tensor in self._starts(self._names()).items()}
         return TaskState(tuple(range(self.outputs)), self._packed(self._drawn()) | starts)
 
     @torch.no_grad()
@@ -199,8 +197,7 @@ class Modulated(nn.Module):
         if state is None:
             found |= self._effective(self._by_part(self.gains))
         else:
-            found |= {name: self.get_buffer(_start(name)) for name in self._fixed}
-            found |= self._effective(self._unpacked(state))
+            found |= self._starts(self._fixed) | self._effective(self._unpacked(state))
             for part in self._own.keys() - set(shared):
                 for name in self._own[part]:
                     own = state.tensors[f"backbone.{name}"].to(found[name])
@@ -269,10 +266,14 @@ class Modulated(nn.Module):
         size = next(self.parameters()).element_size()
         return self.initial().nbytes + size * (counts[0]["head"] - counts[1]["head"])
 
-    def _live(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def _live(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """The backbone's tensors of these names, by default all, as they are now and not copied."""
         everything = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
         return everything if names is None else {name: everything[name] for name in names}
+
+    def _starts(self, names: Collection[str]) -> dict[str, Tensor]:
+        """What the backbone's tensors of these names were when it was given."""
+        return {name: self.get_buffer(_start(name)) for name in names}
 
     def _names(self) -> list[str]:
         """The names of the backbone's tensors that a task has of its own."""
@@ -285,7 +286,7 @@ class Modulated(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of what tasks build on: all tensors of the backbone as it was given, but the head's."""
-        starts = {name: self.get_buffer(_start(name)) for name in [*self._names(), *self._fixed]}
+        starts = self._starts([*self._names(), *self._fixed])
         given = {n: t for n, t in (live_tensors(self.backbone) | starts).items() if n not in self._own["head"]}
         return store.digest({name: store.hash_tensor(t) for name, t in given.items() if t.is_floating_point()})
 

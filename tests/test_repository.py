@@ -1,12 +1,14 @@
 """What a reader of the repository meets: the README's example runs, the notebooks hold the outputs they should."""
 
 import ast
+import io
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,28 @@ def test_ci_gpu_writes_the_headlines_table_and_goes_on_from_its_store(tmp_path, 
         assert "a few images" in out and [row.split(",")[0] for row in table] == ["method", "ER", "ER + CLeWI"]
         assert len(records) == 2
     assert json.loads((tmp_path / "headline.json").read_text())["gain"][0]["n"] == 1
+
+
+def code_lines_of_a_file(path: Path) -> int:
+    """Lines with a token that is neither a comment nor part of a docstring."""
+    source, skipped = path.read_text(encoding="utf-8"), {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}
+    skipped |= {tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in skipped]
+    lines = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(lines)
+
+
+def test_the_reading_order_is_short_and_needs_no_looking_ahead():
+    part = README[README.index("<!-- reading order -->") : README.index("<!-- end -->")]
+    paths = re.findall(r"^\d+\. `([\w/.]+)`", part, re.M)
+    assert len(paths) == 12 and sum(code_lines_of_a_file(ROOT / path) for path in paths) <= 1650
+    names = [path.removesuffix(".py").replace("/", ".") for path in paths]
+    for i, path in enumerate(paths):
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.module in names[i + 1 :]), (path, node.module)
 
 
 def test_every_module_is_in_the_readme():

@@ -12,7 +12,7 @@ import toys
 from clkit import data, models
 from clkit.consolidation import EMA, CLeWI, Merged, Progress
 from clkit.data import Examples, Normalize, Stream, Task
-from clkit.evaluation import evaluate
+from clkit.evaluation import evaluate, score
 from clkit.learners import ER, Learner
 from clkit.training import Training, label, run
 from clkit.training.loop import _Loop
@@ -255,6 +255,12 @@ class TestEvaluation:
             assert found.masked[task.index] == (own[logits[:, own].argmax(1)] == task.test.y).double().mean()
             loss = nn.functional.cross_entropy(logits, task.test.y).item()
             assert found.loss[task.index] == pytest.approx(loss, rel=1e-5)
+
+    def test_a_score_is_the_evaluation_of_one_task(self, toy):
+        net, other = models.mlp(toy, seed=1), models.mlp(toy, seed=2)
+        found = score(net, Examples(toy[1].prepare(toy[1].test.x), toy[1].test.y), get_weights(other))
+        assert equal(get_weights(net), get_weights(other))
+        assert found == (evaluate(other, toy).loss[1], evaluate(other, toy).accuracy[1])
 
     def test_training_flags_are_given_back(self, toy):
         net = nn.Sequential(nn.Dropout(0.5), models.mlp(toy))

@@ -234,6 +234,7 @@ def test_a_grid_makes_a_method_of_every_combination():
         return Method(EWC(strength), None, dataclasses.replace(SHORT, lr=lr))
 
     whole = grid_of(pulled, "{strength:g} {lr:g}", strength=(1.0, 2.0), lr=(0.1, 0.2), model=SMALL)
+    assert whole["2 0.1"].labels == {"strength": 2.0, "lr": 0.1}
     assert whole["2 0.1"] == Method(EWC(2.0), None, dataclasses.replace(SHORT, lr=0.1), SMALL)
 
 
@@ -260,7 +261,7 @@ SET = {
     "merged": Method(DERpp(20, alpha=0.2, beta=0.3), CLeWI(0.4, align=None)),
     "aligned": Method(DERpp(20, alpha=0.2, beta=0.3), CLeWI(0.4)),
     "triggered": Method(Learner(), SFA(Drift(30, 0.2), "equal")),
-    "chosen": Method(Learner(), Merging("ties", {"density": 0.3})),
+    "chosen": Method(Learner(), Merging("ties", {"density": 0.3}), labels={"line": "merges", "density": 9}),
 }
 
 
@@ -289,8 +290,12 @@ def test_settings_of_a_kept_table_come_from_its_comparison():
     assert by.rows.tolist() == [5] * len(SET) and set(full.rows) == {4, 5}
     assert by.lr["replayed"] == 0.05 and by.lr["ft"] == 0.1 and "epochs" not in full
     assert (by.times["triggered"], by.limit["triggered"], by.beta["triggered"]) == (30, 0.2, "equal")
-    assert by["align"]["aligned"] == "activations" and by["align"][["merged", "ft"]].isna().all() and "p" not in by
-    assert (by["merge"]["chosen"], by.density["chosen"]) == ("ties", 0.3)
+    assert (
+        by["align"]["aligned"] == "activations"
+        and by["align"][["merged", "ft"]].isna().all()
+        and by.p["triggered"] == "Drift"
+    )
+    assert (by["merge"]["chosen"], by.density["chosen"], by.line["chosen"]) == ("ties", 0.3, "merges")
     assert whole.config["streams"] == ["c=4", "c=5"] and whole.config["methods"]["ft"] == ["Learner()"]
 
 

@@ -117,6 +117,6 @@ class TestNotebook:
     def test_it_reads_well(self, path):
         lines = [code_lines(text(cell)) for cell in cells(path)]
         assert path.stat().st_size < 300_000
-        assert statistics.median(lines) <= 8 and max(lines) <= 18 and sum(lines) <= 200
+        assert statistics.median(lines) <= 8 and max(lines) <= 18 and sum(lines) <= 260  # grids of methods are shown
         definitions = sum(text(cell).count("\ndef ") + text(cell).startswith("def ") for cell in cells(path))
         assert definitions <= 3

@@ -3,52 +3,66 @@
 import json
 from functools import partial
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import toys
+from clkit import run
 from clkit.consolidation import SFA, merge_steps
-from clkit.experiments import sweep
+from clkit.experiments import contrasts, grid, sweep
+from clkit.learners import EWC, L2, DataBuffer, Learner
 from clkit.training import Training
 from clkit.weights import norm, sub
 from studies import sfa
-from studies.sfa.grids import LETTERS
+from studies.sfa.images import LETTERS
 from toys import quick
 
-GRIDS = {
-    "digits": sfa.frontier,
-    "shared": partial(sfa.frontier, "digits", "shared"),
-    "mnist": partial(sfa.frontier, "mnist"),
-    "adaptive": sfa.adaptive,
-    "similarity": sfa.similarity,
-    "long": sfa.long,
-    "checkpoints": sfa.checkpoints,
-    "conflict": sfa.conflict,
+METHODS = grid(Learner) | grid(SFA, "SFA p={p:g} β={beta:g}", p=(0.25, 1.0), beta=(0.3, 0.5))
+COMPARISONS = {
+    "digits": partial(sfa.plane, METHODS),
+    "shared": partial(sfa.plane, METHODS, head="shared"),
+    "mnist": partial(sfa.plane, METHODS, "mnist"),
     "parts": sfa.parts,
-    "letters": sfa.streams,
-    "cifar100": partial(sfa.streams, "cifar100"),
-    "paper": partial(sfa.streams, "cifar100", "paper"),
-    "against L2": sfa.against_l2,
+    "letters": partial(sfa.long_streams, METHODS),
+    "cifar100": partial(sfa.long_streams, METHODS, "cifar100"),
+    "paper": partial(sfa.long_streams, METHODS, "cifar100", "paper"),
 }
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_a_grid_is_its_own_record_and_needs_no_data(name, monkeypatch):
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_is_its_own_record_and_needs_no_data(name, monkeypatch):
     monkeypatch.delenv("CLKIT_DATA", raising=False)
-    grid = GRIDS[name]()
-    record = json.loads(json.dumps(grid.config))
-    assert record == GRIDS[name]().config and record["methods"].keys() == grid.methods.keys()
-    assert len(grid.seeds) >= 2 and "object at" not in str(record)
+    whole = COMPARISONS[name]()
+    record = json.loads(json.dumps(whole.config))
+    assert record == COMPARISONS[name]().config and record["methods"].keys() == whole.methods.keys()
+    assert len(whole.seeds) >= 2 and "object at" not in str(record)
 
 
-@pytest.mark.parametrize("name", ["digits", "shared", "similarity", "conflict", "checkpoints"])
+MAKERS = {
+    "digits": lambda seed: sfa.even_odd(),
+    "shared": lambda seed: sfa.even_odd(head="shared"),
+    "rotated": partial(sfa.rotated, angle=30),
+    "permuted": partial(sfa.permuted, tasks=10, pixels=0.5),
+    "conflict": partial(sfa.conflicting, conflict=0.5),
+    "conflict, marked": partial(sfa.conflicting, conflict=0.5, marked=True),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_its_streams_can_be_made(name):
-    grid = GRIDS[name]()
-    for make in grid.streams.values():
-        stream = make(1)
-        assert len(stream) >= 2 and make(1).fingerprint == stream.fingerprint
+    stream = MAKERS[name](1)
+    assert len(stream) >= 2 and MAKERS[name](1).fingerprint == stream.fingerprint
+
+
+def test_parts_say_which_setting_they_change():
+    whole = sfa.parts()
+    rows = {"stream": next(iter(whole.streams)), "model": "mlp 128-64", "training": "Training"}
+    table = whole.complete(pd.DataFrame({"method": list(whole.methods)}).assign(**rows)).set_index("method")
+    assert table.setting["p=0.1"] == "as in the paper" and table.p["p=0.96, no final merge"] == 0.96
+    assert not table.final["p=0.96, no final merge"] and table.schedule["p=1, cosine schedule"] == "cosine"
+    assert table.optimizer["p=0.1, Adam, state reset"] == "reset" and "p=1, no final merge" not in table.index
+    assert table.training_optimizer["p=0.1, Adam, state kept"] == "adamw" and len(table) == 4 * 8 + 2
 
 
 def test_even_and_odd_in_three_heads():
@@ -63,31 +77,16 @@ def test_even_and_odd_in_three_heads():
 
 
 def test_letters_are_a_hundred_classes_in_an_order_of_the_seed():
-    grid = sfa.streams()
-    [make] = grid.streams.values()
+    [make] = sfa.long_streams(METHODS).streams.values()
     one, other = make(0), make(1)
     assert len(one) == 20 and all(len(task.classes) == 5 for task in one) and one.scenario == "task"
     assert len({c for task in one for c in task.classes}) == 100 and one[0].classes != other[0].classes
     assert LETTERS == "latin+armenian"
 
 
-def test_knobs_are_what_the_methods_are_set_to():
-    grid = sfa.frontier()
-    table = sfa.knobs(pd.DataFrame({"method": list(grid.methods)}), grid).set_index("method")
-    assert tuple(table.loc["SFA p=0.25 β=0.3"][["kind", "p", "beta"]]) == ("SFA", 0.25, 0.3)
-    assert table.kind["L2 λ=0.1"] == "L2" and table.strength["L2 λ=0.1"] == 0.1 and np.isnan(table.p["L2 λ=0.1"])
-    assert table.kind["fine-tuning"] == "fine-tuning" and table.share["buffer 10%, half"] == 0.1
-    assert set(table.kind) == {"SFA", "L2", "EWC", "data buffer", "fine-tuning", "joint"}
-
-
 def test_lines_are_compared_at_equal_plasticity():
-    grid = sfa.frontier()
-    names = ["SFA p=0.25 β=0.3", "SFA p=0.25 β=0.5", "SFA p=1 β=0.3", "buffer 5%, half", "buffer 5%, concatenate"]
-    table = pd.DataFrame(
-        {"method": names, "seed": 0, "new": [0.9, 0.7, 0.9, 0.9, 0.9], "old": [0.5, 0.9, 0.1, 0.2, 0.3]}
-    )
-    table = sfa.lines(sfa.knobs(table, grid))
-    assert table.line.tolist() == ["SFA p = 0.25"] * 2 + ["WiSE-FT (p = 1)", "buffer, half of a batch", "buffer"]
+    lines = ["SFA p = 0.25"] * 2 + ["WiSE-FT (p = 1)", "buffer, half of a batch", "buffer"]
+    table = pd.DataFrame({"line": lines, "seed": 0, "new": [0.9, 0.7, 0.9, 0.9, 0.9], "old": [0.5, 0.9, 0.1, 0.2, 0.3]})
     found = sfa.retained(table, 0.75)
     assert found.line.tolist() == ["SFA p = 0.25"] and found.old.tolist() == [pytest.approx(0.8)]
     assert not len(sfa.retained(table, 0.6))
@@ -99,9 +98,9 @@ def test_lines_are_compared_at_equal_plasticity():
 def test_an_advantage_is_paired():
     old = {"a": [0.6, 0.71, 0.82], "b": [0.5, 0.6, 0.7]}
     rows = [{"line": line, "seed": s, "old": value} for line, values in old.items() for s, value in enumerate(values)]
-    found = sfa.advantage(pd.DataFrame(rows), "a", "b")
+    found = contrasts(pd.DataFrame(rows), [("a", "b")], "old", column="line").loc["a", "b"]
     half = 4.302653 * 0.01 / 3**0.5
-    assert found == pytest.approx((0.11, 0.11 - half, 0.11 + half, 3)) and found.verdict == "gains"
+    assert found.tolist()[:4] == pytest.approx([0.11, 0.11 - half, 0.11 + half, 3]) and found.verdict == "gains"
 
 
 def test_ends_and_course_of_a_run():
@@ -119,21 +118,23 @@ def test_ends_and_course_of_a_run():
 
 
 def test_both_sides_of_every_merge():
-    table = sfa.merges(seeds=(0,))
+    table = pd.DataFrame(sfa.merges(0))
     assert table.number.tolist() == [1, 2, 3, 4] and (table.barrier >= -1e-6).all()
     assert (table.old_after >= table.old_before - 0.02).all() and (table.new_after <= table.new_before + 0.02).all()
 
 
-def test_the_sawtooth_has_a_table_for_every_rule():
+def test_the_sawtooth_has_both_sides_of_every_merge():
     training = Training(epochs=2, batch=32, lr=0.1, labels="task")
-    table = sfa.sawtooth(sfa.even_odd(), {"none": None, "SFA": SFA(0.5)}, training, every=10)
-    counts = table[table.task == 0].groupby(["method", "when"]).size()
-    assert counts["SFA", "before"] == counts["SFA", "after"] == 2 and ("none", "before") not in counts
+    for rule, merges in {None: 0, SFA(0.5): 2}.items():
+        result = run(sfa.even_odd(), sfa.small_mlp, None, rule, training, watch=10, progress=False)
+        table = result.trajectory()
+        counts = table[table.task == 0].groupby("when").size()
+        assert counts.get("before", 0) == counts.get("after", 0) == merges
 
 
 def test_contradiction_turns_gradients_against_each_other():
-    table = sfa.contradiction((0.0, 1.0), seeds=(0,)).set_index("conflict")
-    assert table.start[1.0] < 0 < table.start[0.0] and (table.abs() <= 1).all().all()
+    none, whole = (sfa.contradiction(0, conflict) for conflict in (0.0, 1.0))
+    assert whole["start"] < 0 < none["start"] and all(abs(v) <= 1 for v in [*none.values(), *whole.values()])
 
 
 def test_costs_are_counted():
@@ -145,13 +146,13 @@ def test_costs_are_counted():
 
 
 def test_a_pretrained_transformer_keeps_its_body_and_gets_a_fresh_head(monkeypatch):
-    from studies.sfa import grids
+    from studies.sfa import images
 
-    stream = next(iter(sfa.streams().streams.values()))(0)
-    body = {n: t + 1 for n, t in grids.weights.get_weights(grids._vit(stream, seed=9)).items()}
-    monkeypatch.setattr(grids, "_body", lambda source: body)
-    net = grids.weights.get_weights(sfa.pretrained(stream, seed=3))
-    fresh = grids.weights.get_weights(grids._vit(stream, seed=3))
+    stream = sfa.twenty(0, "letters")
+    body = {n: t + 1 for n, t in images.weights.get_weights(images._vit(stream, seed=9)).items()}
+    monkeypatch.setattr(images, "_body", lambda source: body)
+    net = images.weights.get_weights(sfa.pretrained(stream, seed=3))
+    fresh = images.weights.get_weights(images._vit(stream, seed=3))
     for name, tensor in net.items():
         assert torch.equal(tensor, fresh[name] if name.startswith("linear.") else body[name]), name
 
@@ -160,13 +161,13 @@ def test_a_pretrained_transformer_keeps_its_body_and_gets_a_fresh_head(monkeypat
 def test_real_mnist_even_then_odd_on_one_plane(packs, monkeypatch, tmp_path):
     """Each of the plane's kinds of method once, on few images: both ends of the trade are where they should be."""
     monkeypatch.setenv("CLKIT_DATA", str(packs))
-    grid = sfa.frontier("mnist", "shared")
-    chosen = ["fine-tuning", "SFA p=0.25 β=0.5", "SFA p=1 β=0.3", "L2 λ=0.3", "EWC λ=30", "buffer 10%, half"]
-    methods, stream = {name: grid.methods[name] for name in chosen}, sfa.even_odd("mnist", "shared", limit=80)
+    chosen = {"fine-tuning": Learner(), "SFA p=0.25 β=0.5": (Learner(), SFA(0.25, 0.5)), "L2 λ=0.3": L2(0.3)}
+    chosen |= {"SFA p=1 β=0.3": (Learner(), SFA(1.0, 0.3)), "EWC λ=30": EWC(30.0), "buffer": DataBuffer(0.1, "half")}
+    stream = sfa.even_odd("mnist", "shared", limit=80)
     table = sweep(
         stream,
         sfa.small_mlp,
-        methods,
+        chosen,
         training=Training(15, 32, 0.1),
         measure=sfa.ends,
         jobs=1,
@@ -175,6 +176,6 @@ def test_real_mnist_even_then_odd_on_one_plane(packs, monkeypatch, tmp_path):
     )
     found = table.set_index("method")[["old", "new"]]
     plain = found.loc["fine-tuning"]
-    for name in chosen[1:]:
+    for name in list(chosen)[1:]:
         assert found.old[name] > plain.old + 0.02 and found.new[name] <= plain.new + 0.05, name
     assert found.old["SFA p=0.25 β=0.5"] == found.old.max()

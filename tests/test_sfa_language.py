@@ -1,7 +1,7 @@
 """Math, Law, Code: what the grids hold, what is read off a run, and what a network goes on to write."""
 
-import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -10,19 +10,13 @@ import torch
 
 from clkit import data, models, plotting, run
 from clkit.evaluation import exact_match
+from clkit.experiments import Comparison, Method
+from clkit.learners import Learner
 from clkit.training import Training
 from clkit.weights import equal, get_weights
 from studies import sfa
 from studies.sfa import language
 
-GRIDS = {
-    "three domains": sfa.three_domains,
-    "from base": sfa.from_base,
-    "orders": sfa.orders,
-    "real": sfa.real_texts,
-    "aligned": sfa.aligned,
-    "aligned text": sfa.aligned_text,
-}
 SHORT = Training(epochs=1, batch=32, lr=0.002, optimizer="adamw")
 
 
@@ -34,27 +28,14 @@ def small(monkeypatch):
     return data.domains(made)
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_a_grid_is_its_own_record_and_needs_no_data(name, monkeypatch):
-    monkeypatch.delenv("CLKIT_DATA", raising=False)
-    grid = GRIDS[name]()
-    record = json.loads(json.dumps(grid.config))
-    assert record == GRIDS[name]().config and record["methods"].keys() == grid.methods.keys()
-    assert "object at" not in str(record) and "/" not in "".join(record["streams"])
-
-
-def test_orders_are_all_and_real_texts_wait_for_the_run(monkeypatch, tmp_path):
-    assert len(sfa.orders().streams) == 6 and "code, math, law" in sfa.orders().streams
-    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
-    [make] = sfa.real_texts().streams.values()
-    with pytest.raises(ValueError, match=r"text\.zip"):
-        make(0)
-
-
-def test_a_stream_has_the_domains_in_their_order(small):
-    stream = sfa.orders().streams["code, math, law"](0)
+def test_orders_are_kept_and_real_texts_wait_for_the_run(small, monkeypatch, tmp_path):
+    stream = sfa.texts(0, order=("code", "math", "law"))
     assert [task.name for task in stream] == ["code", "math", "law"] and stream.shape == (sfa.CONTEXT,)
     assert stream.scenario == "domain" and len(stream.classes) == 256
+    monkeypatch.undo()
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"text\.zip"):
+        sfa.texts(0, real=True)
 
 
 def test_reading_is_of_the_last_row(small):
@@ -67,26 +48,25 @@ def test_reading_is_of_the_last_row(small):
     assert sfa.reading(result, sums=False)["exact"] == []
 
 
-def test_final_bits_go_by_domain_whatever_the_order():
-    grid = sfa.orders()
-    names = ["fine-tuning", "SFA p=0.25 β=0.5", "SFA p=1 β=0.5"]
+@pytest.fixture
+def whole():
+    """Two orders, of which nothing is trained."""
+    streams = {"backwards": partial(sfa.texts, order=("code", "math", "law")), "as it is": sfa.texts}
+    return Comparison(streams, {"gpt": models.gpt}, {"fine-tuning": Method(Learner())}, SHORT, range(1), sfa.reading)
+
+
+def test_final_bits_go_by_domain_whatever_the_order(whole):
     bits = [[9.0, 9.0, 9.0], [9.0, 9.0, 9.0], [3.0, 1.0, 2.0]]
-    table = pd.DataFrame(
-        {"method": names, "stream": "code, math, law", "bits": [bits] * 3, "exact": [[0.1, 0.9, 0.3]] * 3}
-    )
-    found = sfa.final_bits(table, grid)
-    assert (found.code == 3).all() and (found.math == 1).all() and (found.law == 2).all()
-    assert (found.once == 0.9).all() and (found.sums == 0.3).all()
-    assert found.line.tolist() == ["fine-tuning", "SFA p = 0.25", "WiSE-FT (p = 1)"] and found.beta[2] == 0.5
+    table = pd.DataFrame({"stream": ["backwards", "as it is"], "bits": [bits] * 2, "exact": [[0.1, 0.9, 0.3]] * 2})
+    found = sfa.final_bits(table, whole)
+    assert found[["math", "law", "code"]].to_numpy().tolist() == [[1, 2, 3], [3, 1, 2]]
+    assert found.once.tolist() == [0.9, 0.1] and (found.sums == 0.3).all()
 
 
-def test_final_bits_name_every_line_of_the_main_grid_and_leave_sums_out_where_not_asked_for():
-    grid = sfa.three_domains()
-    table = pd.DataFrame({"method": list(grid.methods), "stream": "math, law, code, real texts"})
-    table["bits"], table["exact"] = [[[1.0, 2.0, 3.0]]] * len(table), [[]] * len(table)
-    found = sfa.final_bits(table, grid).set_index("method")
-    assert {"SFA p = 0.1", "WiSE-FT (p = 1)", "L2", "EWC", "buffer", "TIES", "joint"} < set(found.line)
-    assert found.line["WiSE-FT from the base"] == "WiSE-FT from the base" and found.sums.isna().all()
+def test_final_bits_leave_sums_out_where_not_asked_for(whole):
+    table = pd.DataFrame({"stream": ["as it is"], "bits": [[[1.0, 2.0, 3.0]]], "exact": [[]]}, index=[7])
+    found = sfa.final_bits(table, whole)
+    assert found.code[7] == 3 and found.sums.isna().all() and found.once.isna().all()
 
 
 def test_what_it_writes_is_what_exact_match_counts(small):
@@ -130,7 +110,7 @@ def test_the_well_read_network_has_read_what_no_stream_has(monkeypatch):
 
 def test_barriers_know_one_network_from_two(small, monkeypatch):
     monkeypatch.setattr(language, "ADAM", SHORT)
-    table = sfa.barriers(seeds=(0,))
+    table = pd.DataFrame(sfa.barriers(0))
     assert table.groupby(["pair", "matching"]).size().eq(11).all() and len(table) == 66
     ends = table[table.t.isin([0.0, 1.0])].pivot_table(index=["pair", "t"], columns="matching", values="bits")
     assert np.allclose(ends[["weights", "activations"]], ends[["none", "none"]], atol=1e-3)

@@ -78,11 +78,11 @@ class TestClosedForms:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: matched_l2(0.1, 1), "beta: 1 undoes every step"),
+            (lambda: matched_l2(0.1, 1), r"beta: 1; give a number in \[0, 1\), since 1 undoes every step"),
             (lambda: matched_l2(0, 0.5), "lr: 0"),
             (lambda: matched_l2(0.1, -0.5), "beta: -0.5"),
             (lambda: matched_sfa(0.5, 2), "strength=2: .* lr strength below 1"),
-            (lambda: effective_strength(1, 0.1, 2), "beta: 1 undoes"),
+            (lambda: effective_strength(1, 0.1, 2), "beta: 1; give .* undoes"),
             (lambda: effective_strength(0.5, 0.1, 0), "k: 0"),
             (lambda: kept_sfa(1.0, 0.5, 0.1, 0), "k: 0"),
             (lambda: kept_sfa([0.0, 1.0], 0.0, 0.1, 1), "does not settle"),
@@ -296,7 +296,11 @@ class TestCurvature:
 
     @pytest.mark.parametrize(
         ("more", "message"),
-        [({"iterations": 0}, "iterations=0"), ({"tolerance": 0.0}, "tolerance=0.0"), ({"rows": 0}, "there are none")],
+        [
+            ({"iterations": 0}, "iterations: 0; give"),
+            ({"tolerance": 0.0}, "tolerance: 0.0; give"),
+            ({"rows": 0}, "there are none"),
+        ],
     )
     def test_bad_arguments_are_named(self, net, examples, more, message):
         rows = more.pop("rows", 30)

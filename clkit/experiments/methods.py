@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,18 +19,22 @@ if TYPE_CHECKING:
 
 Model = nn.Module | ModelFactory
 SWEPT = (Mapping, list, tuple, range, np.ndarray)
-_PARTS = ("consolidation", "learner", "training", "model", "stream")
+_PARTS = ("consolidation", "learner", "training", "model", "stream", "labels")
 """What a run consists of, in the order in which their settings get the plain names of columns."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison: a learner, a consolidation, and a training or model of its own where it needs one."""
+    """One row of a comparison: a learner, a consolidation, and a training or model of its own where it needs one.
+
+    `labels` are columns of its rows beside its settings, and no part of what is computed.
+    """
 
     learner: Learner
     consolidation: Consolidation | None = None
     training: Training | None = None
     model: Model | None = None
+    labels: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def grid(
@@ -79,7 +83,7 @@ def grid(
         if title in made:
             raise ValueError(f"name: {name!r} gives {title!r} twice; put every setting that is swept into it")
         whole = thing if isinstance(thing, Method) else replace(Method(Learner()), **{own: thing})
-        made[title] = replace(whole, **given)
+        made[title] = replace(whole, **given, labels={**labels, **whole.labels})
     return made
 
 
@@ -113,9 +117,11 @@ def with_settings(
     - their settings: the first of each kind, and every other of which some method has not the default
     - settings of the training, the model and the stream, if rows differ in them; of functions these are the keywords of
       a `partial`
+    - labels of the methods, those that `grid` gave among them, where no setting has that name
 
-    These are numbers, words and truth values alone, of nested parts, too: memory and strength of
-    `Sum(ER(50), EWC(10.0))`. Rows without a setting have NaN or None there.
+    These are numbers, words and truth values alone. Nested parts are named by their kind, and their settings count:
+    of `SFA(p=Drift(times=40))` p, "Drift", and times, of `Sum(ER(50), EWC(10.0))` memory and strength. Rows without a
+    setting have NaN or None there.
 
     A name that is a column already is put after its part's: where `alpha` is a consolidation's, a learner's is
     `learner_alpha`. The order is results, consolidation, learner, training, model, stream.
@@ -124,7 +130,7 @@ def with_settings(
     for stream, model, training, method in zip(*(table[a] for a in ("stream", "model", "training", "method"))):  # noqa: B905
         own = methods[method]
         parts = own.consolidation, own.learner, own.training or trainings[training], own.model or models[model]
-        rows.append([_plain(part) for part in (*parts, streams[stream])])
+        rows.append([_plain(part) for part in (*parts, streams[stream], tuple(own.labels.items()))])
         for k, part in enumerate(parts[:2]):
             kinds = [word(type(each)) for each in (part.parts if isinstance(part, Sum) else [part])]
             rows[-1][k] = {_PARTS[k]: ("none" if part is None else " + ".join(kinds), True)} | rows[-1][k]
@@ -134,7 +140,9 @@ def with_settings(
         told = dict.fromkeys(name for row in rows for name, (_, tells) in row[k].items() if tells)
         for name in told:
             column = [row[k].get(name, (None,))[0] for row in rows]
-            if len(set(column)) > 1 or (k < 2 and column[0] is not None):
+            if part == "labels" and name in added:
+                continue
+            if part == "labels" or len(set(column)) > 1 or (k < 2 and column[0] is not None):
                 while name in table:
                     name = f"{part}_{name}"
                 table.insert(place + len(added), name, column)
@@ -174,7 +182,10 @@ def _walk(part: Any) -> Iterator[tuple[str, Any, bool]]:
         own = [field for field in fields(part) if field.init]
         items = [(f.name, getattr(part, f.name), f.default if f is not own[0] else None) for f in own]
     for name, value, default in items:
-        if not isinstance(value, bool | int | float | str | None):
-            yield from _walk(value)
-        elif name:
+        plain = isinstance(value, bool | int | float | str | None)
+        if name and plain:
             yield name, value, value != default
+        elif name and is_dataclass(value) and not isinstance(value, Learner | Stream | Dataset | type):
+            yield name, word(type(value)), True
+        if not plain:
+            yield from _walk(value)

@@ -1,21 +1,19 @@
 """The experiments of SFA (Kleiman et al. 2025, arXiv 2501.05559), at a laptop's scale and at the paper's.
 
-The paper's body gives no table of numbers that could be quoted; its statements are checked here as claims. A grid says
-what is compared; `grid.run()` is its table, `knobs(table, grid)` adds what each method was set to:
+The paper's body gives no table of numbers that could be quoted; its statements are checked here as claims. Streams,
+networks and measures are here; what is compared stands in notebooks 04 and 05:
 
 ```python
-grid = sfa.frontier("digits", "shared")
-table = sfa.knobs(page.results(grid.run, grid.config, "shared", commit=True), grid)
+methods = grid(Learner) | grid(SFA, "SFA p={p:g} β={beta:g}", p=(0.05, 0.25, 1.0), beta=(0.2, 0.5))
+table = page.table(sfa.plane(methods, head="shared"), "few")
 ```
 """
 
-from studies.sfa.grids import (
-    BETAS, HEADS, PS, adaptive, advantage, checkpoints, conflict, course, ends, even_odd, frontier, knobs, lines,
-    long, parts, pretrained, retained, similarity, small_mlp, stored, streams,
+from studies.sfa.images import (
+    PERCEPTRON, conflicting, contradiction, course, ends, even_odd, long_streams, merges, parts, permuted, plane,
+    pretrained, retained, rotated, small_mlp, twenty,
 )  # fmt: skip
 from studies.sfa.language import (
-    ADAM, CONTEXT, DOMAINS, aligned, aligned_text, barriers, final_bits, from_base, orders, reading, real_texts, text,
-    texts, three_domains, well_read, writes,
+    ADAM, CONTEXT, DOMAINS, barriers, final_bits, reading, text, texts, well_read, writes,
 )  # fmt: skip
-from studies.sfa.studies import against_l2, contradiction, costs, merges, sawtooth
-from studies.sfa.theory import effective_strength, kept_l2, kept_sfa, matched_l2, measured_sfa, top_curvature
+from studies.sfa.theory import costs, effective_strength, kept_l2, kept_sfa, matched_l2, measured_sfa, top_curvature

@@ -6,6 +6,7 @@ optimum and theta_o the anchor: s is the share of the way back to the anchor tha
 """
 
 import copy
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -13,23 +14,29 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clkit import checks
+from clkit.checks import Count, Positive, Share
+from clkit.consolidation import merge_steps
 from clkit.curvature import trainable
 from clkit.data import Examples
 from clkit.data.core import IGNORED
 from clkit.evaluation import EVALUATION_BATCH
 from clkit.weights import Weights, set_weights
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-def matched_l2(lr: float, beta: float) -> tuple[float, float]:
+Undone = Annotated[float, checks.Range(0, 1, "high", "since 1 undoes every step, which no L2 does")]
+
+
+@checks.arguments
+def matched_l2(lr: Positive, beta: Undone) -> tuple[float, float]:
     """From SFA with a merge after every step to the L2 that it is: (learning rate, strength) for SFA's (lr, beta).
 
     A step and a merge are (1 - beta) (theta - lr u) + beta theta_o = theta - eta u - eta strength (theta - theta_o),
     with eta = (1 - beta) lr and strength = beta / eta. Exact for plain gradient descent; with momentum or Adam for the
     decoupled L2, because a step u is linear in the rate. `matched_sfa` goes back.
     """
-    _check(lr, beta)
-    if beta == 1:
-        raise ValueError("beta: 1 undoes every step, which no L2 does; give a weight of the old weights below 1")
     return (1 - beta) * lr, beta / ((1 - beta) * lr)
 
 
@@ -43,17 +50,13 @@ def matched_sfa(lr: float, strength: float) -> tuple[float, float]:
     return lr / (1 - lr * strength), lr * strength
 
 
-def effective_strength(beta: float, lr: float, k: int) -> float:
+@checks.arguments
+def effective_strength(beta: Undone, lr: Positive, k: Count) -> float:
     """The strength of the L2 that SFA with a merge after every `k` steps approaches: beta / ((1 - beta) lr k).
 
     Where k steps take theta but a little way, a merge balances k gradients: g(theta) + strength (theta - theta_o) = 0.
     At k = 1 it is that of `matched_l2`, and exact.
     """
-    _check(lr, beta)
-    if beta == 1:
-        raise ValueError("beta: 1 undoes every step, which no L2 does; give a weight of the old weights below 1")
-    if k < 1:
-        raise ValueError(f"k: {k!r}; give the number of steps between merges, at least 1")
     return beta / ((1 - beta) * lr * k)
 
 
@@ -94,8 +97,48 @@ def measured_sfa(h: ArrayLike, beta: float, lr: float, k: int) -> np.ndarray:
     return theta
 
 
+def costs(
+    parameters: int, example: int, rows: int, tasks: int, steps: int, batch: int, *, p: float = 0.25
+) -> "pd.DataFrame":
+    """What each method keeps and does beyond plain fine-tuning, over a stream.
+
+    `parameters` of the network in float32, an `example` in bytes with its label, `rows` a task has, optimizer `steps` a
+    task with `batch` rows. Columns: kept, bytes held beside the network while the last task is learned; flops,
+    floating-point operations added in all (a training row costs 6 a parameter); moved, bytes read and written in all
+    beyond those of fine-tuning's own steps; flops_share, of fine-tuning's operations.
+
+    A merge reads two networks and writes one. L2 reads the anchor at every step, EWC the importance, too, whose
+    computation costs a training row for every one of the task's. A buffer's rows take the place of the task's own in a
+    batch, so that they add no operations; they are read when drawn and written when kept.
+    """
+    import pandas as pd
+
+    size, later = 4 * parameters, tasks - 1
+    own = tasks * steps * batch * 6 * parameters
+    merged = len(merge_steps(steps, p)) * later
+    table: dict[str, tuple[float, float, float]] = {
+        "fine-tuning": (0, 0, 0),
+        f"SFA p={p:g}": (size, 3 * parameters * merged, 3 * size * merged),
+        "WiSE-FT": (size, 3 * parameters * later, 3 * size * later),
+        "L2": (size, 3 * parameters * steps * later, size * steps * later),
+        "EWC": (
+            2 * size,
+            4 * parameters * steps * later + tasks * rows * 6 * parameters,
+            2 * size * steps * later + 3 * size * tasks,
+        ),
+        "task arithmetic": ((tasks + 1) * size, 2 * parameters * tasks, (tasks + 2) * size),
+    }
+    for share in (0.01, 0.05, 0.1):
+        kept = round(share * rows) * example * later
+        drawn = sum(t * share / (1 + t * share) for t in range(1, tasks)) * steps * batch * example
+        table[f"buffer {share:.0%}"] = (kept, 0, kept + drawn)
+    frame = pd.DataFrame.from_dict(table, orient="index", columns=["kept", "flops", "moved"])
+    return frame.assign(flops_share=frame.flops / own).astype(float)
+
+
+@checks.arguments
 def top_curvature(
-    model: nn.Module, weights: Weights, examples: Examples, *, iterations: int = 100, tolerance: float = 1e-4,
+    model: nn.Module, weights: Weights, examples: Examples, *, iterations: Count = 100, tolerance: Positive = 1e-4,
     seed: int = 0
 ) -> float:  # fmt: skip
     """The largest eigenvalue of the Hessian of a model's mean cross entropy at `weights`, by power iteration.
@@ -108,8 +151,6 @@ def top_curvature(
     """
     if not len(examples):
         raise ValueError("examples: there are none; pass at least one")
-    if iterations < 1 or not tolerance > 0:
-        raise ValueError(f"iterations={iterations!r}, tolerance={tolerance!r}: give at least 1, and a share above 0")
     net = copy.deepcopy(model).to(examples.x.device).eval()
     set_weights(net, weights)
     parameters = list(trainable(net).values())
@@ -152,18 +193,9 @@ def _dot(a: list[Tensor], b: list[Tensor]) -> float:
     return float(torch.stack([(s.double() * t.double()).sum() for s, t in zip(a, b, strict=True)]).sum())
 
 
-def _check(lr: float, beta: float) -> None:
-    if not lr > 0:
-        raise ValueError(f"lr: {lr!r}; give a learning rate above 0")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta: {beta!r}; give the weight of the old weights, in [0, 1]")
-
-
-def _left(h: ArrayLike, beta: float, lr: float, k: int) -> np.ndarray:
+@checks.arguments
+def _left(h: ArrayLike, beta: Share, lr: Positive, k: Count) -> np.ndarray:
     """How much of the distance to the fixed point is left after k steps and a merge: (1 - beta) (1 - lr h)^k."""
-    _check(lr, beta)
-    if k < 1:
-        raise ValueError(f"k: {k!r}; give the number of steps between merges, at least 1")
     left = (1 - beta) * (1 - lr * np.asarray(h, dtype=np.float64)) ** k
     if not (np.abs(left) < 1).all():
         raise ValueError(

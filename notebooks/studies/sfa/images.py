@@ -1,0 +1,248 @@
+"""SFA's experiments on images: streams, networks, what is measured, and studies of single merges."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from clkit import checks, data, landscape, models, weights
+from clkit.consolidation import SFA, Context, Merged
+from clkit.data import Stream
+from clkit.experiments import Comparison, Method
+from clkit.learners import Learner
+from clkit.training import Result, Training, run
+from studies.named import dataset
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Head = Literal["masked", "shared", "plain"]
+EVEN_ODD = (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)
+LETTERS = "latin+armenian"  # more than a hundred classes once look-alikes are dropped
+EARLIER = "cyrillic+georgian"  # what the small transformer has learned before them
+
+
+@checks.arguments
+def even_odd(name: str = "digits", head: Head = "masked", *, limit: int | None = None) -> Stream:
+    """The even digits, then the odd ones, of "digits" or "mnist".
+
+    `head` "masked": ten outputs, a task's own given (task-incremental); "plain": ten outputs, all compete; "shared":
+    five outputs for both, the label is half the digit, rounded down (domain-incremental: the strongest conflict).
+    """
+    scenario = "task" if head == "masked" else "class"
+    stream = data.split(dataset(name, limit), 2, order=EVEN_ODD, scenario=scenario)
+    return data.shared_head(stream) if head == "shared" else stream
+
+
+def plane(
+    methods: Mapping[str, Method], name: str = "digits", head: Head = "masked", profile: str = "fast"
+) -> Comparison:
+    """Methods on even then odd digits, to be compared on the plane of old and new accuracy."""
+    limit = None if name == "digits" or profile == "paper" else 300
+    words = f"{name}, even then odd, {head} head" + (f", {limit} images a class" if limit else "")
+    labels = "task" if head == "masked" else "all"
+    training = Training(epochs=16 if name == "digits" else 6, batch=32, lr=0.1, labels=labels)
+    streams = {words: lambda seed: even_odd(name, head, limit=limit)}
+    return Comparison(streams, PERCEPTRON, methods, training, range(5), ends)
+
+
+def parts() -> Comparison:
+    """What the paper leaves open: optimizer state, schedule, first task, final merge, head; by p and by setting."""
+    usual = plane({}).training
+    changed: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "as in the paper": ({}, {}),
+        "cosine schedule": ({}, {"schedule": "cosine"}),
+        "no final merge": ({"final": False}, {}),
+        "head as trained": ({"own": ("linear.",)}, {}),
+        "untouched as trained": ({"untouched": "keep"}, {}),
+    }
+    for name, own in {"Adam": {"optimizer": "adamw", "lr": 0.002}, "momentum": {"momentum": 0.9, "lr": 0.02}}.items():
+        changed |= {f"{name}, state kept": ({}, own), f"{name}, state reset": ({"optimizer": "reset"}, own)}
+    methods = {}
+    for p, (setting, (rule, own)) in product((0.1, 0.25, 0.96, 1.0), changed.items()):
+        if setting != "no final merge" or p in (0.1, 0.96):  # elsewhere the last merge comes anyway
+            training = replace(usual, **own) if own else None
+            made = Method(Learner(), SFA(p, 0.5, **rule), training, labels={"setting": setting})
+            methods[f"p={p:g}" + (f", {setting}" if rule or own else "")] = made
+    return plane(methods)
+
+
+def rotated(seed: int, angle: float) -> Stream:
+    """The digits upright, then turned by an angle in degrees: one head for both, for any seed."""
+    return data.rotated(data.digits(), (0, angle))
+
+
+def permuted(seed: int, tasks: int, pixels: float) -> Stream:
+    """The digits, in each later task with another permutation of a share of their `pixels`, which the seed draws."""
+    return data.permuted(data.digits(), tasks, share=pixels, seed=seed)
+
+
+def conflicting(seed: int, conflict: float, marked: bool = False) -> Stream:
+    """Two tasks on the same images and the same head: even or odd, then at least five or not.
+
+    The share `conflict` of the second task's labels is the opposite of the first's, from independent labels to exact
+    contradiction. "marked" images carry a bright edge in the second task, so that a network that can tell the two
+    exists.
+    """
+    return data.conflicting(data.digits(), conflict=conflict, marked=marked, seed=seed)
+
+
+def twenty(seed: int, name: str, limit: int | None = None) -> Stream:
+    """Twenty tasks of five classes in an order that the seed draws, the task given: "letters", or images by name."""
+    if name != "letters":
+        return data.split(dataset(name, limit), 20, order=seed, scenario="task")
+    letters = data.glyphs(LETTERS, per_class=40, size=16)
+    order = np.random.default_rng(seed).permutation(len(letters.classes))[:100].tolist()
+    return data.split(letters, 20, order=order, scenario="task")
+
+
+def small_mlp(stream: Stream, *, seed: int = 0) -> nn.Module:
+    """The perceptron of the small theory test: 128 and 64 hidden units."""
+    return models.mlp(stream, hidden=(128, 64), seed=seed)
+
+
+PERCEPTRON = {"mlp 128-64": small_mlp}
+
+
+def pretrained(stream: Stream, source: str = "letters", *, seed: int = 0) -> nn.Module:
+    """A small transformer that has learned other scripts, or CIFAR-10, with a fresh head for `stream`."""
+    net = _vit(stream, seed=seed)
+    body = {n: t for n, t in _body(source).items() if not n.startswith("linear.")}
+    weights.set_weights(net, weights.get_weights(net) | body)
+    return net
+
+
+_vit = partial(models.vit, patch=4, dim=48, depth=2)
+
+
+@functools.cache
+def _body(source: str) -> weights.Weights:
+    earlier = dataset("cifar10", 400) if source == "cifar100" else data.glyphs(EARLIER, per_class=40, size=16)
+    adam = Training(8, 32, 0.002, optimizer="adamw", schedule="cosine", augment=False)
+    return run(data.split(earlier, 1), _vit, training=adam, device="cpu", progress=False).weights[0]
+
+
+def long_streams(methods: Mapping[str, Method], name: str = "letters", profile: str = "fast") -> Comparison:
+    """Methods on `twenty` tasks with a small transformer that has learned something else before, as the paper's have.
+
+    What it has learned: other scripts, or CIFAR-10. "paper" is CIFAR-100 at its full size with a larger one that has
+    not learned anything.
+    """
+    adam = Training(6, 32, 0.001, optimizer="adamw", labels="task", augment=False)
+    if profile == "paper":
+        adam, whole = replace(adam, epochs=20, augment=True), {"cifar100, 20 tasks": partial(twenty, name="cifar100")}
+        larger = {"vit 192 x 6": partial(models.vit, patch=4, dim=192, depth=6, heads=6)}
+        return Comparison(whole, larger, methods, adam, range(5), course)
+    net = {"vit 48 x 2, pretrained": partial(pretrained, source=name)}
+    if name == "letters":
+        return Comparison({"letters, 20 tasks": partial(twenty, name=name)}, net, methods, adam, range(3), course)
+    streams = {f"{name}, 20 tasks, 60 images a class": partial(twenty, name=name, limit=60)}
+    return Comparison(streams, net, methods, replace(adam, epochs=4), range(2), course)
+
+
+def ends(result: Result) -> dict[str, float]:
+    """Two tasks after the second: accuracy on the old and the new one, the steps it took to learn that, the merges.
+
+    `steps` is the first step of the last task at which the mean loss of ten steps is below 0.3, else all of them; to be
+    compared between rules whose loss is the task's own.
+    """
+    loss = result.training_loss[-1]
+    smooth = np.convolve(loss, np.ones(10) / 10, "valid")
+    below = np.flatnonzero(smooth < 0.3)
+    return {
+        "old": float(result.accuracy[-1, :-1].mean()),
+        "new": float(result.accuracy[-1, -1]),
+        "before": float(result.accuracy[0, 0]),
+        "steps": int(below[0] + 10) if len(below) else len(loss),
+        "merges": len(result.reports[-1].get("steps", [])),
+    }
+
+
+def course(result: Result) -> dict[str, Any]:
+    """The course of a long stream: after each task the accuracy on the first, the mean over those seen, the newest.
+
+    `distance` is how far the deployed weights have come from the first task's, relative to their length.
+    """
+    a, first = result.accuracy, result.weights[0]
+    length = weights.norm(first)
+    return {
+        "first": a[:, 0].tolist(),
+        "seen": [float(a[t, : t + 1].mean()) for t in range(len(a))],
+        "newest": np.diagonal(a).tolist(),
+        "distance": [weights.norm(weights.sub(w, first)) / length for w in result.weights],
+    }
+
+
+def retained(table: "pd.DataFrame", new: float = 0.95, *, by: str = "line") -> "pd.DataFrame":
+    """Accuracy on the old tasks where that on the new one is `new`: interpolated along each line's knob, seed by seed.
+
+    A row a line and seed, with the column `old`, of lines that reach `new` in every seed. Lines are compared at equal
+    plasticity, so that no single setting of a knob decides.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    groups: Any = table.groupby([by, "seed"], sort=False)
+    for (line, seed), one in groups:
+        one = one.sort_values("new")
+        if len(one) > 1 and one.new.min() <= new <= one.new.max():
+            rows.append({by: line, "seed": seed, "old": float(np.interp(new, one.new, one.old))})
+    found: Any = pd.DataFrame(rows, columns=[by, "seed", "old"])
+    return found[found.groupby(by)["seed"].transform("count") == table["seed"].nunique()].reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class _Kept(SFA):
+    """SFA that keeps the weights before and after every merge, for `merges`."""
+
+    def __call__(self, context: Context) -> Merged:
+        merged = super().__call__(context)
+        self.seen.append((context.previous, context.current, merged.train))  # type: ignore[attr-defined]
+        return merged
+
+
+def merges(seed: int, head: Head = "masked", p: float = 0.25, beta: float = 0.5) -> list[dict[str, float]]:
+    """Every merge of even then odd digits: both tasks before and after, and the barrier between anchor and network.
+
+    A row has the number (of the merge, from 1), old_before, old_after, new_before, new_after (test accuracies), and
+    barrier: how far the mean test loss over both tasks rises, along the line from the anchor to the trained weights,
+    above its chord.
+    """
+    stream, rule, rows = even_odd("digits", head), _Kept(p, beta), []
+    object.__setattr__(rule, "seen", [])
+    result = run(stream, small_mlp, None, rule, plane({}, head=head).training, seed=seed, progress=False)
+    for number, (anchor, trained, merged) in enumerate(rule.seen, 1):  # type: ignore[attr-defined]
+        line = landscape.curve(result.model, (anchor, trained), stream, 11)
+        after = landscape.curve(result.model, (merged, merged), stream, [0.0]).accuracy[0]
+        before = line.accuracy[-1]
+        row = {"old_before": before[0], "old_after": after[0], "new_before": before[1], "new_after": after[1]}
+        rows.append({"number": number} | row | {"barrier": line.barrier})
+    return rows
+
+
+def contradiction(seed: int, conflict: float) -> dict[str, float]:
+    """The cosine between the gradients of the two tasks of `conflicting`, over all data; -1 is exact contradiction.
+
+    "start": before any training; "learned": where the first task has ended.
+    """
+    stream = conflicting(seed, conflict)
+    first, training = replace(stream, tasks=stream.tasks[:1]), Training(16, 32, 0.1)
+    nets = {"start": small_mlp(stream, seed=seed)}
+    nets["learned"] = run(first, small_mlp, training=training, seed=seed, progress=False).model.eval()
+    row = {}
+    for place, net in nets.items():
+        a, b = (_gradient(net, task) for task in stream)
+        row[place] = weights.dot(a, b) / weights.norm(a) / weights.norm(b)
+    return row
+
+
+def _gradient(net: nn.Module, task: data.Task) -> weights.Weights:
+    loss = nn.functional.cross_entropy(net(task.prepare(task.train.x)), task.train.y)
+    names = [name for name, _ in net.named_parameters()]
+    return dict(zip(names, torch.autograd.grad(loss, list(net.parameters())), strict=True))

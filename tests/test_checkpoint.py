@@ -182,9 +182,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("learner", "change", "message"),
         [
-            (ER(memory=8), {}, "learner state memory: 9 there, 8 here"),
+            (ER(memory=8), {}, "learner memory: 9 there, 8 here"),
             (ER(memory=9), {"seed": 1}, "seed: 0 there, 1 here"),
-            (ER(memory=9), {"training": SHORT}, "training state lr: 0.1 there, 0.05 here"),
+            (ER(memory=9), {"training": SHORT}, "training lr: 0.1 there, 0.05 here"),
             (ER(memory=9), {"consolidation": CLeWI()}, r"consolidation class: \S+NoConsolidation there, \S+CLeWI here"),
             (ER(memory=9), {"model": models.mlp(toys.stream(2), seed=3)}, "initial weights"),
             (ER(memory=9), {"model": models.mlp}, r"model: Sequential\[.* there, clkit.models.mlp here"),

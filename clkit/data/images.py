@@ -398,7 +398,7 @@ def _examples(dataset: Any, key: tuple[object, ...], large: bool, size: int | No
 def _kept(key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Make tensors, or read those that an earlier process made for the same key; kept if making took 20 s or more."""
     path = store.cache_root() / "data" / f"{store.digest(repr(key))}.safetensors"
-    found = store.whole(path, store.read_tree)
+    found = store.intact(path, store.read_tree)
     if found is not None:
         return found
     start = perf_counter()

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from clkit import weights
+from clkit import store, weights
 from clkit.modulation.modulated import Modulated, TaskState
 from clkit.modulation.rules import RULES
 
 KIND = "a task's tensors"
-KINDS = [[name] for name in RULES]
+OPTIONS = ("layers", "statistics", "affine", "head")
 
 
 def save(
@@ -21,7 +21,7 @@ def save(
     """Writes a task to a safetensors file, by rename: its tensors, and what they go with as the header.
 
     The header has the hash of the backbone, the rule, the ids of the classes and what else is given: the task's name
-    and one name for each class.
+    and one name for each class. Raises ValueError on another number of names.
     """
     if class_names and len(class_names) != len(state.classes):
         raise ValueError(f"class_names: {len(class_names)} for {len(state.classes)} classes; give one for each")
@@ -62,37 +62,36 @@ def network(path: Path | str, backbone: nn.Module) -> nn.Module:
     """
     _, header = _read(path)
     kind, fields = header["rule"] or (None, {})
-    options = {name: header[name] for name in ("layers", "statistics", "affine", "head")}
-    model = Modulated(backbone, RULES[kind](**fields) if kind else None, **options)
+    rule = RULES[kind](**fields) if kind else None
+    model = Modulated(backbone, rule, **{name: header[name] for name in OPTIONS})
     return model.folded(_task(path, model))
 
 
 def _made_by(model: Modulated) -> dict[str, Any]:
     """What a task's tensors depend on, as plain values."""
-    layers = model.layers if isinstance(model.layers, str) else list(model.layers)
     rule = None if model.rule is None else [type(model.rule).__name__, asdict(model.rule)]
-    options = {"layers": layers, "statistics": model.statistics, "affine": model.affine, "head": model.head}
-    return {"kind": KIND, "backbone": model.fingerprint(), "rule": rule, **options}
+    options = {name: getattr(model, name) for name in OPTIONS}
+    return store.plain({"kind": KIND, "backbone": model.fingerprint(), "rule": rule, **options})
 
 
 def _task(path: Path | str, model: Modulated) -> TaskState:
     """A file's task, checked against a model but for the width of its head."""
     tensors, header = _read(path)
     ours = _made_by(model)
-    differ = [name for name in ours if header[name] != ours[name]]
-    if differ:
-        details = "; ".join(f"{name}: {header[name]} there, {ours[name]} here" for name in differ)
-        raise ValueError(f"path: {path} belongs to another model ({details}); make the model that it was saved with")
+    if differ := store.differences({name: header[name] for name in ours}, ours):
+        raise ValueError(
+            f"path: {path} belongs to another model ({'; '.join(differ)}); make the model that it was saved with"
+        )
     like, classes = model.state((0,)).tensors, header["classes"]
     rows = {name for name in like if name.startswith(f"backbone.{model.head}.")}
     found = {name: tensor[:1] if name in rows else tensor for name, tensor in tensors.items()}
     weights.check_same(like, found, names=("the model", f"path: {path}"))
+    weights.check_finite(tensors, f"path: {path}")
     for name, tensor in tensors.items():
         if tensor.dtype != like[name].dtype or (name in rows and len(tensor) != len(classes)):
             raise ValueError(
                 f"path: {path} has a damaged {name!r} ({tensor.dtype}, {tuple(tensor.shape)}); save it again"
             )
-    weights.check_finite(tensors, f"path: {path}")
     device = next(model.parameters()).device
     return TaskState(tuple(classes), {name: tensor.to(device) for name, tensor in tensors.items()})
 
@@ -100,10 +99,10 @@ def _task(path: Path | str, model: Modulated) -> TaskState:
 def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A file's tensors and header, which is one that `save` writes."""
     tensors, header = weights.load(path)
-    if not isinstance(header, dict) or header.get("kind") != KIND:
+    if header.get("kind") != KIND:
         raise ValueError(f"path: {path} holds no task of a modulated network; give a file that modulation.save wrote")
-    ids, rule = header.get("classes") or ["none"], header.get("rule", "none")
-    whole = header.keys() >= {"backbone", "layers", "statistics", "affine", "head"}
-    if not whole or not all(type(i) is int and i >= 0 for i in ids) or (rule is not None and rule[:1] not in KINDS):
+    ids, rule = header.get("classes") or ["none"], header.get("rule") or [None]
+    whole = header.keys() >= {"backbone", "rule", *OPTIONS} and rule[0] in (None, *RULES)
+    if not whole or not all(type(i) is int and i >= 0 for i in ids):
         raise ValueError(f"path: {path} has a damaged header; save the task again")
     return tensors, header

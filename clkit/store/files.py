@@ -110,7 +110,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mappin
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads tensors, onto the CPU, and their header; that of a file from elsewhere is empty.
+    """Reads tensors of any shape by name, onto the CPU, and their header; that of a file from elsewhere is empty.
 
     Raises ValueError on a file that is damaged or no safetensors, FileNotFoundError where there is none.
     """
@@ -120,9 +120,9 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"path: {path} is not a file; give one that weights.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("clkit", "{}"))
+            header = dict(json.loads((file.metadata() or {}).get("clkit", "{}")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, TypeError) as error:
         raise ValueError(f"path: {path} is not a whole safetensors file ({error}); write it again") from error
     checksum = header.pop("checksum", None)
     if checksum is not None and checksum != _checksum(header, tensors):
@@ -151,7 +151,7 @@ def read_tree(path: Path | str, device: torch.device | str = "cpu") -> Any:
         ) from error
 
 
-def whole(path: Path, read: Callable[[Path], T]) -> T | None:
+def intact(path: Path, read: Callable[[Path], T]) -> T | None:
     """What `read` gives of a file that can be made again; None if there is none.
 
     One that is damaged, by its ValueError, KeyError or TypeError, is named in the log, set aside under the ending
@@ -176,7 +176,7 @@ class _Packer:
         self.storages: set[int] = set()
 
     def pack(self, node: Any, place: str) -> Any:
-        """The tree with a reference in place of every tensor."""
+        """The tree with a reference in place of every tensor. Raises TypeError on what it cannot hold."""
         if isinstance(node, np.ndarray):
             return self.reference(torch.from_numpy(node), place) | {"array": True}
         if isinstance(node, Tensor):

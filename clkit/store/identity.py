@@ -36,9 +36,9 @@ _LOADED: dict[str, tuple[Any, str]] = {}  # by a module's name: its spec, which 
 def describe(value: Any, name: str = "value") -> Any:
     """A JSON value that is equal for equal values and differs where a result might: in every process, of every copy.
 
-    A module counts with its parameters, buffers, flags, hooks and other attributes, an object with all that is in it,
-    a function with all that it uses. A thing with a `fingerprint`, a text, describes itself by that. Raises TypeError,
-    naming the place in `name`, on what cannot be told apart reliably.
+    A module counts with its parameters, buffers, flags, hooks and other attributes. An object counts with all that is
+    in it, a function with all that it uses. A thing with a `fingerprint`, a text, describes itself by that. Raises
+    TypeError, naming the place in `name`, on what cannot be told apart reliably.
     """
     return _Walk().of(value, name)
 
@@ -141,16 +141,17 @@ class _Walk:
         make, args, state, items, entries = cast(Any, (*parts, None, None, None)[:5])
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             make, args = None, args[1:]
-        if isinstance(state, dict):
-            kind = type(value)
-            derived = {n for n in state if isinstance(getattr(kind, n, None), functools.cached_property)}
-            derived |= {n for n in state if str(n).startswith(VOLATILE)}
-            state = {n: part for n, part in state.items() if n not in derived}
-            state = _in_order(state) if isinstance(value, nn.Module) else state
-        facts = {"class": type(value), "made by": make, "args": args, "state": state}
-        facts |= {"items": [*(items or ())], "entries": [*(entries or ())]}
-        nothing = (types.NoneType, tuple, list, dict)
-        return {n: self.of(part, place) for n, part in facts.items() if not isinstance(part, nothing) or part}
+        facts = {"class": type(value), "made by": make, "made of": args, "and items": [*(items or ())]}
+        facts |= {"and entries": [*(entries or ())], "and": None if isinstance(state, dict) else state}
+        nothing = (types.NoneType, tuple, list)
+        found = {n: self.of(fact, place) for n, fact in facts.items() if not isinstance(fact, nothing) or fact}
+        attributes = {
+            name: attribute
+            for name, attribute in (state.items() if isinstance(state, dict) else ())
+            if not isinstance(getattr(type(value), str(name), None), functools.cached_property)
+            and not str(name).startswith(VOLATILE)
+        }
+        return found | self.mapping(_in_order(attributes) if isinstance(value, nn.Module) else attributes, place)
 
     def kind(self, value: type, place: str) -> dict[str, Any]:
         """All that a class and its own bases define."""
@@ -180,7 +181,7 @@ class _Walk:
             codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         facts: dict[str, Any] = {
-            "code": [(code.co_code, code.co_names, code.co_varnames) for code in codes],
+            "code": [(code.co_code, code.co_exceptiontable, code.co_names, code.co_varnames) for code in codes],
             "constants": [tuple(c for c in code.co_consts if not isinstance(c, types.CodeType)) for code in codes],
             "defaults": (value.__defaults__, value.__kwdefaults__),
             "captured": {name: cell.cell_contents for name, cell in cells if cell != types.CellType()},

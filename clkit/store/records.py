@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from clkit.store.files import digest, plain, read_tree, whole, write_json, write_tree
+from clkit.store.files import digest, intact, plain, read_tree, write_json, write_tree
 
 try:
     import fcntl
@@ -19,7 +19,7 @@ class Records:
     """A folder of records, `<hash>.json`, and the tensors that belong to some of them, `<hash>.safetensors`.
 
     A record is a dict of JSON values; its "configuration" hashes to its key. Files appear by rename and are checked on
-    reading: one that was cut off, edited or renamed is named in the log, set aside as `<hash>.damaged` and counts as
+    reading. One that was cut off, edited or renamed is named in the log and set aside as `<hash>.damaged`. It counts as
     missing, so that it is computed again. Several processes may use one folder at once.
     """
 
@@ -82,26 +82,21 @@ class Records:
         return self.folder / f"{key}.safetensors"
 
     def _read(self, key: str, tensors: bool) -> tuple[dict[str, Any] | None, Any]:
-        def checked(path: Path) -> tuple[dict[str, Any] | None, Any]:
+        def checked(path: Path) -> tuple[dict[str, Any], Any] | None:
             content = json.loads(path.read_bytes())
-            record, tree = content["record"], None
-            if content["checksum"] != digest(record):
-                raise ValueError("its checksum does not fit its content")
-            if digest(record["configuration"]) != key:
-                raise ValueError("it holds another configuration's record")
-            if tensors and not record["tensors"]:
-                return None, None
-            if tensors:
-                try:
-                    tree = read_tree(self._tree(key))
-                except FileNotFoundError as error:
-                    raise ValueError("its tensors are missing") from error
-                if tree["key"] != key:
-                    raise ValueError("its tensors are another record's")
-                tree = tree["tensors"]
-            return record, tree
+            record = content["record"]
+            if content["checksum"] != digest(record) or digest(record["configuration"]) != key:
+                raise ValueError("its checksum does not fit its content, or it holds another configuration's record")
+            if not tensors or not record["tensors"]:
+                return None if tensors else (record, None)
+            if not self._tree(key).is_file():
+                raise ValueError("its tensors are missing")
+            tree = read_tree(self._tree(key))
+            if tree["key"] != key:
+                raise ValueError("its tensors are another record's")
+            return record, tree["tensors"]
 
-        return whole(self.path(key), checked) or (None, None)
+        return intact(self.path(key), checked) or (None, None)
 
 
 def _locked(path: Path) -> IO[str]:

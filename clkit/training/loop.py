@@ -85,7 +85,8 @@ def run(
 
     `checkpoint` names a file for the whole state of the run, written after every task. If it is there already, the run
     goes on after the last task in it: an interruption costs the steps of one task and changes no bit of the result,
-    whose `seconds` add up; of a finished run the result comes back. A damaged file, or another run's, is refused.
+    whose `seconds` add up; of a finished run the result comes back. A damaged file, or another run's, is refused,
+    and so is with TypeError what has no stable description (`store.describe`): a lock or a Python generator, say.
 
     Raises before any work on settings that do not fit together, and FloatingPointError with task and step when a loss
     is not finite.

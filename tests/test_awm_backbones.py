@@ -10,8 +10,7 @@ from clkit.data import characters
 from clkit.training import Training, evaluate, run
 from clkit.weights import equal, get_weights
 from studies import pretraining
-from studies.awm import BACKBONES, pretrained, pretrained_accuracy
-from studies.awm.backbones import latin
+from studies.awm import BACKBONES, latin, pretrained, pretrained_accuracy
 from studies.pretraining import Recipe, restored
 
 TINY = Recipe(partial(models.convnet, widths=(4, 8)), Training(epochs=1, lr=0.1), partial(latin, per_class=3, size=10))

@@ -12,7 +12,7 @@ from clkit import data, models
 from clkit.learners import PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, modulated
 from clkit.training import Training, run
-from studies.awm import backbones, grids, streams
+from studies import awm
 
 GRIDS = (
     "tuning",
@@ -22,9 +22,6 @@ GRIDS = (
     "variants",
     "which_part",
     "architectures",
-    "transfer",
-    "inferred",
-    "long",
 )
 LATIN = data.Normalize((0.2,), (0.3,))
 
@@ -33,8 +30,8 @@ LATIN = data.Normalize((0.2,), (0.3,))
 def untrained(monkeypatch):
     """Backbones as they are built, and Latin's normalisation without drawing all of it."""
 
-    monkeypatch.setattr(grids, "pretrained", backbones.untrained)
-    monkeypatch.setattr(streams, "_latin", lambda: LATIN)
+    monkeypatch.setattr(awm, "pretrained", awm.untrained)
+    monkeypatch.setattr(awm, "_latin", lambda: LATIN)
 
 
 def thinned(stream: data.Stream, every: int) -> data.Stream:
@@ -49,51 +46,51 @@ def rows(examples: data.Examples) -> set[bytes]:
 
 class TestStreams:
     def test_a_script_has_its_own_examples_to_train_to_choose_and_to_test_by(self):
-        test, held_out = streams.script("greek"), streams.script("greek", "held out")
+        test, held_out = awm.script("greek"), awm.script("greek", "held out")
         assert rows(test.train) == rows(held_out.train)
         parts = [rows(test.train), rows(test.test), rows(held_out.test)]
         assert [len(part) for part in parts] == [20 * 24, 20 * 12, 20 * 12]
         assert len(set.union(*parts)) == sum(map(len, parts))
         for part, count in ((test.train, 24), (test.test, 12), (held_out.test, 12)):
             assert part.y.bincount().tolist() == [count] * 20
-        with pytest.raises(ValueError, match="part: 'validation' is unknown; choose 'test' or 'held out'"):
-            streams.script("greek", "validation")
+        with pytest.raises(ValueError, match="part: 'validation' is unknown; choose one of test, held out"):
+            awm.script("greek", "validation")
 
     def test_scripts_are_tasks_with_classes_of_their_own_prepared_as_latin(self):
-        stream = streams.scripts(("greek", "math"))
-        latin = backbones.latin()[0]
+        stream = awm.scripts(("greek", "math"))
+        latin = awm.latin()[0]
         assert (len(stream), len(stream.classes), stream.scenario) == (2, 40, "task")
         assert stream[0].normalize == latin.normalize and stream.shape == tuple(latin.train.x.shape[1:])
         assert stream.classes[0].startswith("greek/") and stream.classes[-1].startswith("math/")
 
     def test_forty_tasks_of_characters_that_are_no_latin_ones(self, untrained):
-        stream = streams.characters(40)
+        stream = awm.characters(40)
         assert len(stream) == 40 and {len(task.classes) for task in stream} <= {7, 8, 9, 10, 11, 12}
         assert not set(stream.classes) & set(data.glyphs("latin", per_class=1).classes)
 
     def test_the_same_tasks_backwards(self, untrained):
-        there, back = grids.forty(0), grids.forty(0, backwards=True)
+        there, back = awm.forty(0), awm.forty(0, backwards=True)
         assert [task.classes for task in there] == [task.classes for task in back][::-1]
 
     def test_a_set_that_is_nowhere_is_named(self, monkeypatch, tmp_path):
         monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
         with pytest.raises(ValueError, match=r"name: 'wikiart' is unknown; .* or a pack in"):
-            streams.pictures(("wikiart",))
+            awm.pictures(("wikiart",))
 
 
 @pytest.mark.usefixtures("untrained")
 class TestGrids:
     @pytest.mark.parametrize("name", GRIDS)
     def test_a_grids_record_is_plain_and_tells_its_methods_apart(self, name):
-        config = getattr(grids, name)().config
+        config = getattr(awm, name)().config
         json.dumps(config)
         assert "0x" not in str(config)
         records = [str(record) for record in config["methods"].values()]
         assert len(set(records)) == len(records)
 
     def test_methods_are_what_their_names_say(self):
-        methods = grids.table().methods
-        stream = streams.scripts(("greek", "math"))
+        methods = awm.table().methods
+        stream = awm.scripts(("greek", "math"))
         nets = {name: method.model(stream, seed=0) for name, method in methods.items()}
         assert {name: type(net.rule) for name, net in nets.items()} == {
             "classifier, statistics frozen": type(None),
@@ -105,7 +102,7 @@ class TestGrids:
             "AWM 4": Modulation,
             "AWM 2": Modulation,
             "mask, published rate": Mask,
-            "AWM 4, two rates": grids.Scaled,
+            "AWM 4, two rates": awm.Scaled,
             "mask, two rates": Mask,
         }
         assert nets["classifier, statistics frozen"].statistics == "frozen" and nets["norms"].affine
@@ -117,7 +114,7 @@ class TestGrids:
         """With Adam, tensors at k times the rate and of k times the scale make the same weights as without either."""
         stream, made = data.split(data.digits(), 5, scenario="task"), {}
         for name, head in {"one": 3e-3, "two": 3e-2}.items():
-            method = getattr(grids, kind)(3e-3, head)
+            method = getattr(awm, kind)(3e-3, head)
             net = Modulated(models.convnet(stream, widths=(8, 8)), method.model.keywords["rule"])
             task = stream[0]
             x, y = task.prepare(task.train.x[:64]), task.train.y[:64]
@@ -131,15 +128,15 @@ class TestGrids:
         assert not torch.equal(made["one"], models.convnet(stream, widths=(8, 8)).conv2.weight)
 
     def test_heads_depend_on_the_seed_and_the_backbone_does_not(self):
-        stream = streams.scripts(("greek", "math"))
-        a, b, again = (grids.backbone(stream, "vit", seed=seed) for seed in (0, 1, 0))
+        stream = awm.scripts(("greek", "math"))
+        a, b, again = (awm.backbone(stream, "vit", seed=seed) for seed in (0, 1, 0))
         for name, tensor in a.state_dict().items():
             assert torch.equal(tensor, again.state_dict()[name])
             assert torch.equal(tensor, b.state_dict()[name]) != name.startswith("linear.")
 
     def test_costs_count_what_a_task_keeps(self):
-        table = grids.costs(grids.table()).set_index("method")
-        net = Modulated(grids.pretrained())
+        table = awm.costs(awm.table()).set_index("method")
+        net = Modulated(awm.pretrained())
         assert table.loc["AWM 4", "gains"] == net.parameters_per_task()["gains"] == 23_860
         statistics = 4 * net.parameters_per_task()["statistics"]
         assert table.loc["AWM 4", "bytes"] == 4 * 23_860 + statistics
@@ -148,19 +145,19 @@ class TestGrids:
         assert ((table["bytes with head"] - table["bytes"]) == 4 * 1281 * 20).all()
 
     def test_costs_at_the_papers_scale_need_no_images(self):
-        table = grids.costs(grids.table("paper")).set_index("method")
+        table = awm.costs(awm.table("paper")).set_index("method")
         assert table.loc["AWM 4", "gains"] == 136_860 and table.loc["mask", "bytes"] == 273_720 + 8 * 17_056
 
     def test_parts_of_the_network_are_all_of_it(self):
-        counts = grids.costs(grids.which_part()).set_index("method")["gains"]
+        counts = awm.costs(awm.which_part()).set_index("method")["gains"]
         stem = 9 * (16 // 16)
         assert counts["AWM 4, depthwise alone"] + counts["AWM 4, pointwise alone"] + stem == counts["AWM 4"]
 
     def test_a_grid_runs(self, tmp_path):
-        grid = grids.forgetting()
+        grid = awm.forgetting()
         small = replace(
             grid,
-            streams={"two": lambda seed: thinned(streams.scripts(("greek", "math")), 6)},
+            streams={"two": lambda seed: thinned(awm.scripts(("greek", "math")), 6)},
             methods={name: replace(m, training=replace(m.training, epochs=1)) for name, m in grid.methods.items()},
             seeds=(0,),
         )
@@ -176,7 +173,7 @@ class TestGrids:
 def test_real_images_are_learned_and_none_is_forgotten(packs, monkeypatch):
     monkeypatch.setenv("CLKIT_DATA", str(packs))
     names = ("mnist", "usps", "cifar10", "pacs48/photo", "pacs48/art_painting", "pacs48/cartoon", "pacs48/sketch")
-    stream = streams.pictures(names, size=24, limit=20)
+    stream = awm.pictures(names, size=24, limit=20)
     assert stream.shape == (3, 24, 24) and [len(task.classes) for task in stream] == [10, 10, 10, 7, 7, 7, 7]
     assert [task.augment.flip for task in stream] == [False, False, True, True, True, True, True]
     model = partial(modulated, model=partial(models.convnet, widths=(16, 32)), rule=Modulation(2, 2))

@@ -12,11 +12,14 @@ from pytest import approx
 from torch.nn import functional as F
 
 from clkit import data, models
+from clkit.consolidation import HCMM, Merging
 from clkit.data import split
 from clkit.evaluation import evaluate
+from clkit.experiments import grid, study
 from clkit.tangent import Linearized
 from clkit.weights import equal, get_weights, lerp
-from studies.hcmm import grids, settings, studies
+from studies import hcmm
+from studies import hcmm_streams as settings
 from studies.pretraining import Recipe
 
 TINY = Recipe(
@@ -44,7 +47,7 @@ def tiny(monkeypatch, tmp_path):
     network = partial(settings.pretrained, recipe=TINY, support=settings.rendered)
     monkeypatch.setitem(settings.SETTINGS, "glyphs", settings.Setting(small, network))
     monkeypatch.setitem(settings.SETTINGS, "fonts", settings.Setting(small_fonts, network))
-    for module in (studies, settings):
+    for module in (hcmm, settings):
         monkeypatch.setattr(module, "glyphs", small)
 
 
@@ -82,7 +85,7 @@ class TestSettings:
 
     def test_both_networks_of_a_setting_are_one_function_at_first_and_share_names(self):
         stream = small()
-        plain, tangent = (settings.model(stream, "glyphs", linearized=lin, seed=1) for lin in (False, True))
+        plain, tangent = (settings.model(stream, "glyphs", mode, seed=1) for mode in hcmm.MODES)
         x = stream[0].prepare(stream[0].test.x)
         assert isinstance(tangent.encoder, Linearized) and equal(get_weights(plain), get_weights(tangent))
         torch.testing.assert_close(plain.eval()(x), tangent.eval()(x))
@@ -104,8 +107,10 @@ class TestSettings:
         assert evaluate(settings.model(small(), "glyphs"), small()).accuracy.mean() > 2 / 9
 
     def test_an_unknown_setting_is_named_with_close_ones(self):
-        with pytest.raises(ValueError, match=r"setting: 'glyph' is unknown; did you mean \['glyphs'\]"):
+        with pytest.raises(ValueError, match=r"setting: 'glyph' is unknown; .*did you mean 'glyphs'"):
             settings.model(small(), "glyph")
+        with pytest.raises(ValueError, match=r"mode: 'tangents' is unknown; .*did you mean 'tangent'"):
+            settings.model(small(), "glyphs", "tangents")
 
     def test_packs_that_are_not_there_are_named(self, monkeypatch):
         monkeypatch.delenv("CLKIT_DATA", raising=False)
@@ -138,38 +143,77 @@ class TestSettings:
         assert len(settings.spare(pacs, 0, "pacs48/photo")) == 70
 
 
-class TestGrids:
-    def test_every_grid_is_plain_to_record_and_pairs_its_methods(self):
-        made = [grids.tuning(), grids.table(), grids.table("fonts"), grids.joint(), grids.joint("fonts")]
-        made += [grids.corrections(), grids.alphas(), grids.rates(), grids.importances(), grids.lengths(3)]
-        made += [grids.packs("pacs"), grids.paper()]
+class TestComparisons:
+    def test_every_comparison_is_plain_to_record_and_pairs_its_methods(self):
+        made = [hcmm.tuning(), hcmm.tuning("fonts"), hcmm.paper(), *hcmm.comparisons().values()]
         for one in made:
             assert json.dumps(one.config) and len({repr(m) for m in one.methods.values()}) == len(one.methods)
 
     def test_the_stages_are_all_eight_combinations_and_fine_tuning_itself(self):
-        made = grids.stages()
+        made = hcmm.stages()
         assert len(made) == 10
         for name, row in made.items():
             rule = row.consolidation
-            assert row.model.keywords["linearized"] == name.startswith("tangent")
+            assert row.model.keywords["mode"] == name.split(" + ")[0]
             assert (rule is None) == ("+" not in name)
             if rule is not None:
                 assert (rule.importance == "none") == ("linear" in name)
                 assert (rule.correction == "none") == (not name.endswith("correction"))
 
+    @pytest.mark.parametrize(
+        ("setting", "name", "lr", "value"),
+        [
+            ("glyphs", "tangent + importance", 1e-3, 0.2),
+            ("fonts", "tangent + importance", 3e-3, 0.5),
+            ("pacs", "tangent + linear", 1e-3, 0.35),
+            ("glyphs", "LwF", 3e-4, 0.3),
+            ("fonts", "EWC", 3e-3, 100.0),
+            ("fonts", "TIES, independent", 3e-3, 1.0),
+        ],
+    )
+    def test_methods_have_what_was_chosen_for_their_stream(self, setting, name, lr, value):
+        row = (hcmm.stages(setting) | hcmm.baselines(setting))[name]
+        assert row.training == replace(hcmm.TRAINING, lr=lr) and row.model.keywords["setting"] == setting
+        rule = row.consolidation
+        own = row.learner.strength if rule is None else getattr(rule, "alpha", None) or dict(rule.options)["scale"]
+        assert own == value
+
+    def test_a_merge_is_uncorrected_by_importance_unless_it_is_told_otherwise(self):
+        assert hcmm.merged(alpha=0.3).consolidation == HCMM(alpha=0.3, correction="none")
+        ridge = hcmm.merged("tangent", 1e-2, alpha=0.3, correction="ridge", ridge=10.0)
+        assert ridge.consolidation == HCMM(alpha=0.3, correction="ridge", ridge=10.0) and ridge.training.lr == 1e-2
+        assert hcmm.averaged("ties", "independent", 1e-3, scale=0.5).consolidation == Merging(
+            "ties", {"scale": 0.5}, "independent"
+        )
+
+    def test_points_of_a_sweep_are_named_by_their_curve(self):
+        made = grid(hcmm.merged, "{mode} + linear {alpha}", mode=hcmm.MODES, alpha=(0.1, 0.3), importance="none")
+        made |= grid(hcmm.merged, "{alpha}, sum", mode="tangent", alpha=(0.1, 0.3), accumulate="sum")
+        made |= grid(hcmm.fine_tuned, "{mode} at {lr}", mode="ordinary", lr=(1e-3, 1e-2))
+        whole = hcmm.compare(made, (0,))
+        bare = pd.DataFrame({"stream": "glyphs", "model": "zero-shot", "training": "Training", "method": list(made)})
+        found = hcmm.curves(whole.complete(bare))
+        lines = ["ordinary + linear", "tangent + linear", "tangent + importance, sum", "ordinary"]
+        assert list(found.method) == [line for line in lines for _ in (0, 1)]
+        assert found.alpha[:4].tolist() == [0.1, 0.3, 0.1, 0.3] and found.lr[6:].tolist() == [1e-3, 1e-2]
+
     def test_tuning_has_seeds_of_its_own(self):
-        reported = {seed for one in (grids.table(), grids.rates(), grids.paper()) for seed in one.seeds}
-        assert not reported & set(grids.tuning().seeds)
+        reported = {seed for one in (hcmm.paper(), *hcmm.comparisons().values()) for seed in one.seeds}
+        assert not reported & set(hcmm.tuning().seeds)
+
+    def test_the_published_numbers_are_percent(self):
+        table = hcmm.listed().set_index(["dataset", "tasks", "method"]).acc
+        assert table.between(60, 90).all() and table["CIFAR-100", 10, "HCMM"] == 77.72
 
     @pytest.mark.parametrize("setting", ["glyphs", "fonts"])
     def test_stages_run_and_learn(self, setting, monkeypatch):
-        monkeypatch.setattr(grids, "TRAINING", replace(grids.TRAINING, epochs=1, batch=8))
+        monkeypatch.setattr(hcmm, "TRAINING", replace(hcmm.TRAINING, epochs=1, batch=8))
         names = ("ordinary", "tangent + linear", "tangent + importance + correction")
-        made = {name: row for name, row in grids.stages(setting).items() if name in names}
-        one = grids.grid(made, (0, 1), setting)
-        table, whole = studies.courses(one, jobs=1), one.matrices(jobs=1)
+        made = {name: row for name, row in hcmm.stages(setting).items() if name in names}
+        table = hcmm.compare(made, (0, 1), setting).matrices(jobs=1)
         assert list(table.method) == [n for n in names for _ in (0, 1)] and table.acc.between(0.1, 1).all()
-        assert np.array(table.course.tolist()) == approx(np.array(whole.matrix.tolist()).mean(2))
+        assert list(table["mode"]) == ["ordinary"] * 2 + ["tangent"] * 4
+        assert np.array(table.course.tolist()) == approx(np.array(table.matrix.tolist()).mean(2))
         for seed in (0, 1):
             stream = settings.known(setting).stream(seed)
             before = evaluate(settings.model(stream, setting, seed=seed), stream).accuracy.mean()
@@ -178,8 +222,8 @@ class TestGrids:
 
 class TestStudies:
     def test_a_path_begins_and_ends_at_the_two_networks(self):
-        stream, result, importances = studies.two_tasks("tangent", 3e-3, epochs=1)
-        curves = studies.along(stream, result, importances, points=5)
+        stream, result, importances = hcmm.two_tasks("tangent", 3e-3, epochs=1)
+        curves = hcmm.along(stream, result, importances, points=5)
         for end, weights in ((0, result.weights[0]), (-1, result.weights[1])):
             result.model.load_state_dict({**result.model.state_dict(), **weights})
             at = evaluate(result.model, stream)
@@ -189,44 +233,45 @@ class TestStudies:
         assert len(importances) == 2 and all((v >= 0).all() for part in importances for v in part.values())
 
     def test_paths_have_a_row_for_every_position(self, monkeypatch):
-        monkeypatch.setattr(grids, "TRAINING", replace(grids.TRAINING, batch=16))
-        monkeypatch.setattr(studies, "two_tasks", partial(studies.two_tasks, epochs=1))
-        table = studies.paths((1e-3,), seeds=(0,))
+        monkeypatch.setattr(hcmm, "TRAINING", replace(hcmm.TRAINING, batch=16))
+        table = study(hcmm.paths, mode=hcmm.MODES, lr=[1e-3], epochs=1).run(jobs=1)
+        assert list(table.columns[:3]) == ["mode", "lr", "seed"]
         assert len(table) == 2 * 2 * 21 and table.groupby(["mode", "merge"]).barrier.nunique().max() == 1
         sagging = table.groupby(["mode", "merge"]).gap.first()
         chord = table[table["alpha"].isin([0, 1])].groupby(["mode", "merge"]).loss.mean()
         assert (table.groupby(["mode", "merge"]).loss.mean() - chord).to_numpy() == approx(sagging.to_numpy(), abs=1e-9)
 
     def test_corrections_bring_features_closer_in_the_order_of_their_strength(self):
-        table = studies.mismatches(("ordinary",), 3e-3, every=1, seeds=(0,)).set_index(["on", "weights"])
+        table = hcmm.mismatches(0, "ordinary", 3e-3, every=1).set_index(["on", "weights"])
         here = table.loc["this task"].l2
         assert here["previous"] == 0 and table.loc["this task"].cka["previous"] == approx(1)
         order = ["merged", "ridge 1000", "ridge 100", "ridge 10", "ridge 1"]
         assert list(here[order]) == sorted(here[order], reverse=True) and here["released"] == approx(
             here["merged"], rel=0.01
         )
-        assert set(table.index.get_level_values("weights")) == {"previous", "trained", "merged", *studies.CORRECTIONS}
+        assert set(table.index.get_level_values("weights")) == {"previous", "trained", "merged", *hcmm.CORRECTIONS}
 
     def test_every_correction_changes_the_projection_alone(self):
-        for _, _, scratch, found in studies.corrected("tangent", 3e-3, every=1):
+        for _, _, scratch, found in hcmm.corrected("tangent", 3e-3, every=1):
             assert isinstance(scratch.encoder, Linearized)
-            for name in studies.CORRECTIONS:
+            for name in hcmm.CORRECTIONS:
                 changed = [k for k, v in found[name].items() if not torch.equal(v, found["merged"][k])]
                 assert changed == ["encoder.projection.weight"]
             assert not equal(found["merged"], lerp(found["previous"], found["trained"], 0.5))
 
     def test_what_hcmm_keeps_does_not_grow_and_task_vectors_do(self):
-        table = studies.kept((2, 3)).pivot(index="method", columns="tasks", values="networks")
+        rows = [{"method": name} | row for name, rule in hcmm.KEPT.items() for row in hcmm.kept(0, rule, (2, 3))]
+        table = pd.DataFrame(rows).pivot(index="method", columns="tasks", values="networks")
         assert table.loc["linear average"].tolist() == [1, 1] and table.loc["MagMax"].tolist() == [3, 4]
         assert table.loc["HCMM", 2] == table.loc["HCMM", 3] and 1.8 < table.loc["HCMM", 2] < 2
 
     def test_steps_are_what_each_stage_adds_seed_by_seed(self):
-        names = [*grids.stages(), *studies.BASELINES]
+        names = [*hcmm.stages(), *hcmm.BASELINES]
         rows = [
             {"method": n, "seed": seed, "acc": 0.1 * seed + 0.01 * k} for k, n in enumerate(names) for seed in (0, 1, 2)
         ]
-        found = studies.steps(pd.DataFrame(rows)).set_index("step")
-        assert len(found) == 3 * 2 + 3 + len(studies.BASELINES)
+        found = hcmm.steps(pd.DataFrame(rows)).droplevel("stage")
+        assert len(found) == 3 * 2 + 3 + len(hcmm.BASELINES)
         for step, a, b in (
             ("importance, tangent", "tangent + importance", "tangent + linear"),
             ("correction, ordinary", "ordinary + importance + correction", "ordinary + importance"),

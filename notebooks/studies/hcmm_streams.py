@@ -8,18 +8,19 @@ of a few examples that no task has. A seed draws everything anew: pretraining, c
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
 
-from clkit import data, models
+from clkit import checks, data, models
 from clkit.data import Dataset, Examples, Normalize, Stream
 from clkit.tangent import Linearized
 from clkit.training import Training
 from studies.pretraining import Recipe, restored
 
+Mode = Literal["ordinary", "tangent"]
 SCRIPTS = ("greek", "cyrillic", "armenian", "georgian")
 CLASSES, TRAINED, SHOTS, JITTER = 100, 40, 3, 1.5
 FONTS = {"serif": ("serif", "serif-bold"), "mono": ("mono", "mono-bold"),
@@ -39,23 +40,24 @@ class Setting:
     network: Callable[..., nn.Module]
 
 
-def model(stream: Stream, setting: str, linearized: bool = False, *, seed: int = 0) -> nn.Module:
-    """The network of a setting for its stream: `encoder`, linearised at its pretrained weights or not, and `head`.
-
-    The encoder alone is linearised: features are affine in the weights, and the head normalises them (paper's code).
-    """
-    net = known(setting).network(stream, seed=seed)
-    if linearized:
-        net.set_submodule("encoder", Linearized(net.get_submodule("encoder")))
-    return net
-
-
 def known(setting: str) -> Setting:
     """The setting of a name; ValueError, with close names, where there is none."""
-    if setting not in SETTINGS:
-        close = get_close_matches(str(setting), SETTINGS, 2)
-        raise ValueError(f"setting: {setting!r} is unknown; did you mean {close or list(SETTINGS)}?")
-    return SETTINGS[setting]
+    return SETTINGS[checks.choice("setting", setting, SETTINGS)]
+
+
+@checks.arguments
+def model(stream: Stream, setting: str, mode: Mode = "ordinary", *, seed: int = 0) -> nn.Module:
+    """The network of a setting for its stream: an `encoder` and a `head`.
+
+    In the mode "tangent" the encoder is linearised at its pretrained weights. The head is not: features are affine in
+    the weights, and the head normalises them, as in the paper's code.
+
+    Raises ValueError for a setting or a mode that is unknown.
+    """
+    net = known(setting).network(stream, seed=seed)
+    if mode == "tangent":
+        net.set_submodule("encoder", Linearized(net.get_submodule("encoder")))
+    return net
 
 
 def pretrained(

@@ -1,7 +1,7 @@
 """Deriving a symmetry: one walk through a model's graph ties and pins points, and what is left is the symmetry."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ def symmetry(model: nn.Module, example: Any) -> Symmetry:
 
 
 class SharedMemory(Exception):
-    """An operation mutates in place where labels would not show it."""
+    """An operation writes in place where labels would not show it."""
 
 
 def _derive(model: nn.Module, example: Any, functional: bool) -> Symmetry:
@@ -68,6 +68,7 @@ class Walk:
     def __init__(self, programs: list[Program], shapes: dict[str, tuple[int, ...]]) -> None:
         self.points = Points()
         self.fibres = {name: self.points.fresh(*shape) for name, shape in _fibres(programs, shapes).items()}
+        self.places: dict[str, list[Ids]] = {}  # the points on each axis of the weights, -1 for an axis of one index
         self.weights = {name: self._weight(name, shape) for name, shape in shapes.items()}
         self.constants: dict[Label, Ids] = {}
         self.values, *_ = [self._follow(program) for program in programs]
@@ -75,31 +76,31 @@ class Walk:
     def _follow(self, program: Program) -> dict[Node, Any]:
         values: dict[Node, Any] = {}
         current: dict[Node, Any] = {}  # in-place operations change what a node stands for
-        for node in program.module.graph.nodes:
-            if node.op == "output":
-                for value in node.all_input_nodes:
-                    self._return(program, value, current[value])
-                break
+        *nodes, output = program.module.graph.nodes
+        for node in nodes:
             if mutates(node):
                 _check(node, values)
             current[node] = values[node] = self._label(program, node, current)
             if mutates(node):
                 current[node.all_input_nodes[0]] = current[node]
+        for result in output.all_input_nodes:
+            if result.name in program.written:
+                join(self.points, [current[result], self.weights[program.written[result.name]]], "buffer")
+            else:
+                for label in (r for r in tree_leaves(current[result]) if isinstance(r, Label)):
+                    drop(self.points, label, label.spans, "output")
         return values
 
-    def _return(self, program: Program, node: Node, label: Any) -> None:
-        if node.name in program.written:
-            join(self.points, [label, self.weights[program.written[node.name]]], "buffer")
-        for result in (r for r in tree_leaves(label) if isinstance(r, Label)):
-            if node.name not in program.written:
-                drop(self.points, result, result.spans, "output")
-
     def _weight(self, name: str, shape: tuple[int, ...]) -> Label:
-        dims = [(Factor(n),) if n > 1 else () for n in shape]
-        if name in self.fibres:
-            dims[1] = (Factor(shape[1], "group of a convolution"),)
-        live = [row[0] for k, row in enumerate(dims) if row and not (k == 1 and name in self.fibres)]
-        return Label(tuple(dims), tuple(Span(self.points.fresh(f.size), (f,)) for f in live))
+        """New points for every axis; the inputs of a grouped convolution are known by its groups as well: fibres."""
+        axes = self.places[name] = []
+        for k, n in enumerate(shape):
+            known = self.fibres.get(name) if k == 1 else None
+            axes.append(np.full(n, -1) if n < 2 else self.points.fresh(n) if known is None else known)
+        whys = ["" if axis.ndim == 1 else "group of a convolution" for axis in axes]
+        dims = tuple((Factor(n, why),) if n > 1 else () for n, why in zip(shape, whys, strict=True))
+        spans = (Span(axis, row) for axis, row in zip(axes, dims, strict=True) if row and axis.ndim == 1)
+        return Label(dims, tuple(spans))
 
     def _label(self, program: Program, node: Node, current: dict[Node, Any]) -> Any:
         value = node.meta.get("val")
@@ -196,34 +197,30 @@ def _fibres(programs: list[Program], shapes: dict[str, tuple[int, ...]]) -> dict
 
 
 def _read(program: Program, walk: Walk, example: Any) -> Symmetry:
-    """Turns the finished points into groups, axes and taps."""
+    """Turns the finished points into groups, axes and taps; arrays have an entry more, for what is no point."""
     orbits = walk.points.finish()
     found = _follow(orbits)
     lane = np.unique(np.stack([orbits.colour, orbits.orbit]), axis=1, return_inverse=True)[1].ravel()
+    lane = np.append(lane, 0)
     reasons, reason = _blame(orbits, found.group)
-    places = {}
-    for name, label in walk.weights.items():
-        arrays = [label.span(row[0]) if row else None for row in label.dims]
-        places[name] = [span.points if span else np.full(n, -1) for span, n in zip(arrays, label.shape, strict=True)]
-        if name in walk.fibres:
-            places[name][1] = walk.fibres[name]
-    names = _names(places, found)
+    names = _names(walk.places, found)
     number = np.full(int(found.group.max(initial=-1)) + 2, -1)
     number[list(names)] = np.arange(len(names))
-    axes = {}
-    for name, arrays in places.items():
-        axes[name] = tuple(
-            Axis(number[found.group[p]], found.index[p], lane[p], reason[p])
-            if p.min(initial=0) >= 0
-            else Axis(p, p, np.zeros_like(p), np.zeros_like(p))
-            for p in arrays
-        )
+    axes = {
+        name: tuple(Axis(number[found.group[p]], found.index[p], lane[p], reason[p]) for p in places)
+        for name, places in walk.places.items()
+    }
     groups = {}
     for g, name in names.items():
         outer = int(found.within[g])
         blocks = int(found.units[outer]) if outer >= 0 else 1
         groups[name] = Group(name, int(found.units[g]) // blocks, names.get(outer), blocks)
-    taps = find_taps(program, walk.values, found.group, found.index, lane, names)
+
+    def slots(points: Ids) -> dict[str, Ids]:
+        rows = slots_of(found.group[points], found.index[points], lane[points])
+        return {names[g]: positions for g, positions in rows.items()}
+
+    taps = _taps(program, walk.values, slots)
     return Symmetry(groups, axes, reasons, program.buffers, taps, program, example)
 
 
@@ -259,7 +256,7 @@ def _follow(orbits: Orbits) -> _Found:
         within[orbit_free] = np.where(block_free >= 0, group[block_free], -1)
         units[orbit_free] = np.repeat(counts, counts)
         level = np.unique(orbits.unit[np.isin(orbits.block, level)])
-    return _Found(group[orbits.unit], index[orbits.unit], within, units)
+    return _Found(np.append(group[orbits.unit], -1), np.append(index[orbits.unit], -1), within, units)
 
 
 def _blame(orbits: Orbits, group: Ids) -> tuple[tuple[str, ...], Ids]:
@@ -273,7 +270,7 @@ def _blame(orbits: Orbits, group: Ids) -> tuple[tuple[str, ...], Ids]:
         why[outer] = np.where(why[outer] > 0, why[outer], why[orbits.unit[inner]])
     alone = len(orbits.reasons)
     why = np.where(why > 0, why, alone)[orbits.unit]
-    return (*orbits.reasons, "no other has its role"), np.where(group < 0, why, 0)
+    return (*orbits.reasons, "no other has its role"), np.append(np.where(group[:-1] < 0, why, 0), 0)
 
 
 def _names(places: dict[str, list[Ids]], found: _Found) -> dict[int, str]:
@@ -281,7 +278,7 @@ def _names(places: dict[str, list[Ids]], found: _Found) -> dict[int, str]:
     names: dict[int, str] = {}
     for name, arrays in places.items():
         stem = name.rpartition(".")[0] or name
-        for g in (g for p in arrays if p.min(initial=0) >= 0 for g in dict.fromkeys(found.group[p].ravel().tolist())):
+        for g in (g for p in arrays for g in dict.fromkeys(found.group[p].ravel().tolist())):
             chain, end = [], ""
             while g >= 0 and g not in names:
                 chain.append((g, end))
@@ -292,9 +289,7 @@ def _names(places: dict[str, list[Ids]], found: _Found) -> dict[int, str]:
     return names
 
 
-def find_taps(
-    program: Program, values: Mapping[Node, Any], group: Ids, index: Ids, lane: Ids, names: Mapping[int, str]
-) -> tuple[Tap, ...]:
+def _taps(program: Program, values: Mapping[Node, Any], slots: Callable[[Ids], dict[str, Ids]]) -> tuple[Tap, ...]:
     """The values that convolutions, linear layers and attention read, traced back through pooling and views.
 
     A residual stream is read once a block and all its readings count. Values that do not depend on the model's
@@ -321,28 +316,24 @@ def find_taps(
         new = []
         for node in some:
             if isinstance(label := values[node], Label):
-                new += [tap for span in label.spans if (tap := _tap(node, label, span, group, index, lane, names))]
-        new = [Tap(t.node, t.sizes, t.places, {g: s for g, s in t.slots.items() if g not in shown}) for t in new]
+                for span in label.spans:
+                    own = {g: rows for g, rows in slots(span.points.ravel()).items() if g not in shown}
+                    new.append(Tap(node.name, *_split(label, span), own))
         taps += [t for t in new if t.slots]
         shown |= {g for t in new for g in t.slots}
     return tuple(taps)
 
 
-def _tap(
-    node: Node, label: Label, span: Span, group: Ids, index: Ids, lane: Ids, names: Mapping[int, str]
-) -> Tap | None:
+def _split(label: Label, span: Span) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """How a value's dimensions are split into factors so that those of a span are dimensions; and which these are."""
     sizes, places, count = [], {}, 0
     for row in label.dims:
         inside = any(f in span.factors for f in row)
-        sizes.append(tuple(f.size for f in row) if inside and len(row) > 1 else ())
+        loose = next((k for k, f in enumerate(row) if f not in span.factors), None)
+        cuts = tuple(-1 if k == loose else f.size for k, f in enumerate(row))
+        sizes.append(cuts if inside and len(row) > 1 else ())
         for f in row if inside else row[:1]:
             places[f] = count
             count += inside
         count += not inside
-    for d, (row, split) in enumerate(zip(label.dims, sizes, strict=True)):
-        loose = next((k for k, f in enumerate(row) if f not in span.factors), None)
-        if split and loose is not None:
-            sizes[d] = (*split[:loose], -1, *split[loose + 1 :])
-    points = span.points.ravel()
-    slots = {names[g]: rows for g, rows in slots_of(group[points], index[points], lane[points]).items()}
-    return Tap(node.name, tuple(sizes), tuple(places[f] for f in span.factors), slots) if slots else None
+    return tuple(sizes), tuple(places[f] for f in span.factors)

@@ -215,12 +215,9 @@ def join(points: Points, labels: Sequence[Label], why: str) -> Label:
     spans: list[Span] = []
     reasons: dict[Factor, str] = {}
     for label in labels:
-        name = {
-            f: slot
-            for row, place in zip(label.dims, slots, strict=True)
-            if row
-            for f, slot in zip(row, place, strict=True)
-        }
+        name: dict[Factor, Factor] = {}
+        for row, place in zip(label.dims, slots, strict=True):
+            name |= zip(row, place, strict=bool(row))
         new = [Span(p.points, tuple(name[f] for f in p.factors)) for p in label.spans]
         whys = {slot: f.why for f, slot in name.items() if f.why and label.span(f) is None}
         covered = {f for p in spans for f in p.factors}
@@ -321,69 +318,43 @@ def reduce(points: Points, label: Label, dims: Sequence[int], keep: bool, why: s
 
 
 def cat(points: Points, labels: Sequence[Label], dim: int, why: str) -> Label:
-    """The label of tensors put one after the other along a dimension."""
+    """The label of tensors put one after the other along a dimension.
+
+    Spans may reach into other dimensions (heads), if they do so alike in all labels; else they are pinned.
+    """
     labels = [flatten(points, label, dim, why) for label in labels]
-    sizes = [label.shape[dim] for label in labels]
-    if not any(label.touching([dim]) for label in labels):
-        reasons = [f.why for label in labels for f in label.dims[dim]]
-        joined = join(points, [reduce(points, label, [dim], True, why) for label in labels], why)
-        return replace(joined, dim, Factor(sum(sizes), next(filter(None, reasons), "order")))
-    rests = [reduce(points, label, [dim], True, why) for label in labels]
-    shared = {len(p.factors) for label in labels for p in label.touching([dim])}
-    if shared != {1}:
-        return _cat_blocks(points, labels, rests, dim, why)
-    arrays = []
-    for label, size in zip(labels, sizes, strict=True):
-        arrays += [p.points for p in label.touching([dim])] or [still(points, size, why)]
-    new = Factor(sum(sizes))
-    span = Span(points.distinct(np.concatenate(arrays)), (new,))
-    return replace(join(points, rests, why), dim, new, span)
-
-
-def _cat_blocks(points: Points, labels: Sequence[Label], rests: Sequence[Label], dim: int, why: str) -> Label:
-    """`cat` of spans that reach into other dimensions (head dimensions), if these are alike in all labels."""
-    touching = [label.touching([dim]) for label in labels]
-    others = [
-        [
-            (d, k)
-            for p in ps
-            for d, row in enumerate(label.dims)
-            if d != dim
-            for k, f in enumerate(row)
-            if f in p.factors
-        ]
-        for label, ps in zip(labels, touching, strict=True)
-    ]
-    joined = join(points, rests, why)
-    if (
-        any(len(ps) != 1 for ps in touching)
-        or any(o != others[0] for o in others)
-        or not all(
-            k < len(joined.dims[d]) and all(joined.dims[d][k].size == label.dims[d][k].size for label in labels)
-            for d, k in others[0]
-        )
-    ):
-        return cat(points, [drop(points, label, ps, why) for label, ps in zip(labels, touching, strict=True)], dim, why)
-    arrays = [
-        p.ordered([*(label.dims[d][k] for d, k in places), *label.dims[dim]])
-        for label, (p,), places in zip(labels, touching, others, strict=True)
-    ]
-    outer = [joined.dims[d][k] for d, k in others[0]]
+    spans = [label.touching([dim]) for label in labels]
+    joined = join(points, [reduce(points, label, [dim], True, why) for label in labels], why)
     new = Factor(sum(label.shape[dim] for label in labels))
-    span = Span(points.distinct(np.concatenate(arrays, -1)), (*outer, new))
+    if not any(spans):
+        reasons = [f.why for label in labels for f in label.dims[dim] if f.why]
+        return replace(joined, dim, Factor(new.size, reasons[0] if reasons else "order"))
+    places = [_elsewhere(label, dim) for label in labels]
+    wide = max(places, key=len)
+    if wide and not (
+        all(len(some) == 1 for some in spans)
+        and all(place == wide for place in places)
+        and all(len({_size(label, d, k) for label in (joined, *labels)}) == 1 for d, k in wide)
+    ):
+        labels = [drop(points, label, some, why) for label, some in zip(labels, spans, strict=True)]
+        return cat(points, labels, dim, why)
+    arrays = []
+    for label, some in zip(labels, spans, strict=True):
+        factors = [*(label.dims[d][k] for d, k in wide), *label.dims[dim]]
+        arrays.append(some[0].ordered(factors) if some else still(points, label.shape[dim], why))
+    outer = [joined.dims[d][k] for d, k in wide]
     rest = Label(joined.dims, tuple(p for p in joined.spans if set(p.factors).isdisjoint(outer)))
-    return replace(rest, dim, new, span)
+    return replace(rest, dim, new, Span(points.distinct(np.concatenate(arrays, -1)), (*outer, new)))
 
 
-def contract(points: Points, labels: Sequence[Label], terms: Sequence[str], out: str, why: str) -> Label:
-    """The label of an einsum: a product over letters, summed over those that are not in `out`."""
-    letters = out + "".join(sorted(set("".join(terms)) - set(out)))
-    spread = [
-        Label(tuple(label.dims[term.index(a)] if a in term else () for a in letters), label.spans)
-        for label, term in zip(labels, terms, strict=True)
-    ]
-    product = join(points, spread, why)
-    return reduce(points, product, range(len(out), len(letters)), False, why)
+def _elsewhere(label: Label, dim: int) -> list[tuple[int, int]]:
+    """The places (dimension, number of the factor) that the spans of one dimension have in others."""
+    factors = {f for span in label.touching([dim]) for f in span.factors}
+    return [(d, k) for d, row in enumerate(label.dims) if d != dim for k, f in enumerate(row) if f in factors]
+
+
+def _size(label: Label, d: int, k: int) -> int:
+    return label.dims[d][k].size if k < len(label.dims[d]) else 0
 
 
 def still(points: Points, size: int, why: str) -> Ids:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clkit.weights import Weights, live_tensors
+from clkit.weights import Weights, evaluation_mode, live_tensors
 
 VIEWS = frozenset(
     "alias as_strided chunk contiguous detach diagonal expand expand_as flatten mT narrow numpy_T permute reshape "
@@ -137,19 +137,17 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
 @contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Puts a model in evaluation or training mode, without fused attention, and back as it was."""
-    before = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     quiet = logging.root.manager.disable
     try:
         logging.disable(logging.ERROR)  # a trace that fails is reported by an exception
-        model.train(training)
-        yield
+        with evaluation_mode(model):  # which gives every module its own mode back
+            model.train(training)
+            yield
     finally:
         logging.disable(quiet)
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, flag in before.items():
-            module.training = flag
 
 
 def base_name(node: Node) -> str:

@@ -14,7 +14,6 @@ from clkit.symmetry.labels import (
     Factor,
     Label,
     Span,
-    contract,
     drop,
     fixed,
     flatten,
@@ -33,7 +32,14 @@ _LETTERS = "abcdefghijklmnop"
 
 
 def _contract(call: Call, labels: Sequence[Label], terms: Sequence[str], out: str) -> Label:
-    return contract(call.points, labels, terms, out, call.why)
+    """The label of an einsum: a product over letters, summed over those that are not in `out`."""
+    letters = out + "".join(sorted(set("".join(terms)) - set(out)))
+    spread = [
+        Label(tuple(label.dims[term.index(a)] if a in term else () for a in letters), label.spans)
+        for label, term in zip(labels, terms, strict=True)
+    ]
+    product = join(call.points, spread, call.why)
+    return reduce(call.points, product, range(len(out), len(letters)), False, call.why)
 
 
 @rule("linear")

@@ -1,4 +1,4 @@
-"""Each claim about speed, measured against the naive way in one run: `bench()` of every module gives rows of ratios."""
+"""Each claim about speed, measured against the naive way in one run: every benchmark gives rows of ratios."""
 
 import importlib
 import inspect
@@ -18,9 +18,9 @@ Row = dict[str, object]
 
 
 def benchmarks() -> dict[str, Callable[[], list[Row]]]:
-    """The benchmarks by name: the function `bench` of every module of this folder."""
-    names = sorted(info.name for info in pkgutil.iter_modules(__path__))
-    return {name: importlib.import_module(f"{__name__}.{name}").bench for name in names}
+    """The benchmarks by name: what the modules of this folder have in BENCHMARKS."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return {name: function for module in modules for name, function in module.BENCHMARKS.items()}
 
 
 def rows(names: Sequence[str] = (), progress: bool = True) -> Iterator[Row]:

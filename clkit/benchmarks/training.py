@@ -1,22 +1,26 @@
-"""Training throughput: the resident loop of `training.run` against loops that a DataLoader feeds, with the same work.
+"""Training: the resident loop against loops that a DataLoader feeds, the memory's share of it, and a consolidation's.
 
-The work: a perceptron 784-100-100-10, plain SGD, replay of 64 rows from a reservoir of 500 beside every batch of 64,
-one epoch, one CPU thread. The DataLoader loops hold the memory as most replay code does, a list that is filled row by
-row.
+The loop's work: a perceptron 784-100-100-10, plain SGD, replay of 64 rows from a reservoir of 500 beside every batch of
+64, one epoch, one CPU thread. The DataLoader loops hold the memory as most replay code does, a list that is filled row
+by row.
 """
 
 import random
+import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from clkit import data, models
 from clkit.benchmarks import Row, apart, interleaved, row
+from clkit.consolidation import EMA, SFA, Consolidation, NoConsolidation
 from clkit.learners import ER
+from clkit.memory import Memory
 from clkit.training import Training, run
 
-ROWS, BATCH, MEMORY, REPEATS = 12_000, 64, 500, 5
+ROWS, BATCH, MEMORY, OFFERED, REPEATS = 12_000, 64, 500, 4096, 5
 MEAN, STD = 0.1307, 0.3081
 
 
@@ -75,7 +79,7 @@ class Images(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.x[row].numpy())), self.y[row]
 
 
-def measure() -> dict[str, float]:
+def rows_a_second() -> dict[str, float]:
     """Rows a second of each loop, interleaved, in this process as it stands."""
     stream = digits_like(ROWS)
     task = stream[0]
@@ -90,8 +94,70 @@ def measure() -> dict[str, float]:
     return {name: ROWS / seconds for name, seconds in interleaved(loops, REPEATS).items()}
 
 
-def bench() -> list[Row]:
+def training() -> list[Row]:
     """Our rate over each other's."""
-    rates = apart(measure)
+    rates = apart(rows_a_second)
     ours = rates.pop("resident")
     return [row(f"ER training, resident / {name}", "images a second", ours, rate) for name, rate in rates.items()]
+
+
+def memory_writes() -> list[Row]:
+    """Rows a second offered to a reservoir of bytes in the format of MNIST; then a write as a share of a step."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (OFFERED, 1, 28, 28), generator=g, dtype=torch.uint8)
+    y = torch.randint(0, 10, (OFFERED,), generator=g)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+
+    def vectorised() -> None:
+        memory = Memory(MEMORY)
+        for start in range(0, OFFERED, BATCH):
+            memory.offer(g, x=x[start : start + BATCH], y=y[start : start + BATCH])
+
+    def one_by_one() -> None:
+        xs, ys = torch.zeros((MEMORY, *x.shape[1:]), dtype=x.dtype), torch.zeros(MEMORY, dtype=y.dtype)
+        for seen in range(OFFERED):
+            slot = seen if seen < MEMORY else random.randrange(seen + 1)
+            if slot < MEMORY:
+                xs[slot], ys[slot] = x[seen], y[seen]
+
+    def steps() -> None:
+        for start in range(0, OFFERED, BATCH):
+            inputs = torch.cat([x[start : start + BATCH]] * 2) / 255.0
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(inputs), torch.cat([y[start : start + BATCH]] * 2)).backward()
+            optimizer.step()
+
+    seconds = interleaved({"ours": vectorised, "theirs": one_by_one, "steps": steps}, REPEATS)
+    ours, theirs, step = (OFFERED / s for s in seconds.values())
+    return [
+        row("memory write, a batch / a row at a time", "rows a second", ours, theirs),
+        row("memory write / the perceptron's training step", "rows a second", ours, step),
+    ]
+
+
+def process_seconds() -> dict[str, float]:
+    """Seconds of the CPU of a run with each consolidation, by its name, in this process as it stands."""
+    one = digits_like(ROWS // 2)
+    tasks = tuple(replace(one[0], index=index) for index in range(3))
+    stream, training = data.Stream("bytes", tasks, one.classes, "domain"), Training(1, BATCH, 0.01)
+
+    def learn(rule: Consolidation) -> None:
+        run(stream, models.mlp, None, rule, training, device="cpu", progress=False, keep=False)
+
+    learn(EMA())
+    rules: list[Consolidation] = [NoConsolidation(), EMA(), SFA(p=0.02)]
+    ways = {type(rule).__name__: lambda rule=rule: learn(rule) for rule in rules}
+    return interleaved(ways, REPEATS, clock=time.process_time)
+
+
+def consolidation() -> list[Row]:
+    """The seconds of each consolidation over those of none."""
+    none, ema, sfa = apart(process_seconds).values()
+    rules = {"EMA()": ema, "SFA(p=0.02)": sfa}
+    return [row(f"a run with {rule} / without", "seconds of CPU", seconds, none) for rule, seconds in rules.items()]
+
+
+BENCHMARKS = {"training": training, "memory": memory_writes, "consolidation": consolidation}

@@ -95,7 +95,7 @@ def test_a_run_goes_on_from_its_checkpoint(capsys, tmp_path):
     first, again = (json.loads(call(capsys, *argv)[1]) for _ in range(2))
     assert first | {"seconds": 0} == again | {"seconds": 0}
     status, _, err = call(capsys, *argv, "--lr", "0.2")
-    assert status == 2 and "training state lr: 0.1 there, 0.2 here" in err and len(err.splitlines()) == 1
+    assert status == 2 and "training lr: 0.1 there, 0.2 here" in err and len(err.splitlines()) == 1
 
 
 def test_run_reads_a_folder_of_images(capsys, tmp_path):

@@ -321,7 +321,7 @@ def test_a_study_is_one_tidy_table_and_every_call_is_made_once(tmp_path):
     pd.testing.assert_frame_equal(more[more.seed < 2].reset_index(drop=True), table)
     assert len(study(squares, [0], base=1, power=3, log=str(log)).run(**place)) == 2
     assert len(log.read_text().splitlines()) == 7, "another argument is another call"
-    assert made.config == {"study": "squares", "seeds": [0, 1], "base": [1, 10], "power": 2, "log": str(log)}
+    assert made.config == {"study": "squares", "seeds": [0, 1], "base": (1, 10), "power": 2, "log": str(log)}
 
 
 def test_a_study_takes_named_values_rows_and_tables(tmp_path):

@@ -19,12 +19,14 @@ try:
 except ImportError:  # joblib before 1.6 brings it along
     from joblib.externals import cloudpickle  # type: ignore[attr-defined]
 
-from clkit.store import Records, digest
+from clkit.store import Records, cache_root, describe, digest, source_digest
+from clkit.training import find_device
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Record = dict[str, Any]
+Compute = Callable[..., tuple[Record, Any]]
 
 
 class SweepError(RuntimeError):
@@ -40,49 +42,64 @@ class SweepError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Something to compute and to store in `records`, under the hash of its configuration.
+    """A function and its arguments, whose record is stored under the hash of its configuration.
 
-    `compute()` gives a record, in which "rows" are the rows of a table, and a tree of tensors, or None; with `keep` a
-    record that was stored without tensors is computed again.
+    `compute(**arguments)` gives the record, in which "rows" are the rows of a table, and a tree of tensors, or None;
+    with `keep` a record that was stored without tensors is computed again.
     """
 
     configuration: Record
-    compute: Callable[[], tuple[Record, Any]]
+    compute: Compute
+    arguments: Mapping[str, Any]
     records: Records
-    keep: bool = False
-
-    @functools.cached_property
-    def key(self) -> str:
-        """The hash of the configuration."""
-        return digest(self.configuration)
+    keep: bool
 
     def finish(self) -> tuple[str, Record | None, str]:
         """Computes the job where it is called and stores it there: its key, its record or else the error as text."""
         from threadpoolctl import threadpool_limits
 
+        key, compute = digest(self.configuration), functools.partial(self.compute, **self.arguments)
         try:
             with threadpool_limits(1):
-                return self.key, self.records.remember(self.configuration, self.compute, tensors=self.keep), ""
+                return key, self.records.remember(self.configuration, compute, tensors=self.keep), ""
         except Exception:
-            return self.key, None, traceback.format_exc()
+            return key, None, traceback.format_exc()
 
 
 def tabulate(
-    points: Sequence[tuple[Mapping[str, Any], Job]], *, jobs: int | None, device: str, progress: bool
-) -> tuple["pd.DataFrame", list[tuple[str, str]]]:
-    """The table of all jobs' rows, each after its point's axes, and the settings and tracebacks of jobs that failed.
+    compute: Compute,
+    points: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    what: Any,
+    complete: "Callable[[pd.DataFrame], pd.DataFrame]",
+    *,
+    store: Path | str | None,
+    jobs: int | None,
+    device: str = "auto",
+    progress: bool,
+    keep: bool = False,
+) -> "pd.DataFrame":
+    """The table of `compute(**arguments)` at all points, which are axes and arguments; its last column is the hash.
 
-    `jobs` run at once, by default one a core on the CPU and one on another device. Points with equal keys are one job.
-    `attrs` of the table: "store", the folder, and "seconds" by key.
+    A record's hash is of `what`, which says what is computed, of the arguments, the kind of device, torch's version and
+    clkit's code; points with equal ones are computed once. `jobs` run at once, by default one a core on the CPU and one
+    on another device. The table is completed; its `attrs` have the folder, "store", and "seconds" by hash. SweepError,
+    once all have run, if some fail.
     """
     import joblib
     import pandas as pd
     from tqdm.auto import tqdm
 
-    queue = {job.key: job for _, job in points}
-    store = points[0][1].records
-    waiting: list[Any] = [job for job in queue.values() if store.read(job.key, tensors=job.keep) is None]
-    parallel, failed = _parallel(jobs, -1 if device == "cpu" else 1), dict[str, str]()
+    records, kind = opened(store), find_device(device).type
+    common = {"what": describe(what, "what"), "device": kind, "code": source_digest(), "torch": torch.__version__}
+    values = {id(value): (value, name) for _, arguments in points for name, value in arguments.items()}
+    known = {key: describe(*named) for key, named in values.items()}  # once each: streams and models recur
+    keyed, queue = [], dict[str, Job]()
+    for axes, arguments in points:
+        configuration = common | {"arguments": {name: known[id(value)] for name, value in arguments.items()}}
+        keyed.append((digest(configuration), axes))
+        queue.setdefault(keyed[-1][0], Job(configuration, compute, arguments, records, keep))
+    waiting: list[Any] = [job for key, job in queue.items() if records.read(key, tensors=keep) is None]
+    parallel, failed = _parallel(jobs, -1 if kind == "cpu" else 1), dict[str, str]()
     if parallel.n_jobs != 1:
         seen: dict[int, tuple[Tensor, np.ndarray]] = {}
         waiting = [Parcel(job, seen) for job in waiting]
@@ -90,22 +107,30 @@ def tabulate(
         for key, record, error in parallel(joblib.delayed(_finish)(job) for job in waiting):
             if record is None:
                 failed[key] = error
-            elif store.read(key) is None:  # computed on a machine that does not share this folder
-                store.write(key, record)
+            elif records.read(key) is None:  # computed on a machine that does not share this folder
+                records.write(key, record)
             bar.update()
     found = {key: stored(store, key) for key in queue if key not in failed}
-    rows = [axes | row for axes, job in points if job.key in found for row in found[job.key]["rows"]]
-    table = pd.DataFrame(rows, columns=list(dict.fromkeys(name for row in (points[0][0], *rows) for name in row)))
-    table.attrs |= {"store": str(store.folder), "seconds": {key: r["seconds"] for key, r in found.items()}}
-    settings = {job.key: ", ".join(f"{n} {v}" for n, v in axes.items() if n != "hash") for axes, job in points[::-1]}
-    return table, [(settings[key], error) for key, error in failed.items()]
+    rows = [{**axes, **row, "hash": key} for key, axes in keyed if key in found for row in found[key]["rows"]]
+    columns = dict.fromkeys(name for row in (points[0][0], *rows) for name in row if name != "hash")
+    table = pd.DataFrame(rows, columns=[*columns, "hash"])
+    table.attrs |= {"store": str(records.folder), "seconds": {key: r["seconds"] for key, r in found.items()}}
+    table = complete(table)
+    if failed:
+        names = {key: ", ".join(f"{name} {value}" for name, value in axes.items()) for key, axes in reversed(keyed)}
+        raise SweepError([(names[key], error) for key, error in failed.items()], table)
+    return table
 
 
-def stored(store: Records, key: str) -> Record:
+def opened(store: Path | str | None) -> Records:
+    """The store of runs in a folder, by default $CLKIT_CACHE/runs or ~/.cache/clkit/runs."""
+    return Records(store or cache_root() / "runs")
+
+
+def stored(store: Path | str | None, key: str) -> Record:
     """The record of a job that has finished; KeyError if there is none."""
-    record = store.read(key)
-    if record is None:
-        raise KeyError(f"{key}: {store.folder} holds no such run; pass the store of the sweep, or run it again")
+    if (record := opened(store).read(key)) is None:
+        raise KeyError(f"{key}: {opened(store).folder} holds no such run; pass the store of the sweep, or run it again")
     return record
 
 

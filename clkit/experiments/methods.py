@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Model = nn.Module | ModelFactory
+Named = Mapping[str, Any]
 SWEPT = (Mapping, list, tuple, range, np.ndarray)
 _PARTS = ("consolidation", "learner", "training", "model", "stream", "labels")
 """What a run consists of, in the order in which their settings get the plain names of columns."""
@@ -105,11 +106,7 @@ def combinations(settings: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], 
 
 
 def with_settings(
-    table: "pd.DataFrame",
-    streams: Mapping[str, Any],
-    models: Mapping[str, Any],
-    trainings: Mapping[str, Training],
-    methods: Mapping[str, Method],
+    table: "pd.DataFrame", streams: Named, models: Named, trainings: Named, methods: Mapping[str, Method]
 ) -> "pd.DataFrame":
     """A table of runs with columns for what they were set to, before its hash; `attrs["settings"]` names them.
 

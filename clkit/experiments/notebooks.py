@@ -37,7 +37,10 @@ class Outcome:
 
 
 def find(names: Sequence[str] = (), root: Path | None = None) -> list[Path]:
-    """The repository's notebooks whose names begin with one of `names`; all of them, in order, if there are none."""
+    """The repository's notebooks whose names begin with one of `names`; all of them, in order, if there are none.
+
+    Raises ValueError for a name that none begins with, FileNotFoundError where there are no notebooks.
+    """
     folder = (root or repository()) / "notebooks"
     known = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
     if not known:
@@ -68,6 +71,8 @@ def execute(
     stores the outputs of those that ran through, without what changes from run to run. With `check` nothing is kept,
     and the cells tagged nbval-check-output must print what is stored in them. `jobs` notebooks run at once, by
     default as many as there are cores ("fast") or one ("paper"), and share the cores among them.
+
+    Raises ValueError for `check` with `write` or `figures`. What a notebook raises is in its outcome.
     """
     import nbformat
     from tqdm.auto import tqdm
@@ -80,8 +85,7 @@ def execute(
     cells = sum(cell.cell_type == "code" for book in books for cell in book.cells)
     scratch = tempfile.TemporaryDirectory() if check else nullcontext(figures)
     with scratch as folder, tqdm(total=cells, disable=not progress, unit="cell") as bar:
-        share = str(max(1, cores // jobs))
-        threads = "1" if profile == "fast" else share  # small networks lose by more
+        threads = "1" if profile == "fast" else str(max(1, cores // jobs))  # small networks lose by more
         env = os.environ | {"CLKIT_PROFILE": profile, "OMP_NUM_THREADS": threads, "LOKY_MAX_CPU_COUNT": str(cores)}
         if folder:
             env["CLKIT_FIGURES"] = str(Path(folder).resolve())
@@ -100,15 +104,9 @@ def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: boo
 
     stored = [_printed(cell) for cell in book.cells]
     folder = Path(env.get("CLKIT_FIGURES") or repository(path.parent) / "figures")
-    client = NotebookClient(
-        book,
-        timeout=None,
-        kernel_name="python3",
-        store_widget_state=False,
-        record_timing=False,
-        resources={"metadata": {"path": str(path.parent)}},
-        on_cell_executed=lambda **_: tick(),
-    )
+    options: dict[str, Any] = {"timeout": None, "kernel_name": "python3", "store_widget_state": False}
+    options |= {"record_timing": False, "resources": {"metadata": {"path": str(path.parent)}}}
+    client = NotebookClient(book, on_cell_executed=lambda **_: tick(), **options)
     started, begun, error = time.perf_counter(), time.time(), ""
     try:
         with tempfile.TemporaryDirectory(prefix="clkit") as sockets:

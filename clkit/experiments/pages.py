@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from clkit import checks
 from clkit.store import Records, cache_root, digest, plain, source_digest, write_atomically, write_json, write_text
+from clkit.training.loop import label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +40,10 @@ def page(name: str, profile: str | None = None) -> "Page":
 
 
 def repository(start: Path | None = None) -> Path:
-    """The nearest folder with a pyproject.toml, from `start` (default: the working folder) upwards."""
+    """The nearest folder with a pyproject.toml, from `start` (default: the working folder) upwards.
+
+    Raises FileNotFoundError outside of any.
+    """
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         if (folder / "pyproject.toml").is_file():
@@ -86,8 +91,8 @@ class Page:
     ) -> None:
         """Writes a figure as .png (200 dpi) and .svg and the numbers it shows beside it.
 
-        A table goes to a .csv, anything else into the .json, which also has the profile, the configuration (text
-        where it is no plain value), the seeds and the hash of all that. The same figure gives the same bytes.
+        A table goes to a .csv, anything else into the .json. That has the profile, the configuration (text where it is
+        no plain value), the seeds and the hash of all that, too. The same figure gives the same bytes.
         """
         import matplotlib as mpl
 
@@ -114,7 +119,7 @@ class Page:
     ) -> Any:
         """What `compute()` gives, a table or a JSON value; computed once for a configuration, then read.
 
-        With `commit`, the default for the paper profile, the results lie with the figures, to be committed, and are
+        With `commit`, the default for the paper profile, the results lie with the figures, to be committed. They are
         computed again when `config` is not the one they were made with. Without it they are a cache outside of the
         repository, and changed code of clkit makes them stale too.
         """
@@ -154,7 +159,7 @@ class Page:
         return whole.complete(self.results(bare, whole.config, f"{name}-runs", commit=True))
 
     def published(self, name: str = "results") -> Any:
-        """The committed results of the paper profile, whichever profile is on."""
+        """The committed results of the paper profile, whichever profile is on; FileNotFoundError if there are none."""
         path = self.figures / f"{self.name}-{name}-paper.json"
         if not path.is_file():
             raise FileNotFoundError(
@@ -195,16 +200,15 @@ class Claims:
 
     def done(self) -> None:
         """Prints a line for each claim, writes them beside the figures, raises where one differs from its record."""
-        for claim in self.checked:
-            print(f"{'holds' if claim['holds'] else 'does not hold'}: {claim['text']}")
+        print(self._report())
         self.page._record()
-        self._raise_differences()
-
-    def _raise_differences(self) -> None:
         wrong = [claim for claim in self.checked if claim["holds"] != claim["recorded"]]
         if wrong:
             found = "; ".join(f"{c['text']!r} {'holds' if c['holds'] else 'does not hold'}" for c in wrong)
             raise AssertionError(f"{len(wrong)} of {len(self.checked)} differ from what is recorded: {found}")
+
+    def _report(self) -> str:
+        return "\n".join(f"{'holds' if c['holds'] else 'does not hold'}: {c['text']}" for c in self.checked)
 
     def _add(self, text: str, holds: Any, *, recorded: bool) -> None:
         if not isinstance(holds, bool | np.bool_):
@@ -215,13 +219,10 @@ class Claims:
 
 
 class Laws(Claims):
-    """What must hold in any profile and on any machine."""
+    """What must hold in any profile and on any machine; of these `done` prints how many do."""
 
-    def done(self) -> None:
-        """Prints how many of the laws hold, writes them beside the figures, and raises where one does not."""
-        print(f"laws: {sum(law['holds'] for law in self.checked)} of {len(self.checked)}")
-        self.page._record()
-        self._raise_differences()
+    def _report(self) -> str:
+        return f"laws: {sum(law['holds'] for law in self.checked)} of {len(self.checked)}"
 
 
 def _check_name(argument: str, name: str) -> None:
@@ -235,6 +236,8 @@ def _legible(value: Any) -> Any:
         return {str(key): _legible(item) for key, item in value.items()}
     if isinstance(value, list | tuple | range):
         return [_legible(item) for item in value]
+    if inspect.isroutine(value) or isinstance(value, partial):
+        return label(value)
     try:
         return plain(value)
     except TypeError:

@@ -71,8 +71,8 @@ def paired_difference(
     """How much higher `value` is where `column` is `a` than where it is `b`, with Student's paired t interval.
 
     Rows are paired where they agree `by` these columns, by default in every other axis of the table: stream, model,
-    training and seed. Every row of either needs its partner. Of the interval, and of what it assumes of the pairs, see
-    `difference`. Swapping `a` and `b` mirrors everything.
+    training and seed. Every row of either needs its partner, else ValueError; KeyError for what is not in the table.
+    Of the interval, and of what it assumes of the pairs, see `difference`. Swapping `a` and `b` mirrors everything.
     """
     by = [axis for axis in AXES if axis in table and axis != column] if by is None else list(by)
     _check_columns(table, column, *by, value)

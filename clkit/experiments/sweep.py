@@ -4,22 +4,21 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from clkit import training as loop
 from clkit.data import Stream
-from clkit.experiments.jobs import Job, Record, SweepError, stored, tabulate
-from clkit.experiments.methods import SWEPT, Method, Model, combinations, with_settings, word
+from clkit.experiments.jobs import Record, opened, stored, tabulate
+from clkit.experiments.methods import SWEPT, Method, Model, Named, combinations, with_settings, word
 from clkit.experiments.statistics import AXES
 from clkit.learners import Learner
-from clkit.store import Records, cache_root, describe, plain, source_digest
-from clkit.training import Result, Training, find_device
+from clkit.store import plain
+from clkit.training import Result, Training
 from clkit.weights import Weights
 
 if TYPE_CHECKING:
@@ -71,37 +70,27 @@ def sweep(
 
     A finished run is stored at once under the hash of its configuration and never computed twice: not in the same
     grid, not after an interruption, not by two sweeps at the same time. The configuration is what the result depends
-    on: the stream's content, the settings (not the names) of model, learner, consolidation and training, the seed, the
-    kind of device, the measure, torch's version and clkit's code (of floors 0 to 3, without comments): after an edit
-    of the package runs are computed afresh. Runs compute with one thread each, so results do not depend on `jobs`.
+    on. Of what is passed: the stream's content, the settings (not the names) of model, learner, consolidation and
+    training, the seed and the measure. Of the rest: the kind of device, torch's version and clkit's code (of floors 0
+    to 3, without comments), so that after an edit of the package runs are computed afresh. Runs compute with one thread
+    each, so results do not depend on `jobs`.
 
     A run that fails does not stop the others; after the last one a SweepError names it. Bad arguments raise before
     any run.
     """
-    sources, models, trainings, chosen = parts = _parts(streams, model, training or Training(), methods)
-    records, seeds, kind = _records(store), _seeds(seeds), find_device(device).type
-    common = _surroundings(kind) | {"measure": describe(measure, "measure")}
-    points: list[tuple[dict[str, Any], Job]] = []
-    for name, source in sources.items():
-        made = {seed: _stream(name, source, seed) for seed in seeds}
-        contents = {seed: describe(stream, "stream") for seed, stream in made.items()}
-        for places in itertools.product(models, trainings, chosen):
-            method = chosen[places[2]]
-            used, train = method.model or models[places[0]], method.training or trainings[places[1]]
-            run = {"model": used, "training": train, "method": (method.learner, method.consolidation)}
-            fixed = common | {part: describe(value, part) for part, value in run.items()}
-            for seed in seeds:
-                configuration = fixed | {"stream": contents[seed], "seed": seed}
-                compute = partial(_run, made[seed], used, method, train, seed, device, measure, keep)
-                job = Job(configuration, compute, records, keep)
-                axes = dict(zip(AXES, (name, *places, seed), strict=True))
-                points.append((axes | {"hash": job.key}, job))
-    table, failures = tabulate(points, jobs=jobs, device=kind, progress=progress)
-    table.insert(len(table.columns) - 1, "hash", table.pop("hash"))
-    table = with_settings(table, *parts)
-    if failures:
-        raise SweepError(failures, table)
-    return table
+    parts = sources, models, trainings, chosen = _parts(streams, model, training or Training(), methods)
+    seeds = _seeds(seeds)
+    made = {(name, seed): _stream(name, source, seed) for name, source in sources.items() for seed in seeds}
+    points = []
+    for stream, net, recipe, title, seed in itertools.product(*parts, seeds):
+        method = chosen[title]
+        arguments = {"stream": made[stream, seed], "model": method.model or models[net], "seed": seed}
+        arguments |= {"training": method.training or trainings[recipe]}
+        arguments |= {"learner": method.learner, "consolidation": method.consolidation}
+        points.append((dict(zip(AXES, (stream, net, recipe, title, seed), strict=True)), arguments))
+    compute = partial(_run, measure=measure, keep=keep, device=device)
+    options: dict[str, Any] = {"store": store, "jobs": jobs, "device": device, "progress": progress, "keep": keep}
+    return tabulate(compute, points, ["run", measure], lambda table: with_settings(table, *parts), **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +118,7 @@ class Comparison:
     def matrices(self, **options: Any) -> "pd.DataFrame":
         """`run`, and the accuracy matrix of each run in a column of that name: row t after learning task t."""
         table = self.run(**options)
-        records = _records(table.attrs["store"])
-        return table.assign(matrix=[stored(records, key)["accuracy"] for key in table.hash])
+        return table.assign(matrix=[stored(table.attrs["store"], key)["accuracy"] for key in table.hash])
 
     def complete(self, table: "pd.DataFrame") -> "pd.DataFrame":
         """A table of this comparison's runs that was kept without settings, with them."""
@@ -161,20 +149,15 @@ class Study:
         self, *, store: Path | str | None = None, jobs: int | None = None, progress: bool = False
     ) -> "pd.DataFrame":
         """The table: swept axes, seed, and what the function gave. `store`, `jobs`, errors: those of `sweep`."""
-        records, kind = _records(store), find_device("auto").type
-        common = _surroundings(kind) | {"study": describe(self.one_seed, "one_seed")}
         swept = [axis for axis, value in self.axes.items() if isinstance(value, SWEPT)]
-        points: list[tuple[dict[str, Any], Job]] = []
-        for labels, values in combinations(self.axes):
-            for seed in _seeds(self.seeds):
-                axes = {axis: _label(axis, labels[axis]) for axis in swept} | {"seed": seed}
-                configuration = common | {"arguments": describe(values, "axes"), "seed": seed}
-                compute = partial(_point, self.one_seed, values | {"seed": seed}, list(axes))
-                points.append((axes, Job(configuration, compute, records)))
-        table, failures = tabulate(points, jobs=jobs, device=kind, progress=progress)
-        if failures:
-            raise SweepError(failures, table)
-        return table
+        points = [
+            ({axis: _label(axis, labels[axis]) for axis in swept} | {"seed": seed}, {**values, "seed": seed})
+            for labels, values in combinations(self.axes)
+            for seed in _seeds(self.seeds)
+        ]
+        compute = partial(_point, self.one_seed, {*swept, "seed"})
+        options: dict[str, Any] = {"store": store, "jobs": jobs, "progress": progress}
+        return tabulate(compute, points, ["study", self.one_seed], lambda t: t.drop(columns="hash"), **options)
 
     def complete(self, table: "pd.DataFrame") -> "pd.DataFrame":
         """The table as it is: what it was set to is in its axes."""
@@ -182,11 +165,10 @@ class Study:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What is studied, in words: the function, all its arguments, the swept ones with all their values, seeds."""
+        """What is studied: the function's name, seeds, all its arguments, the swept ones with all their values."""
         parameters = inspect.signature(self.one_seed).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "seed"}
-        chosen = {**defaults, **self.axes}
-        return {"study": word(self.one_seed), "seeds": list(self.seeds)} | {n: _words(v) for n, v in chosen.items()}
+        return {"study": word(self.one_seed), "seeds": list(self.seeds), **defaults, **self.axes}
 
 
 def study(one_seed: Callable[..., Any], seeds: Iterable[int] = (0,), **axes: Any) -> Study:
@@ -201,9 +183,9 @@ def study(one_seed: Callable[..., Any], seeds: Iterable[int] = (0,), **axes: Any
 
     `axes` are read as by `grid`: lists, tuples, ranges, arrays and mappings (of names to values) are swept and become
     columns, a mapping's by its names; other values are fixed. `one_seed` gives a row, a list of rows or a table, of
-    numbers, words and lists. Every call is stored as soon as it has returned, under the hash of the function's code,
-    its arguments and all that a run of `sweep` depends on: what was computed once is read, after an interruption, too.
-    Calls run several at once, with one thread each.
+    numbers, words and lists. Every call is stored as soon as it has returned, and what was computed once is read. The
+    key is the hash of the function's code, its arguments and what every run of `sweep` depends on. Calls run several
+    at once, with one thread each.
     """
     return Study(one_seed, _seeds(seeds), axes)
 
@@ -218,9 +200,9 @@ def accuracies(table: "pd.DataFrame", store: Path | str | None = None) -> "pd.Da
     """
     import pandas as pd
 
-    records, rows = _records(store or table.attrs.get("store")), []
+    rows = []
     for row in table.to_dict(orient="records"):
-        record = stored(records, str(row["hash"]))
+        record = stored(store or table.attrs.get("store"), str(row["hash"]))
         lead = {name: value for name, value in row.items() if name not in record["rows"][0] and name != "hash"}
         nothing = [float("nan")] * len(record["initial"])
         parts = [record["initial"], *record["accuracy"]], [nothing, *record["masked"]], [nothing, *record["losses"]]
@@ -232,49 +214,29 @@ def accuracies(table: "pd.DataFrame", store: Path | str | None = None) -> "pd.Da
 
 
 def stored_weights(key: str, store: Path | str | None = None) -> list[Weights]:
-    """The deployed weights after each task of the run with this hash, from a sweep with `keep=True`."""
+    """The deployed weights after each task of the run with this hash; KeyError unless a sweep kept them by `keep`."""
     try:
-        return _records(store).tensors(key)
+        return opened(store).tensors(key)
     except KeyError as error:
         raise KeyError(f"{error.args[0]}; sweep with keep=True") from None
 
 
-def _records(store: Path | str | None) -> Records:
-    return Records(store or cache_root() / "runs")
-
-
-def _surroundings(kind: str) -> Record:
-    """What every run depends on beside what it is given."""
-    return {"device": kind, "code": source_digest(), "torch": torch.__version__}
-
-
-def _run(
-    stream: Stream,
-    model: Model,
-    method: Method,
-    training: Training,
-    seed: int,
-    device: str,
-    measure: Measure | None,
-    keep: bool,
-) -> tuple[Record, list[Weights] | None]:
-    options: dict[str, Any] = {"seed": seed, "device": device, "progress": False, "keep": keep or measure is not None}
-    result = loop.run(stream, model, method.learner, method.consolidation, training, **options)
+def _run(*, measure: Measure | None, keep: bool, **arguments: Any) -> tuple[Record, list[Weights] | None]:
+    """A run's record and, with `keep`, its deployed weights; the arguments are those of `training.run`."""
+    result = loop.run(**arguments, progress=False, keep=keep or measure is not None)
     measured, summary = dict(measure(result)) if measure is not None else {}, result.summary()
     if clash := measured.keys() & {*AXES, *summary, "hash"}:
         raise ValueError(f"measure: {sorted(clash)} are columns of every table; return other names")
-    facts = ("config", "accuracy", "masked", "losses", "initial", "seconds")
-    return {"rows": [summary | measured]} | {
-        name: getattr(result, name) for name in facts
-    }, result.weights if keep else None
+    facts = {n: getattr(result, n) for n in ("config", "accuracy", "masked", "losses", "initial", "seconds")}
+    return {"rows": [summary | measured], **facts}, result.weights if keep else None
 
 
-def _point(one_seed: Callable[..., Any], arguments: Mapping[str, Any], axes: list[str]) -> tuple[Record, None]:
+def _point(one_seed: Callable[..., Any], axes: set[str], /, **arguments: Any) -> tuple[Record, None]:
     begun, made = time.perf_counter(), one_seed(**arguments)
     if hasattr(made, "columns"):
         made = made.to_dict(orient="records")
     rows = [dict(row) for row in ([made] if isinstance(made, Mapping) else made)]
-    if clash := {name for row in rows for name in row} & {*axes}:
+    if clash := {name for row in rows for name in row} & axes:
         raise ValueError(f"{word(one_seed)}: {sorted(clash)} are axes of the study; return other names")
     return {"rows": rows, "seconds": time.perf_counter() - begun}, None
 
@@ -283,18 +245,6 @@ def _label(axis: str, label: Any) -> Any:
     if isinstance(label, bool | int | float | str | np.generic | None):
         return plain(label)
     raise TypeError(f"{axis}: {label!r:.80} cannot stand in a column; give a mapping of names to such values")
-
-
-def _words(value: Any) -> Any:
-    """A setting as plain values and words, for the record."""
-    if isinstance(value, Mapping):
-        return {str(name): _words(item) for name, item in value.items()}
-    if isinstance(value, list | tuple | range):
-        return [_words(item) for item in value]
-    if callable(value) and not is_dataclass(value):
-        made: Any = value
-        return loop.label(made)
-    return value
 
 
 def _named(argument: str, value: Any) -> Mapping[str, Any]:
@@ -309,9 +259,7 @@ def _named(argument: str, value: Any) -> Mapping[str, Any]:
     return {getattr(maker, "__name__", type(maker).__name__): value}
 
 
-def _parts(
-    streams: Any, model: Any, training: Any, methods: Any
-) -> tuple[Mapping[str, Any], Mapping[str, Model], Mapping[str, Training], dict[str, Method]]:
+def _parts(streams: Any, model: Any, training: Any, methods: Any) -> tuple[Named, Named, Named, dict[str, Method]]:
     """The parts of a grid of runs, each by name."""
     if not isinstance(methods, Mapping) or not methods:
         raise TypeError("methods: give a mapping of names to learners, for example {'ER': ER(memory=50)}")
@@ -320,15 +268,12 @@ def _parts(
 
 
 def _method(name: str, method: Any) -> Method:
-    if isinstance(method, Learner):
-        return Method(method)
-    if isinstance(method, tuple) and method and isinstance(method[0], Learner) and len(method) <= 4:
-        return Method(*method)
     if isinstance(method, Method):
         return method
-    raise TypeError(
-        f"methods: {name!r} is {method!r:.80}; give a learner, a tuple (learner, consolidation) or a Method"
-    )
+    parts = method if isinstance(method, tuple) else (method,)
+    if not 1 <= len(parts) <= 4 or not isinstance(parts[0], Learner):
+        raise TypeError(f"methods: {name!r} is {method!r:.60}; give a learner, (learner, consolidation), or a Method")
+    return Method(*parts)
 
 
 def _stream(name: str, source: Any, seed: int) -> Stream:

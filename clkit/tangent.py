@@ -222,12 +222,21 @@ def _bilinear(op: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def _normalised(
-    op: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, channels: tuple[int, ...]
+    op: Any, input: Tensor, weight: Any, bias: Any, channels: tuple[int, ...], kernels: Any = None
 ) -> Tensor:
-    """y = z(x) w + b, where z has a symmetric Jacobian and `op` maps (x, w, b) to y."""
+    """y = z(x) w + b, where z has a symmetric Jacobian and `op` maps (x, w, b) to y.
+
+    `kernels` are torch's own: (x, w, b) to y and the moments of x, and (dx, x, moments) to the push of z.
+    """
     (x, dx), (w, dw), (b, db) = _parts(input), _parts(weight), _parts(bias)
     if dx is None or (w is not None and dw is None) or (b is not None and db is None):
         return op(input, weight, bias)
+    if kernels is not None and w is not None and x.dtype == w.dtype:
+        x, dx = x.contiguous(), dx.contiguous()  # once, where each of the kernels would
+        y, *moments = kernels[0](x, w, b)
+        with torch.no_grad():
+            push = op(x, dw, db).addcmul_(kernels[1](dx, x, *moments), w.view(channels))
+        return make_dual(y, push)
     y, at = op(x, w, b), x.detach().requires_grad_()
     with torch.enable_grad():
         z = op(at, None, None)
@@ -275,34 +284,24 @@ def _batch_norm(
 def _layer_norm(
     op: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor:
-    (x, dx), (w, dw), (b, db) = _parts(input), _parts(weight), _parts(bias)
-    shape = tuple(normalized_shape)
-    if dx is None or dw is None or (b is not None and db is None) or x.dtype != w.dtype:
-        return _normalised(lambda x, w, b: op(x, shape, w, b, eps), input, weight, bias, shape)
-    x, dx = x.contiguous(), dx.contiguous()  # once, where each of the kernels would
-    y, mean, scale = torch.native_layer_norm(x, shape, w, b, eps)
-    with torch.no_grad():
-        push = op(x, shape, dw, db, eps)
-        kernel, wanted = torch.ops.aten.native_layer_norm_backward, [True, False, False]
-        push.addcmul_(kernel(dx, x, shape, mean, scale, None, None, wanted)[0], w)
-    return make_dual(y, push)
+    shape, back = tuple(normalized_shape), torch.ops.aten.native_layer_norm_backward
+    kernels = (
+        lambda x, w, b: torch.native_layer_norm(x, shape, w, b, eps),
+        lambda dx, x, mean, scale: back(dx, x, shape, mean, scale, None, None, [True, False, False])[0],
+    )
+    return _normalised(lambda x, w, b: op(x, shape, w, b, eps), input, weight, bias, shape, kernels)
 
 
 def _group_norm(
     op: Any, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor:
-    (x, dx), (w, dw), (b, db) = _parts(input), _parts(weight), _parts(bias)
-    channels = (-1, *[1] * (input.ndim - 2))
-    if dx is None or dw is None or (b is not None and db is None) or x.dtype != w.dtype:
-        return _normalised(lambda x, w, b: op(x, num_groups, w, b, eps), input, weight, bias, channels)
-    x, dx = x.contiguous(), dx.contiguous()
-    sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), num_groups)
-    y, mean, scale = torch.native_group_norm(x, w, b, *sizes, eps)
-    with torch.no_grad():
-        push = op(x, num_groups, dw, db, eps)
-        kernel, wanted = torch.ops.aten.native_group_norm_backward, [True, False, False]
-        push.addcmul_(kernel(dx, x, mean, scale, None, *sizes, wanted)[0], w.view(channels))
-    return make_dual(y, push)
+    sizes = (input.shape[0], input.shape[1], input.shape[2:].numel(), num_groups)
+    channels, back = (-1, *[1] * (input.ndim - 2)), torch.ops.aten.native_group_norm_backward
+    kernels = (
+        lambda x, w, b: torch.native_group_norm(x, w, b, *sizes, eps),
+        lambda dx, x, mean, scale: back(dx, x, mean, scale, None, *sizes, [True, False, False])[0],
+    )
+    return _normalised(lambda x, w, b: op(x, num_groups, w, b, eps), input, weight, bias, channels, kernels)
 
 
 def _attention(
@@ -317,14 +316,13 @@ def _attention(
     **more: Any,
 ) -> Tensor:
     """softmax(q k^T scale) v: the value by the fused kernel, the push written out."""
-    (q, dq), (k, dk), (v, dv), (mask, dmask) = _parts(query), _parts(key), _parts(value), _parts(attn_mask)
+    (q, dq), (k, dk), (v, dv), (mask, dmask) = map(_parts, (query, key, value, attn_mask))
     if dq is None or dk is None or dv is None or dmask is not None or dropout_p or any(more.values()):
         return _with_math(op, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
     y = op(q, k, v, mask, is_causal=is_causal, scale=scale)
     with torch.no_grad():
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        q, dq = (q * factor).contiguous(), (dq * factor).contiguous()
-        k, dk = k.contiguous(), dk.contiguous()
+        q, dq, k, dk = (t.contiguous() for t in (q * factor, dq * factor, k, dk))
         scores = q @ k.transpose(-2, -1)
         dscores = (dq @ k.transpose(-2, -1)).add_(q @ dk.transpose(-2, -1))
         if is_causal:

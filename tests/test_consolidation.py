@@ -28,9 +28,11 @@ from clkit.consolidation import (
     WiSEFT,
 )
 from clkit.data import Stream
+from clkit.experiments import sweep
 from clkit.learners import ER, Learner
 from clkit.merging import MERGES, Merge
-from clkit.training import Result
+from clkit.store import describe
+from clkit.training import Result, Training
 from clkit.weights import equal, get_weights, lerp
 from toys import quick
 
@@ -190,6 +192,26 @@ class TestOpenDoors:
         monkeypatch.setitem(MERGES, "trimmed", Merge(trimmed))
         by_name, by_function = (convnet(toy, Merging(merge)) for merge in ("trimmed", trimmed))
         assert all(equal(a, b) for a, b in zip(by_name.weights, by_function.weights, strict=True))
+
+    def test_an_edited_merge_is_another_run_by_its_name_too(self, toy, monkeypatch, tmp_path):
+        def doubled(ws, *, base, share=0.5):
+            return trimmed(ws, base=base, share=2 * share)
+
+        def runs():
+            methods, more = {"m": (Learner(), Merging("trimmed"))}, {"jobs": 1, "device": "cpu", "progress": False}
+            return sweep(toy, toys.small_convnet, methods, training=short, store=tmp_path, **more)["hash"].tolist()
+
+        short = Training(epochs=1)
+        more = {"training": short, "checkpoint": tmp_path / "run"}
+        monkeypatch.setitem(MERGES, "trimmed", Merge(trimmed))
+        first, made = runs(), Merging("trimmed")
+        assert runs() == first
+        convnet(toy, made, **more)
+        monkeypatch.setitem(MERGES, "trimmed", Merge(doubled))
+        assert runs() != first and describe(made) != describe(Merging("trimmed"))
+        convnet(toy, made, **more)
+        with pytest.raises(ValueError, match=r"another run .*consolidation row function: .* there, .* here"):
+            convnet(toy, Merging("trimmed"), **more)
 
     @pytest.mark.parametrize(
         ("options", "message"), [({"shrae": 1}, "'shrae' is unknown; .* did you mean 'share'"), ({}, "lack 'strength'")]

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from clkit import alignment
+from clkit import alignment, checks
 from clkit.evaluation import Score
 from clkit.weights import Weights
+
+Alpha = Annotated[float, checks.Range(0, 1, means="0 for the old weights, 1 for the new")]
 
 
 class Progress(NamedTuple):

@@ -5,7 +5,6 @@ from statistics import mean
 from typing import Any, Literal
 
 from clkit import alignment, checks, normalization
-from clkit.checks import Share
 from clkit.consolidation.base import Context, Merged, Progress, scheduled
 from clkit.weights import Weights, lerp
 
@@ -40,7 +39,7 @@ class CLeWI:
     one residual stream share one permutation (the released code's do not).
     """
 
-    alpha: Share | tuple[Share, ...] | Literal["search"] = 0.3
+    alpha: checks.Share | tuple[checks.Share, ...] | Literal["search"] = 0.3
     align: Literal["activations", "weights"] | None = "activations"
     statistic: Literal["pearson", "clewi2024"] = "pearson"
     refresh: bool = True

@@ -6,7 +6,7 @@ The correction moves one weight matrix, so that the features of the merged netwo
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,10 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
 from clkit import checks, curvature, normalization, tangent
-from clkit.consolidation.base import Context, Merged, Progress
+from clkit.consolidation.base import Alpha, Context, Merged, Progress
 from clkit.merging import check_importances
 from clkit.weights import Weights, check_same, evaluation_mode, hooked, set_weights
 
-Alpha = Annotated[float, checks.Range(0, 1, means="0 for the old weights, 1 for the new")]
 Loss = Literal["squared", "cosine"]
 Layer = nn.Linear | nn.Conv2d
 Targets = Sequence[tuple[float, Tensor]]
@@ -114,9 +113,8 @@ class HCMM:
         report: dict[str, Any] = {"share": float(sum(part.sum() for part in w.values())) / count if w else self.alpha}
         merged = self._settled(context, _step(context.previous, context.current, w, self.alpha))
         if self.correction != "none":
-            parents = [(1.0, context.previous)]
-            if self.target == "both":
-                parents = [(1 - self.alpha, context.previous), (self.alpha, context.current)]
+            both = [(1 - self.alpha, context.previous), (self.alpha, context.current)]
+            parents = both if self.target == "both" else [(1.0, context.previous)]
             corrected, report["mismatch"] = correct(
                 context.model,
                 merged,
@@ -284,8 +282,8 @@ def projection(model: nn.Module, inputs: Tensor, wanted: str | None) -> tuple[st
     found, last = projections(model, inputs[:1])
     fits = [name for name in found if (name == last if wanted is None else fnmatchcase(name, wanted))]
     if len(fits) != 1:
-        what = "no linear layer or convolution that is trained and runs once comes before the head"
-        what = what if wanted is None else f"{wanted!r} fits {fits or 'no weight'}"
+        none = "no linear layer or convolution that is trained and runs once comes before the head"
+        what = none if wanted is None else f"{wanted!r} fits {fits or 'no weight'}"
         raise ValueError(f'projection: {what}; name one of {list(found)}, or use correction="none"')
     return fits[0], found[fits[0]]
 

@@ -6,14 +6,14 @@ from the base in every task.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from clkit import checks, curvature
-from clkit.consolidation.base import Context, Merged, Progress
+from clkit.consolidation.base import Alpha, Context, Merged, Progress
 from clkit.merging import MERGES, Merge
-from clkit.weights import Weights, lerp, set_weights
+from clkit.weights import lerp, set_weights
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class WiSEFT:
     is CoMA (arXiv 2312.08977), and the two agree bit for bit in the second task. The first task is deployed as trained.
     """
 
-    alpha: Annotated[float, checks.Range(0, 1, means="0 for the old weights, 1 for the new")] = 0.5
+    alpha: Alpha = 0.5
     old: Literal["previous", "base"] = "previous"
     __post_init__ = checks.fields
 
@@ -64,13 +64,16 @@ class Merging:
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Literal["sequential", "independent"] = "sequential"
     holdout: checks.Part | None = None
+    row: Merge = field(init=False, repr=False, compare=False)
     uses_history = True
 
     def __post_init__(self) -> None:
         checks.fields(self)
         options = dict(self.options)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
-        self.row.check(options)
+        row = Merge(self.merge) if callable(self.merge) else MERGES[checks.choice("merge", self.merge, MERGES)]
+        object.__setattr__(self, "row", row)  # here, not when it is asked for: what is in a name belongs to the run
+        row.check(options)
         if self.needs not in (None, "score", "importances", "grams"):
             raise ValueError(f"options: {options!r} lack {self.needs!r}, which the merge needs; give it a value")
         if self.holdout is None:
@@ -83,11 +86,6 @@ class Merging:
         return f"Merging({merge=!s}, options={self.options!r}, training={self.training!r}, holdout={self.holdout!r})"
 
     @property
-    def row(self) -> Merge:
-        """The merge and what is true of it."""
-        return Merge(self.merge) if callable(self.merge) else MERGES[checks.choice("merge", self.merge, MERGES)]
-
-    @property
     def needs(self) -> str | None:
         """What the merge cannot work without and the options lack."""
         return None if self.row.needs in dict(self.options) else self.row.needs
@@ -98,7 +96,12 @@ class Merging:
 
     def __call__(self, context: Context) -> Merged:
         """Merges for deployment."""
-        memo = [*(context.memo or []), *self._measured(context)]
+        memo = [*(context.memo or [])]
+        if self.needs == "grams":
+            memo.append(curvature.grams(context.model, context.current, context.inputs))
+        elif self.needs == "importances":
+            set_weights(context.model, context.current)
+            memo.append(curvature.fisher(context.model, context.inputs))
         train = context.base if self.training == "independent" else context.current
         if not context.progress.task:
             return Merged(train, context.current, memo=memo)
@@ -112,15 +115,6 @@ class Merging:
         elif self.needs:
             options[self.needs] = memo[-len(ws) :]
         return Merged(train, self.row(ws, base=context.base, **options), {"merged": len(ws)}, memo)
-
-    def _measured(self, context: Context) -> list[Weights]:
-        """What the merge needs to know of the task just learned, if anything."""
-        if self.needs == "grams":
-            return [curvature.grams(context.model, context.current, context.inputs)]
-        if self.needs != "importances":
-            return []
-        set_weights(context.model, context.current)
-        return [curvature.fisher(context.model, context.inputs, generator=None)]
 
 
 @dataclass(frozen=True)

@@ -175,13 +175,12 @@ class SFA:
                 name: torch.where(context.previous[name] == context.base[name], context.current[name], tensor)
                 for name, tensor in merged.items()
             }
-        if not self.own:
-            return merged
-        if not any(name.startswith(self.own) for name in merged):
+        own = [name for name in merged if name.startswith(self.own)]
+        if self.own and not own:
             raise ValueError(
                 f"own: no tensor's name begins with one of {self.own}; the model has {list(merged)[:3]} ..."
             )
-        return {n: context.current[n].clone() if n.startswith(self.own) else t for n, t in merged.items()}
+        return {**merged, **{name: context.current[name].clone() for name in own}}
 
 
 @dataclass(frozen=True)
@@ -189,9 +188,7 @@ class _Looking:
     """Looks evenly, `times` a task."""
 
     times: checks.Count = 20
-
-    def __post_init__(self) -> None:
-        checks.fields(self)
+    __post_init__ = checks.fields
 
     def looks(self, progress: Progress) -> bool:
         """At every `times`-th part of the task's steps."""
@@ -245,7 +242,7 @@ class Velocity(_Looking):
     factor: Annotated[float, checks.Range(1, open="low")] = 1.5
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        checks.fields(self)
         if not self.shortest <= self.start <= self.longest:
             raise ValueError(
                 f"start: {self.start!r}, with shortest {self.shortest!r} and longest {self.longest!r}; give "

@@ -4,13 +4,13 @@ Sums read their inputs once, and so find a NaN or an infinity in them by the res
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from clkit import checks, weights
-from clkit.checks import Share
+from clkit.checks import NotNegative, Positive, Share
 from clkit.merging.pieces import Piece, Scale, TaskVectors, check_inputs, check_number
 from clkit.weights import Weights, check_finite, check_same, combine
 
@@ -19,7 +19,7 @@ ANTIPODAL = math.pi - 1e-3  # beyond this angle there is no one great circle thr
 
 @checks.arguments
 def average(
-    ws: Sequence[Weights], *, coefficients: Sequence[float] | None = None, out: Weights | None = None
+    ws: Sequence[Weights], *, coefficients: Sequence[NotNegative] | None = None, out: Weights | None = None
 ) -> dict[str, Tensor]:
     """The mean of weights; with `coefficients`, one for each and none negative, the mean weighted by them.
 
@@ -29,12 +29,11 @@ def average(
     Ref: model soups, Wortsman et al., arXiv 2203.05482.
     """
     check_number(ws)
-    given = [1.0] * len(ws) if coefficients is None else list(coefficients)
+    given = [1.0] * len(ws) if coefficients is None else coefficients
+    _check_one_each("coefficients", given, ws)
     total = math.fsum(given)
-    if len(given) != len(ws) or min(given) < 0 or not 0 < total < math.inf:
-        raise ValueError(
-            f"coefficients: {given} for {len(ws)} weights; give one for each, none negative, with a positive sum"
-        )
+    if not 0 < total < math.inf:
+        raise ValueError(f"coefficients: {given} add up to {total:g}; give some with a positive sum")
     return _sound(combine(ws, [c / total for c in given], out=out), ws)
 
 
@@ -160,7 +159,7 @@ def stock_ratio(gram: Tensor) -> float:
 
 @checks.arguments
 def fisher_merge(
-    ws: Sequence[Weights], *, importances: Sequence[Weights], coefficients: Sequence[float] | None = None
+    ws: Sequence[Weights], *, importances: Sequence[Weights], coefficients: Sequence[Positive] | None = None
 ) -> dict[str, Tensor]:
     """The mean of weights, at every entry weighted by the importances there: sum_i F_i w_i / sum_i F_i.
 
@@ -177,11 +176,11 @@ def fisher_merge(
     Ref: Matena and Raffel, Merging models with Fisher-weighted averaging, arXiv 2111.09832.
     """
     vectors = TaskVectors(ws, ws[0] if ws else {})
-    given = [1.0] * len(ws) if coefficients is None else [float(c) for c in coefficients]
-    if len(given) != len(ws) or not all(0 < c < math.inf for c in given):
-        raise ValueError(f"coefficients: {given} for {len(ws)} weights; give one above 0 for each")
-    for name, known in _one_each("importances", importances, ws):
-        check_importances(name, known, ws[0])
+    given = [1.0] * len(ws) if coefficients is None else coefficients
+    _check_one_each("coefficients", given, ws)
+    _check_one_each("importances", importances, ws)
+    for i, known in enumerate(importances):
+        check_importances(f"importances[{i}]", known, ws[0])
     flat = [{name: tensor.reshape(-1) for name, tensor in known.items()} for known in importances]
     factors = torch.tensor(given, dtype=vectors.dtype)[:, None]
 
@@ -226,8 +225,9 @@ def regmean(ws: Sequence[Weights], *, grams: Sequence[Weights], shrink: Share = 
     """
     vectors = TaskVectors(ws, ws[0] if ws else {})
     matrices = {name: tensor.flatten(1) for name, tensor in ws[0].items() if tensor.ndim > 1}
-    for name, known in _one_each("grams", grams, ws):
-        _check_known(name, known, {key: (matrix.shape[1], matrix.shape[1]) for key, matrix in matrices.items()})
+    _check_one_each("grams", grams, ws)
+    for i, known in enumerate(grams):
+        _check_known(f"grams[{i}]", known, {key: (m.shape[1], m.shape[1]) for key, m in matrices.items()})
     merged = vectors.merge(lambda piece, part: part.mean(0))
     for name, mean in merged.items():
         if all(name in known for known in grams):
@@ -249,11 +249,10 @@ def _regression(grams: Sequence[Tensor], matrices: Tensor, shrink: float) -> Ten
     return (wanted * unit) @ solved * unit
 
 
-def _one_each(name: str, given: Sequence[Weights], ws: Sequence[Weights]) -> Iterator[tuple[str, Weights]]:
-    """What is known of each of the weights, and what to call it; ValueError if that is not one mapping for each."""
+def _check_one_each(name: str, given: Sequence[object], ws: Sequence[Weights]) -> None:
+    """Raises ValueError unless one thing is given for each of the weights."""
     if len(given) != len(ws):
-        raise ValueError(f"{name}: {len(given)} for {len(ws)} weights; give one mapping for each")
-    return ((f"{name}[{i}]", known) for i, known in enumerate(given))
+        raise ValueError(f"{name}: {len(given)} for {len(ws)} weights; give one for each")
 
 
 def _check_known(name: str, known: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from clkit import checks
-from clkit.checks import Index, NotNegative, Range
 from clkit.merging.pieces import Density, Draws, Piece, Scale, Seed, TaskVectors, count, largest
 from clkit.weights import Weights
 
@@ -47,7 +46,7 @@ def breadcrumbs(
     *,
     base: Weights,
     density: Density = 0.143,
-    outliers: Annotated[float, Range(0, 1, means="the share of entries left out as too large")] = 0.007,
+    outliers: Annotated[float, checks.Range(0, 1, means="the share of entries left out as too large")] = 0.007,
     scale: Scale | None = None,
     whole: bool = False,
 ) -> dict[str, Tensor]:
@@ -115,7 +114,7 @@ def della(
     *,
     base: Weights,
     density: Density = 0.5,
-    epsilon: NotNegative = 0.1,
+    epsilon: checks.NotNegative = 0.1,
     scale: Scale = 1.0,
     seed: Seed = 0,
 ) -> dict[str, Tensor]:
@@ -168,7 +167,7 @@ def magmax(ws: Sequence[Weights], *, base: Weights, scale: Scale = 1.0) -> dict[
 
 
 @checks.arguments
-def emr(ws: Sequence[Weights], *, base: Weights, task: Index | None = None) -> dict[str, Tensor]:
+def emr(ws: Sequence[Weights], *, base: Weights, task: checks.Index | None = None) -> dict[str, Tensor]:
     """The elected unified weights or, with `task` = i, those masked and rescaled for task i.
 
     Elect: at each entry the sign of the sum of task vectors (n, entries), and of the entries with it the largest

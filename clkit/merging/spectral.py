@@ -13,26 +13,23 @@ import torch
 from torch import Tensor
 
 from clkit import checks
-from clkit.checks import Share
 from clkit.merging.pieces import Density, Scale, TaskVectors
 from clkit.weights import Weights
 
 SHARED = 16  # singular vectors of the same direction differ by so many times the precision of the weights, or less
 
 
-def decompose(matrix: Tensor, *, gram: bool | None = None, eps: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(matrix: Tensor, eps: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition U (m, r), s (r,), V (n, r), largest first, without what rounding has left.
 
     Directions whose singular value is below eps sqrt(max(m, n)) of the largest are cut off: r is the numerical rank.
-    `eps` None is the matrix's own precision. `gram` decides between the Gram matrix and a direct decomposition; None
-    takes the Gram matrix for float32. The factors are in float64.
+    `eps` None is the matrix's own precision. The factors are in float64.
     """
     limit = (torch.finfo(matrix.dtype).eps if eps is None else eps) * max(*matrix.shape, 1) ** 0.5
-    gram = matrix.dtype == torch.float32 if gram is None else gram
     double = matrix.double()
     if not matrix.numel():
         return double.new_zeros(len(matrix), 0), double.new_zeros(0), double.new_zeros(matrix.shape[1], 0)
-    if not gram:
+    if matrix.dtype == torch.float64:
         u, s, vt = torch.linalg.svd(double, full_matrices=False)
         rank = int((s > limit * s[0]).sum())
         return u[:, :rank], s[:rank], vt[:rank].T
@@ -46,9 +43,9 @@ def decompose(matrix: Tensor, *, gram: bool | None = None, eps: float | None = N
     return (short, s, long) if wide else (long, s, short)
 
 
-def polar(matrix: Tensor, *, gram: bool | None = None, eps: float | None = None) -> Tensor:
+def polar(matrix: Tensor, eps: float | None = None) -> Tensor:
     """The nearest matrix with orthonormal directions, same shape: U V^T without the directions `decompose` cuts off."""
-    u, _, v = decompose(matrix, gram=gram, eps=eps)
+    u, _, v = decompose(matrix, eps)
     return u @ v.T
 
 
@@ -91,14 +88,14 @@ def tsv(
         found = [decompose(part) for part in parts]
         rank = max(1, int(share * min(parts.shape[1:])))
         eps = SHARED * torch.finfo(parts.dtype).eps
-        u, v = (polar(torch.cat([f[side][:, :rank] for f in found], 1), eps=eps) for side in (0, 2))
+        u, v = (polar(torch.cat([f[side][:, :rank] for f in found], 1), eps) for side in (0, 2))
         return (u * torch.cat([f[1][:rank] for f in found])) @ v.T
 
     return _by_matrix(ws, base, matrix, scale)
 
 
 @checks.arguments
-def opcm(ws: Sequence[Weights], *, base: Weights, alpha: Share = 0.5) -> dict[str, Tensor]:
+def opcm(ws: Sequence[Weights], *, base: Weights, alpha: checks.Share = 0.5) -> dict[str, Tensor]:
     """Takes the weights in one after another, each time only what is orthogonal to what is merged already.
 
     T is the task's matrix (out, in), M the one merged so far, with singular vectors u_i, v_i. The leading directions

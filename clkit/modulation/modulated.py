@@ -91,6 +91,7 @@ class Modulated(nn.Module):
         super().__init__()
         self.backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.rule, self.layers, self.statistics, self.affine, self.seed = rule, layers, statistics, affine, seed
+        self._rule = rule or DEFAULT  # without a rule there is no part that it makes
         self.head = _find_head(self.backbone, head)
         live = dict(self.backbone.named_parameters())
         of_head = [f"{self.head}.{name}" for name, _ in self.backbone.get_submodule(self.head).named_parameters()]
@@ -119,12 +120,10 @@ class Modulated(nn.Module):
             )
         self.gains = nn.ParameterDict({name: nn.Parameter(t) for name, t in _flat(drawn).items()})
         self._matrices: dict[str, str] = {}
-        for part in self._parts:
-            weight = self._weight(part)
+        for weight in map(self._weight, self._parts):
             for sizes, matrix in self._rule.matrices(weight.shape).items():
-                if sizes not in self._matrices:
-                    self._matrices[sizes] = f"interpolation {sizes}"
-                    self.register_buffer(self._matrices[sizes], matrix.to(weight), persistent=False)
+                self._matrices[sizes] = f"interpolation {sizes}"
+                self.register_buffer(self._matrices[sizes], matrix.to(weight), persistent=False)
         self.train(self.training)
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -166,8 +165,7 @@ class Modulated(nn.Module):
     @torch.no_grad()
     def initial(self) -> TaskState:
         """What every task starts with, as it would be stored, with all rows of the head."""
-        starts = {f"backbone.{name}": tensor.clone() for name, tensor in self._starts(self._names()).items()}
-        return TaskState(tuple(range(self.outputs)), self._packed(self._drawn()) | starts)
+        return self._stored(range(self.outputs), self._drawn(), self._starts)
 
     @torch.no_grad()
     def state(self, classes: Sequence[int]) -> TaskState:
@@ -178,11 +176,7 @@ class Modulated(nn.Module):
         ids = [int(label) for label in classes]
         if not ids or len(set(ids)) < len(ids) or not all(0 <= label < self.outputs for label in ids):
             raise ValueError(f"classes: {ids} for a head of {self.outputs}; give ids from 0 that it has, each once")
-        tensors = {name: tensor.clone() for name, tensor in self._packed(self._by_part(self.gains)).items()}
-        for part, names in self._own.items():
-            for name, tensor in self._live(names).items():
-                tensors[f"backbone.{name}"] = tensor[ids] if part == "head" else tensor.clone()
-        return TaskState(tuple(ids), {name: tensor.detach() for name, tensor in tensors.items()})
+        return self._stored(ids, self._by_part(self.gains), self._live)
 
     @torch.no_grad()
     def weights(self, state: TaskState | None = None, *, shared: Collection[str] = ()) -> dict[str, Tensor]:
@@ -290,11 +284,6 @@ class Modulated(nn.Module):
         given = {n: t for n, t in (live_tensors(self.backbone) | starts).items() if n not in self._own["head"]}
         return store.digest({name: store.hash_tensor(t) for name, t in given.items() if t.is_floating_point()})
 
-    @property
-    def _rule(self) -> Rule:
-        assert self.rule is not None
-        return self.rule
-
     def _weight(self, part: _Part) -> Tensor:
         return part.cut(reduce(getattr, part.name.split("."), self.backbone))
 
@@ -315,9 +304,16 @@ class Modulated(nn.Module):
             found[key][kind] = tensor
         return found
 
-    def _packed(self, gains: Mapping[str, Tensors]) -> dict[str, Tensor]:
-        """Gains as they are stored in a task's state."""
-        return {f"gains.{name}": t for name, t in _flat({k: self._rule.pack(g) for k, g in gains.items()}).items()}
+    def _stored(
+        self, classes: Sequence[int], gains: Mapping[str, Tensors], own: Callable[[list[str]], Tensors]
+    ) -> TaskState:
+        """Copies of gains, packed, and of what a task has of its own, by the function `own` of its names."""
+        packed = _flat({key: self._rule.pack(kinds) for key, kinds in gains.items()})
+        tensors = {f"gains.{name}": tensor for name, tensor in packed.items()}
+        for part, names in self._own.items():
+            for name, tensor in own(names).items():
+                tensors[f"backbone.{name}"] = tensor[list(classes)] if part == "head" else tensor
+        return TaskState(tuple(classes), {name: tensor.detach().clone() for name, tensor in tensors.items()})
 
     def _unpacked(self, state: TaskState) -> dict[str, dict[str, Tensor]]:
         """The gains of a stored task, by part."""
@@ -387,11 +383,11 @@ def _find_parts(net: nn.Module, rule: Rule | None, layers: str | Sequence[str], 
     elif isinstance(layers, str):
         chosen = groups[layers]
     else:
-        chosen = {name for name in groups["all"] if any(fnmatchcase(name, pattern) for pattern in layers)}
+        chosen, known = set(), sorted(groups["all"])
         for pattern in layers:
-            if not any(fnmatchcase(name, pattern) for name in chosen):
-                known = sorted(groups["all"])[:3]
-                raise ValueError(f"layers: {pattern!r} fits no weight; they are named like {known}")
+            if not (fits := [name for name in known if fnmatchcase(name, pattern)]):
+                raise ValueError(f"layers: {pattern!r} fits no weight; they are named like {known[:3]}")
+            chosen.update(fits)
     parts = []
     for name in live:
         if name in chosen and name not in of_head:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from clkit import checks
-from clkit.checks import Count, Positive
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 Tensors = Mapping[str, Tensor]
@@ -81,8 +80,8 @@ class Modulation(_Rule):
     The paper does not say what the residual form leaves open: M is a residual, so that zero is the backbone.
     """
 
-    m1: Count = 4
-    m2: Count = 4
+    m1: checks.Count = 4
+    m2: checks.Count = 4
     mode: Literal["factor", "grid"] = "factor"
     interpolation: Interpolation = "bicubic"
     init: Literal["zero", "kaiming"] = "zero"
@@ -176,8 +175,8 @@ class Mask(_Rule):
     straight-through estimator), and one bit each is stored. All entries are kept in the beginning.
     """
 
-    init: Positive = 1e-2
-    threshold: Positive = 5e-3
+    init: checks.Positive = 1e-2
+    threshold: checks.Positive = 5e-3
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -214,7 +213,7 @@ class LowRank(_Rule):
     V as a linear layer of so many inputs, so that training begins at the backbone.
     """
 
-    rank: Count = 4
+    rank: checks.Count = 4
     __post_init__ = checks.fields
 
     def start(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,14 +38,13 @@ from torch import Tensor, nn
 from clkit import alignment, checks, store
 from clkit.checkpoint import Checkpoint, model_state, random_state, restore_model, restore_random
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
-from clkit.data import Examples, Stream, Task
+from clkit.data import Stream, Task
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, get_weights, set_weights
 
 ModelFactory = Callable[..., nn.Module]
-Answer = TypeVar("Answer")
 
 
 def label(model: nn.Module | ModelFactory) -> str:
@@ -187,7 +186,6 @@ class _Loop:
                 result.seconds = time.perf_counter() - self.started
                 if file is not None:
                     file.save(self.state())
-        result.seconds = time.perf_counter() - self.started
         if self.training.compile:
             result.model = copy.deepcopy(self.model)
         return result
@@ -222,7 +220,7 @@ class _Loop:
             self.history.append(current)
         result.reports.append(self.report)
         if self.keep:
-            result.inputs.append(self.examples(task).x.cpu())
+            result.inputs.append(self.aside(self.learner.examples, task).x.cpu())
             result.trained.append({name: tensor.cpu() for name, tensor in current.items()})
             result.weights.append({name: tensor.cpu() for name, tensor in deploy.items()})
 
@@ -306,8 +304,7 @@ class _Loop:
 
     def consolidate(self, task: Task, progress: Progress, current: Weights) -> Merged:
         """Asks the consolidation, with generators of its own, so that training draws the same numbers as without it."""
-
-        examples = functools.cache(lambda: self.examples(task))
+        examples = functools.cache(lambda: self.aside(self.learner.examples, task))
         held_out = functools.cache(lambda: self.aside(self.learner.held_out, task) if self.holdout else None)
 
         def judge() -> Callable[[Weights], Score] | None:
@@ -356,11 +353,7 @@ class _Loop:
                 found[name] = state["exp_avg_sq"], 1 - beta2 ** float(state["step"])
         return found
 
-    def examples(self, task: Task) -> Examples:
-        """What the learner lets a consolidation see."""
-        return self.aside(self.learner.examples, task)
-
-    def aside(self, ask: Callable[[Task], Answer], task: Task) -> Answer:
+    def aside(self, ask: Callable[[Task], Any], task: Task) -> Any:
         """What the learner answers; all generators are put back, so that training is the same if nobody asks."""
         state = self.own.get_state()
         with _reproducible(self.seed + task.index, self.device):
@@ -394,13 +387,7 @@ class _Loop:
             return evaluate(self.model, self.stream, predict=self.learner.predict)
 
 
-def _check(
-    stream: Stream,
-    model: nn.Module | ModelFactory,
-    learner: Learner,
-    consolidation: Consolidation,
-    training: Training,
-) -> None:
+def _check(stream: Any, model: Any, learner: Any, consolidation: Any, training: Any) -> None:
     """Raises on arguments of the wrong kind, or that do not fit together, before any work starts."""
     due = callable(getattr(consolidation, "due", None)) and callable(consolidation)
     for name, given, fits, wanted in (

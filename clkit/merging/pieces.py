@@ -229,11 +229,13 @@ def _between(
     strided = ((piece, vectors.read(piece, stride)) for piece in vectors.pieces(names))
     for piece, part in vectors.of(names) if stride == 1 else strided:
         values = of(piece, part)
-        over = values > high.to(values.device)
-        within = (values >= low.to(values.device)) & ~over
-        above += over.sum(1).cpu()
-        for i, chosen in enumerate(within):
-            found = values[i][chosen]
+        rows = list(values)
+        if stride == 1:
+            over = values > high.to(values.device)
+            within = (values >= low.to(values.device)) & ~over
+            above += over.sum(1).cpu()
+            rows = [row[chosen] for row, chosen in zip(values, within, strict=True)]
+        for i, found in enumerate(rows):
             start, filled[i] = filled[i], filled[i] + len(found)
             while filled[i] > store.shape[1]:
                 store = torch.cat([store, torch.empty_like(store)], 1)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clkit import checks
 
-Policy = Literal["reservoir", "balanced", "ring", "herding"]
+StepPolicy = Literal["reservoir", "balanced", "ring"]  # those that can be filled as training goes
+Policy = StepPolicy | Literal["herding"]
 AHEAD = 4096  # rows that a reservoir decides on at once
 
 

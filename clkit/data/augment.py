@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from clkit import checks
-from clkit.checks import Positive, Range
 
-Pixels = Annotated[int, Range(0, means="pixels")]
+Pixels = Annotated[int, checks.Range(0, means="pixels")]
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Normalize:
     """
 
     mean: tuple[float, ...] = (0.0,)
-    std: tuple[Positive, ...] = (1.0,)
+    std: tuple[checks.Positive, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         checks.fields(self)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from clkit import checks
-from clkit.checks import Count, Range
 from clkit.data.augment import Normalize
 from clkit.data.core import Dataset, Examples
 
@@ -33,19 +32,13 @@ SCRIPTS = {
     "math": _span((0x2200, 0x22FF)),
 }
 FONTS = {
-    "sans": "DejaVuSans",
-    "sans-bold": "DejaVuSans-Bold",
-    "sans-oblique": "DejaVuSans-Oblique",
-    "sans-bold-oblique": "DejaVuSans-BoldOblique",
-    "serif": "DejaVuSerif",
-    "serif-bold": "DejaVuSerif-Bold",
-    "serif-italic": "DejaVuSerif-Italic",
-    "serif-bold-italic": "DejaVuSerif-BoldItalic",
-    "mono": "DejaVuSansMono",
-    "mono-bold": "DejaVuSansMono-Bold",
-    "mono-oblique": "DejaVuSansMono-Oblique",
-    "mono-bold-oblique": "DejaVuSansMono-BoldOblique",
-}
+    "sans": "DejaVuSans", "sans-bold": "DejaVuSans-Bold",
+    "sans-oblique": "DejaVuSans-Oblique", "sans-bold-oblique": "DejaVuSans-BoldOblique",
+    "serif": "DejaVuSerif", "serif-bold": "DejaVuSerif-Bold",
+    "serif-italic": "DejaVuSerif-Italic", "serif-bold-italic": "DejaVuSerif-BoldItalic",
+    "mono": "DejaVuSansMono", "mono-bold": "DejaVuSansMono-Bold",
+    "mono-oblique": "DejaVuSansMono-Oblique", "mono-bold-oblique": "DejaVuSansMono-BoldOblique",
+}  # fmt: skip
 EM = 0.85  # size of the font, in units of the image
 TURN, GROW, MOVE = 12.0, 0.15, 0.07  # jitter 1: degrees, relative size, units of the image, each way
 DETAIL = 2  # glyphs are drawn so many times larger than sampled, so that sampling averages
@@ -58,9 +51,9 @@ def glyphs(
     *,
     characters: str | None = None,
     fonts: str | Sequence[str] | None = None,
-    per_class: Count = 100,
-    size: Annotated[int, Range(8, means="pixels")] = 28,
-    jitter: Annotated[float, Range(0, 2)] = 1.0,
+    per_class: checks.Count = 100,
+    size: Annotated[int, checks.Range(8, means="pixels")] = 28,
+    jitter: Annotated[float, checks.Range(0, 2)] = 1.0,
     seed: int = 0,
 ) -> Dataset:
     """Draw characters in DejaVu fonts with random size, rotation and position: grey images (size, size), uint8.

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from clkit import checks, store
-from clkit.checks import Count
 from clkit.data.augment import NO_AUGMENT, Augment, Normalize
 from clkit.data.core import Dataset, Examples
 
@@ -89,8 +88,8 @@ def load(
     name: str,
     root: str | Path | None = None,
     *,
-    size: Count | None = None,
-    limit: Count | None = None,
+    size: checks.Count | None = None,
+    limit: checks.Count | None = None,
     augment: Augment | None = None,
     download: bool = True,
 ) -> Dataset:
@@ -139,8 +138,8 @@ def folder(
     path: str | Path,
     *,
     domain: str | None = None,
-    size: Count | None = None,
-    limit: Count | None = None,
+    size: checks.Count | None = None,
+    limit: checks.Count | None = None,
     grey: bool | None = None,
     augment: Augment = NO_AUGMENT,
     seed: int = 0,

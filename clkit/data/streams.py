@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from clkit import checks
-from clkit.checks import Count, Share
 from clkit.data.augment import NO_AUGMENT, Normalize
 from clkit.data.core import Dataset, Examples, Stream, Task, changed
 
@@ -101,7 +100,7 @@ def series(
 
 
 @checks.arguments
-def permuted(dataset: Dataset, tasks: Count = 10, *, share: Share = 1.0, seed: int = 0) -> Stream:
+def permuted(dataset: Dataset, tasks: checks.Count = 10, *, share: checks.Share = 1.0, seed: int = 0) -> Stream:
     """Shuffle the pixels of all images by another permutation in each task; the first task keeps them in place.
 
     With a `share` below 1 that share of the pixels, drawn anew in each task, changes places and the others stay: the
@@ -144,11 +143,7 @@ def rotated(dataset: Dataset, angles: Sequence[float] = (0, 20, 40, 60, 80)) -> 
     if dataset.train.x.ndim != 4:
         shape = tuple(dataset.train.x.shape[1:])
         raise ValueError(f"dataset: {dataset.name!r} has inputs of shape {shape}; rotate images (C, H, W)")
-
-    def turned(examples: Examples, angle: float) -> Examples:
-        return Examples(_turn(examples.x, angle), examples.y)
-
-    views = [(f"{angle:g} degrees", changed(dataset, partial(turned, angle=angle))) for angle in angles]
+    views = [(f"{angle:g} degrees", changed(dataset, partial(_turned, angle=angle))) for angle in angles]
     return _line(f"{dataset.name}-rotated-{len(angles)}", views)
 
 
@@ -171,7 +166,7 @@ def shared_head(stream: Stream) -> Stream:
 
 
 @checks.arguments
-def conflicting(dataset: Dataset, conflict: Share = 1.0, *, marked: bool = False, seed: int = 0) -> Stream:
+def conflicting(dataset: Dataset, conflict: checks.Share = 1.0, *, marked: bool = False, seed: int = 0) -> Stream:
     """Ask two questions with two answers each about the same images, the second against the first for some classes.
 
     The first task's label is 1 for classes of even id. The second's is 1 for the first half of the ids, which has
@@ -269,10 +264,11 @@ def _relabelled(examples: Examples, ids: Tensor) -> Examples:
     return Examples(examples.x, torch.where(y < 0, y, ids.to(y.device)[y.clamp(min=0)]))
 
 
-def _turn(x: Tensor, angle: float) -> Tensor:
+def _turned(examples: Examples, angle: float) -> Examples:
     """Turn images (N, C, H, W) by degrees."""
+    x = examples.x
     if angle % 360 == 0:
-        return x
+        return examples
     turn = torch.deg2rad(torch.tensor(float(angle)))
     height, width = x.shape[2:]
     rows = [[turn.cos(), -turn.sin() * height / width, 0.0], [turn.sin() * width / height, turn.cos(), 0.0]]
@@ -282,4 +278,4 @@ def _turn(x: Tensor, angle: float) -> Tensor:
         grid = affine_grid(theta, [1, *x.shape[1:]], align_corners=False).expand(len(source), -1, -1, -1)
         view = grid_sample(source.float(), grid, align_corners=False)
         target.copy_(view if x.is_floating_point() else view.round_())
-    return out
+    return Examples(out, examples.y)

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from clkit import checks
-from clkit.checks import Count
 from clkit.data.core import IGNORED, Dataset, Examples
 from clkit.data.images import files
 
@@ -92,9 +91,9 @@ def texts(
     name: str,
     *,
     path: str | Path | None = None,
-    context: Count = 64,
-    limit: Count | None = None,
-    test_limit: Count | None = 256,
+    context: checks.Count = 64,
+    limit: checks.Count | None = None,
+    test_limit: checks.Count | None = 256,
     tokenizer: str | Path | None = None,
 ) -> Text:
     """Give "math", "law" or "code" as windows of `context` tokens: embedded stand-ins, or real texts below `path`.
@@ -129,9 +128,9 @@ def text_file(
     test: str | Path | None = None,
     *,
     fields: Sequence[str] = ("text",),
-    context: Count = 64,
-    limit: Count | None = None,
-    test_limit: Count | None = 256,
+    context: checks.Count = 64,
+    limit: checks.Count | None = None,
+    test_limit: checks.Count | None = 256,
     tokenizer: str | Path | None = None,
 ) -> Text:
     """Read anyone's UTF-8 text: a .jsonl file, a document a row, or any other, documents between blank lines.

@@ -79,12 +79,10 @@ class Anchored(Learner):
 
     def sampled(self, task: Task, samples: int | None) -> Examples:
         """The task's training data, prepared and not augmented: all, or `samples` random rows."""
-        generator, count = self.setting.generator, len(task.train)
-        if samples is None or samples >= count:
-            return self._prepared(task, task.train)
-        return self._prepared(
-            task, task.train, torch.randperm(count, generator=generator, device=generator.device)[:samples]
-        )
+        generator, rows = self.setting.generator, None
+        if samples is not None and samples < len(task.train):
+            rows = torch.randperm(len(task.train), generator=generator, device=generator.device)[:samples]
+        return self._prepared(task, task.train, rows)
 
     def _names(self, model: nn.Module) -> tuple[list[str], dict[str, nn.Parameter]]:
         live = trainable(model)

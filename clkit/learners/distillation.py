@@ -1,7 +1,7 @@
 """Rules that hold on to earlier answers: to logits stored with examples, or to those of the network before a task."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from clkit.data import Batch, Task
 from clkit.evaluation import EVALUATION_BATCH, outputs, side_pass
 from clkit.learners.base import Learner, Setting
 from clkit.learners.rehearsal import ER
+from clkit.memory import StepPolicy
 
 
 @dataclass
@@ -32,11 +33,7 @@ class DERpp(ER):
     alpha: checks.NotNegative = 0.1
     beta: checks.NotNegative = 0.5
     refresh: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.policy == "herding":
-            raise ValueError("policy: 'herding' stores rows when a task ends, logits as training goes; use another")
+    policy: StepPolicy = "reservoir"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy, plus the distance to stored logits, plus cross entropy of replayed rows: a scalar."""
@@ -80,12 +77,7 @@ class DER(DERpp):
     DER, Buzzega et al. 2020 (arXiv 2004.07211), equation 5: L(current) + alpha |h(x') - z'|^2; DER++ without labels.
     """
 
-    beta: checks.NotNegative = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta:
-            raise ValueError(f"beta: {self.beta!r}; DER replays no labels, so leave it at 0 or use DERpp")
+    beta: Annotated[float, checks.Range(0, 0, means="as DER replays no labels; use DERpp to replay them")] = 0.0
 
 
 @dataclass
@@ -129,14 +121,12 @@ class LwF(Learner):
         `logits` (N, C) or (N, L, C) are the student's for prepared inputs `x` (N, ...).
         """
         teacher = outputs(model, self.teacher, x)
-        pairs = ((a.index_select(-1, head) for a in (teacher, logits)) for head in self.heads)
-        kl = torch.stack([self.divergence(*pair) for pair in pairs]).sum()
-        return self.strength * self.temperature**2 * kl
-
-    def divergence(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """KL(teacher || student) of the softmax of logits (..., C) at the temperature, the mean over rows: a scalar."""
-        old, new = ((a.float() / self.temperature).log_softmax(-1).flatten(0, -2) for a in (teacher, student))
-        return kl_div(new, old, reduction="batchmean", log_target=True)
+        kl = []
+        for head in self.heads:
+            softened = (a.index_select(-1, head).float() / self.temperature for a in (teacher, logits))
+            old, new = (a.log_softmax(-1).flatten(0, -2) for a in softened)
+            kl.append(kl_div(new, old, reduction="batchmean", log_target=True))
+        return self.strength * self.temperature**2 * torch.stack(kl).sum()
 
     def on_consolidated(self, model: nn.Module, task: Task) -> None:
         """Takes the teacher, and the earlier classes in heads: those that compete in the loss, or all in one."""

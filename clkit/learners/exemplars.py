@@ -251,7 +251,8 @@ class BiC(ER):
         losses = self.setting.criterion(logits, joined.y, "none")
         if self.teacher:
             taught = self._corrected(outputs(model, self.teacher, joined.x), self.teacher_correction)
-            share = self._old_share(batch.task)
+            counts = self.setting.criterion.member.sum(1)
+            share = counts[: batch.task.index].sum() / counts[: batch.task.index + 1].sum()  # lambda
             losses = (1 - share) * losses + share * self._distillation(logits, taught, batch.task)
         return (weight * losses).sum() / weight.sum().clamp(min=1)
 
@@ -287,11 +288,6 @@ class BiC(ER):
     def _corrected(self, logits: Tensor, correction: Tensor) -> Tensor:
         """Logits (N, C) times the first row of a correction (2, C), plus the second."""
         return logits.float() * correction[0] + correction[1]
-
-    def _old_share(self, task: Task) -> Tensor:
-        """Lambda: which part of the classes so far came before this task."""
-        counts = self.setting.criterion.member.sum(1)
-        return counts[: task.index].sum() / counts[: task.index + 1].sum()
 
     def _distillation(self, logits: Tensor, taught: Tensor, task: Task) -> Tensor:
         """Cross entropy, row by row, from the teacher's softened outputs to the model's, over the old classes."""

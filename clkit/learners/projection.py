@@ -10,7 +10,7 @@ from clkit import checks
 from clkit.curvature import trainable
 from clkit.data import Batch, Examples, Task
 from clkit.learners.rehearsal import MemoryOnly
-from clkit.memory import Policy
+from clkit.memory import StepPolicy
 
 EPSILON = 1e-3  # times its mean, added to the diagonal of the Gram matrix (the authors' code adds 1e-3 itself)
 
@@ -53,13 +53,8 @@ class GEM(AGEM):
     examples: the policy "ring", by task and class.
     """
 
-    policy: Policy = "ring"
+    policy: StepPolicy = "ring"  # pyright: ignore[reportIncompatibleVariableOverride]
     margin: checks.NotNegative = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.policy == "herding":
-            raise ValueError("policy: 'herding' is not for GEM, whose memory is sorted by task; use 'ring', its own")
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Sorts the memory by task."""

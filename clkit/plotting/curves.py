@@ -238,18 +238,13 @@ def spectra(ax: "Axes", tables: "Mapping[str, DataFrame]") -> None:
 
     The tables are those of `representation.matched`: dashed, unit i with unit i; broad, after the best matching.
     """
-    for name, look in common.looks(tables).items():
+    kinds: Any = {"matched": {"linewidth": 4.0, "alpha": 0.45}, "as they are": {"linewidth": 1.5, "linestyle": "--"}}
+    for name, colour in common.colours(tables).items():
         common.check_columns(tables[name], "kind", "rank", "correlation")
-        line: Any
-        for kind, line in (
-            ("matched", {"linewidth": 4.0, "alpha": 0.45}),
-            ("as they are", {"linewidth": 1.5, "linestyle": "--"}),
-        ):
+        for kind, line in kinds.items():
             rows = tables[name][tables[name]["kind"] == kind]
             at = 100 * (rows["rank"] + 0.5) / len(rows)
-            ax.plot(
-                at, rows["correlation"], label=f"{name}, {kind}", **{"color": look["color"], "linewidth": 1.5} | line
-            )
+            ax.plot(at, rows["correlation"], label=f"{name}, {kind}", color=colour, **line)
     ax.set(ylim=(None, 1.05), xlabel="units, by correlation (%)", ylabel="correlation with the partner")
     common.legend(ax)
 

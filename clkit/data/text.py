@@ -324,7 +324,7 @@ def _licences() -> Corpus:
                 fresh.append(paragraph.strip("\n"))
         if sum(map(len, fresh)) > 200:
             documents.append("\n\n".join(fresh))
-    return _parted(_enough("law", documents), "law")
+    return _embedded("law", documents)
 
 
 @lru_cache(maxsize=1)
@@ -336,7 +336,7 @@ def _modules() -> Corpus:
         if text and total + len(text) <= CODE:
             documents.append(text)
             total += len(text)
-    return _parted(_enough("code", documents), "code")
+    return _embedded("code", documents)
 
 
 def _read(place: Path) -> str:
@@ -347,14 +347,15 @@ def _read(place: Path) -> str:
         return ""
 
 
-def _enough(name: str, documents: list[str]) -> list[str]:
+def _embedded(name: str, documents: list[str]) -> Corpus:
+    """Part documents found on this machine, if they are enough for a task."""
     size = sum(map(len, documents))
     if size < ENOUGH:
         raise ValueError(
             f"name: {name!r} has {size} bytes of text on this machine and a task needs {ENOUGH}; give a folder or a "
             "zip of real texts as path=, or a file of your own to text_file()"
         )
-    return documents
+    return _parted(documents, name)
 
 
 def _gsm8k(path: Path) -> Corpus:

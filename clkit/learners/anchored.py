@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from clkit import checks, curvature
-from clkit.curvature import trainable
 from clkit.data import Batch, Examples, Task
 from clkit.learners.base import Learner, Setting
 
@@ -85,13 +84,13 @@ class Anchored(Learner):
         return self._prepared(task, task.train, rows)
 
     def _names(self, model: nn.Module) -> tuple[list[str], dict[str, nn.Parameter]]:
-        live = trainable(model)
+        live = curvature.trainable(model)
         return [name for name in self.anchor if name in live], live
 
 
 def parameter_values(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters that want a gradient, by name, each in its own shape."""
-    return {name: p.detach().clone() for name, p in trainable(model).items()}
+    return {name: p.detach().clone() for name, p in curvature.trainable(model).items()}
 
 
 def _added(old: Mapping[str, Tensor], new: Mapping[str, Tensor], decay: float = 1.0) -> dict[str, Tensor]:
@@ -136,7 +135,7 @@ class DecoupledL2(L2):
     @torch.no_grad()
     def after_step(self, model: nn.Module, batch: Batch) -> None:
         """Adds the decay to the optimizer's step."""
-        live = trainable(model)
+        live = curvature.trainable(model)
         if self.noted:
             _add_([live[n] for n in self.noted], list(self.noted.values()), alpha=-batch.lr)
 
@@ -224,14 +223,14 @@ class SI(Anchored):
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Begins a path."""
-        self.path = {name: torch.zeros_like(p) for name, p in trainable(model).items()}
+        self.path = {name: torch.zeros_like(p) for name, p in curvature.trainable(model).items()}
         self.travelled = dict(self.path)
 
     @torch.no_grad()
     def adjust_gradients(self, model: nn.Module, batch: Batch) -> None:
         """Notes where the step starts and the gradient of the loss without the penalty; changes no gradient."""
         self.before = parameter_values(model)
-        live = trainable(model)
+        live = curvature.trainable(model)
         self.slope = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in live.items()}
         if pull := self.pull(model):
             _sub_([self.slope[n] for n in pull], list(pull.values()))
@@ -239,7 +238,7 @@ class SI(Anchored):
     @torch.no_grad()
     def after_step(self, model: nn.Module, batch: Batch) -> None:
         """Goes on along the path."""
-        live, names = trainable(model), list(self.path)
+        live, names = curvature.trainable(model), list(self.path)
         step = _sub([live[n] for n in names], [self.before[n] for n in names])
         lowered = _mul(step, [self.slope[n] for n in names])
         self.travelled = dict(zip(names, _add(list(self.travelled.values()), step), strict=True))

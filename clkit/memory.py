@@ -13,7 +13,7 @@ from torch import Tensor
 from clkit import checks
 
 StepPolicy = Literal["reservoir", "balanced", "ring"]  # those that can be filled as training goes
-Policy = StepPolicy | Literal["herding"]
+Policy = Literal[StepPolicy, "herding"]
 AHEAD = 4096  # rows that a reservoir decides on at once
 
 

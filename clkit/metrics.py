@@ -1,8 +1,9 @@
 """What an accuracy matrix says: average accuracy, forgetting, transfer, plasticity; and the barrier of a curve.
 
-`matrix[t, k]` is the test accuracy on task k after learning task t, in [0, 1]; T tasks make it (T, T), and another
-shape raises ValueError. Every formula of the kit stands here, once. Published tables that divide the sum of forgetting
-by T instead of T - 1 (CLeWI's does) are `forgetting * (T - 1) / T`.
+`matrix[t, k]` is the test accuracy on task k, in [0, 1], of the weights that are deployed after task t, which a
+consolidation may have mixed. T tasks make it (T, T), and another shape raises ValueError. Every measure of such a
+matrix stands here, once. Published tables that divide the sum of forgetting by T instead of T - 1 (CLeWI's does) are
+`forgetting * (T - 1) / T`.
 """
 
 import numpy as np
@@ -65,7 +66,7 @@ def running(matrix: ArrayLike) -> np.ndarray:
 
 
 def summary(matrix: ArrayLike, initial: ArrayLike) -> dict[str, float]:
-    """All of the above by name: acc, forgetting, bwt, fwt, last, plasticity."""
+    """All single numbers of the above by name: acc, forgetting, bwt, fwt, last, plasticity."""
     return {
         "acc": acc(matrix),
         "forgetting": forgetting(matrix),

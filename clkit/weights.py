@@ -1,8 +1,9 @@
 """Weights are values: mappings from a name to a floating tensor, and the algebra on them.
 
-Everything here is pure but `set_weights`. This is the one place that checks keys and shapes, and that closes the
-traps of `state_dict`: integer counters (BatchNorm's `num_batches_tracked`) are dropped, and a tensor that a model
-holds under several names (tied weights, a module registered twice) appears once, under its first name.
+The algebra is pure, unless a result is to be written into `out`. `set_weights` writes into a model; the two context
+managers change one and give it back. This is the one place that checks keys and shapes, and that closes the traps of
+`state_dict`. Integer counters (BatchNorm's `num_batches_tracked`) are dropped. A tensor that a model holds under
+several names (tied weights, a module registered twice) appears once, under its first name.
 """
 
 import sys
@@ -59,7 +60,7 @@ def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: boo
         for module, hook in hooks:
             add = module.register_forward_pre_hook if before else module.register_forward_hook
             stack.enter_context(add(hook))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled; what is, would not see the hooks
+        if "torch._dynamo" in sys.modules:  # compiled code does not call hooks that come later
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 

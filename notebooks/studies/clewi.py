@@ -203,11 +203,11 @@ def gains(table: "pd.DataFrame", kind: str = "CLeWI") -> "pd.DataFrame":
     names = dict.fromkeys(table.method)
     pairs = {name: (f"{name} + {kind}", name) for name in names if f"{name} + {kind}" in names}
     own = [column for column in ("weight_change", "fisher_trace", "plasticity") if column in table]
-    means = table.groupby("method")[["acc", "forgetting", *own]].mean()
-    found = contrasts(table, pairs).rename(columns={"mean": "gain"}).drop(columns="n").rename_axis(None)
+    means: Any = table.groupby("method")[["acc", "forgetting", *own]].mean()
+    found: Any = contrasts(table, pairs).rename(columns={"mean": "gain"}).drop(columns="n").rename_axis(None)
     found.insert(0, "alone", means.acc[list(pairs)].to_numpy())
     found["less"] = -contrasts(table, pairs, "forgetting")["mean"]
-    acc = released().acc.unstack("dataset")
+    acc: Any = released().acc.unstack("dataset")
     for dataset in DATASETS:
         known = {name: acc[dataset][f"{name} + CLeWI"] - acc[dataset][name] for name in PAIRS}
         found[dataset] = [known.get(name, float("nan")) for name in pairs]
@@ -227,7 +227,7 @@ def curves(seed: int, method: str, profile: str = "fast") -> "pd.DataFrame":
     rule, rows = chosen[f"{method} + CLeWI"], []
     training = rule.training or whole.training
     result = run(tasks, net, rule.learner, rule.consolidation, training, seed=seed, progress=False)
-    found = landscape.merges(result.model, result.trained, result.weights, result.inputs, tasks, variants=[kind])
+    found = landscape.merges(result.model, result.trained, result.weights, result.inputs, tasks, variants=(kind,))
     for after, curve in enumerate((curve[kind] for curve in found), 2):
         for t, accuracy in zip(curve.ts.tolist(), curve.accuracy, strict=True):
             means = {"accuracy": accuracy.mean(), "new": accuracy[-1], "old": accuracy[:-1].mean()}

@@ -193,9 +193,9 @@ class Memory:
 def check_policy(policy: Policy, y: Tensor) -> None:
     """Raises ValueError if a policy that goes by class is to go by labels (N, L), of which a row has many."""
     if policy != "reservoir" and y.ndim > 1:
-        many = f"labels of shape {tuple(y.shape)} are many a row (tokens)"
         raise ValueError(
-            f'policy: {policy!r} keeps rows by class and {many}; use policy="reservoir", or a rule with it'
+            f"policy: {policy!r} keeps rows by class and labels of shape {tuple(y.shape)} are many a row (tokens); "
+            'use policy="reservoir", or a rule with it'
         )
 
 

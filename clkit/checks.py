@@ -67,6 +67,7 @@ Index = Annotated[int, Range(0)]
 
 _NO = object()  # what does not fit
 _MANY = (tuple, list, Sequence)
+_STAR, _STARS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
 def fields(settings: Any) -> None:
@@ -88,7 +89,7 @@ def arguments(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         bound, hints = signature.bind(*args, **kwargs), _hints(function)
         for name, old in bound.arguments.items():
-            if name in hints:
+            if name in hints and signature.parameters[name].kind not in (_STAR, _STARS):
                 bound.arguments[name] = value(name, old, hints[name])
         return function(*bound.args, **bound.kwargs)
 
@@ -182,6 +183,10 @@ def _hints(thing: Any) -> dict[str, Any]:
 
 
 def _parts(hint: Any) -> list[Any]:
+    """The alternatives of an annotation; ranges beside a union hold for each of its numbers."""
+    if get_origin(hint) is Annotated and get_origin(get_args(hint)[0]) in (Union, UnionType):
+        inner, *ranges = get_args(hint)
+        return [p if p is NoneType else Annotated[(p, *ranges)] for p in _parts(inner)]
     return [p for a in get_args(hint) for p in _parts(a)] if get_origin(hint) in (Union, UnionType) else [hint]
 
 

@@ -109,3 +109,16 @@ def test_a_text_stands_for_the_most_special_value_that_fits():
 
 def test_what_no_text_can_stand_for_is_left_out():
     assert checks.readable(int | np.ndarray) is int and checks.readable(np.ndarray | None) is None
+
+
+def test_ranges_beside_a_union_are_of_its_numbers_and_starred_arguments_pass():
+    hint = Annotated[int | None, Range(1)]
+    assert checks.value("x", None, hint) is None and checks.value("x", 2, hint) == 2
+    with pytest.raises(ValueError, match=r"x: 0; give a whole number, at least 1 or None"):
+        checks.value("x", 0, hint)
+
+    @checks.arguments
+    def scale(by: Share, *rest: int, **more: float) -> tuple:
+        return by, rest, more
+
+    assert scale(0.5, 1, 2, c=1.0) == (0.5, (1, 2), {"c": 1.0})

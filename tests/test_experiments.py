@@ -20,7 +20,7 @@ import torch
 
 from clkit import data, models
 from clkit.consolidation import SFA, CLeWI, Drift, Merging, NoConsolidation
-from clkit.experiments import Comparison, Method, SweepError, accuracies, stored_weights, study, sweep
+from clkit.experiments import Comparison, Method, SweepError, accuracies, contrasts, stored_weights, study, sweep
 from clkit.experiments import grid as grid_of
 from clkit.experiments.jobs import Parcel
 from clkit.learners import ER, EWC, DERpp, Joint, Learner, MemoryOnly, OnlineEWC, Sum
@@ -627,3 +627,19 @@ def test_plain_values_survive_json():
     assert content["a"] == [1.0, 1.0] and content["3"] == "x/y" and content["d"] == 1
     with pytest.raises(TypeError, match="cannot be stored"):
         plain(object())
+
+
+def test_what_is_no_method_is_refused_before_any_run():
+    for method in ((Learner(), Training()), (Learner(), CLeWI), (Learner(), None, CLeWI(0.3))):
+        with pytest.raises(TypeError, match=r"methods: the .* of 'm' is"):
+            sweep(toy_stream(), SMALL, {"m": method}, progress=False)
+    with pytest.raises(ValueError, match="seeds"):
+        sweep(toy_stream(), SMALL, {"m": Learner()}, seeds=[-1], progress=False)
+
+
+def test_contrasts_keep_the_group_that_has_no_setting():
+    table = pd.DataFrame(
+        {"method": list("abab"), "memory": [50, 50, None, None], "seed": 0, "acc": [0.1, 0.2, 0.3, 0.5]}
+    )
+    found = contrasts(table, [("a", "b")], within="memory")
+    assert found["mean"].tolist() == pytest.approx([-0.1, -0.2])

@@ -89,7 +89,7 @@ def contrasts(
     value: str = "acc",
     *,
     column: str = "method",
-    within: Sequence[str] = (),
+    within: str | Sequence[str] = (),
     by: Sequence[str] | None = None,
     level: float = 0.95,
 ) -> "pd.DataFrame":
@@ -107,7 +107,8 @@ def contrasts(
     import pandas as pd
 
     named = {(name,): pair for name, pair in pairs.items()} if isinstance(pairs, Mapping) else {(*p,): p for p in pairs}
-    groups: Any = table.groupby(list(within), sort=False) if within else [((), table)]
+    within = [within] if isinstance(within, str) else list(within)
+    groups: Any = table.groupby(within, sort=False, dropna=False) if within else [((), table)]
     rows = {}
     for place, part in groups:
         for name, (a, b) in named.items():
@@ -128,7 +129,8 @@ def _by_place(table: "pd.DataFrame", column: str, name: str, by: list[str], valu
         if label == name:
             found[tuple(place)] = float(number)
     if not found:
-        raise KeyError(f"{name!r} is not in column {column!r}; it holds {', '.join(dict.fromkeys(table[column]))}")
+        held = ", ".join(map(str, dict.fromkeys(table[column])))
+        raise KeyError(f"{name!r} is not in column {column!r}; it holds {held}")
     return found
 
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clkit import checks
 from clkit import training as loop
+from clkit.consolidation import NoConsolidation
 from clkit.data import Stream
 from clkit.experiments.jobs import Record, opened, stored, tabulate
 from clkit.experiments.methods import SWEPT, Method, Model, Named, combinations, with_settings, word
@@ -273,6 +275,11 @@ def _method(name: str, method: Any) -> Method:
     parts = method if isinstance(method, tuple) else (method,)
     if not 1 <= len(parts) <= 4 or not isinstance(parts[0], Learner):
         raise TypeError(f"methods: {name!r} is {method!r:.60}; give a learner, (learner, consolidation), or a Method")
+    rule, training = (*parts, None, None)[1:3]
+    if isinstance(rule, type) or not hasattr(rule or NoConsolidation(), "due"):
+        raise TypeError(f"methods: the consolidation of {name!r} is {rule!r:.60}; give an instance, such as CLeWI(0.3)")
+    if not isinstance(training, Training | None):
+        raise TypeError(f"methods: the training of {name!r} is {training!r:.60}; give a Training")
     return Method(*parts)
 
 
@@ -284,7 +291,7 @@ def _stream(name: str, source: Any, seed: int) -> Stream:
 
 
 def _seeds(seeds: Iterable[int]) -> list[int]:
-    chosen = list(seeds)
-    if not chosen or len(set(chosen)) < len(chosen) or not all(isinstance(s, int) and s >= 0 for s in chosen):
-        raise ValueError(f"seeds: {chosen!r}; give distinct whole numbers, at least 0, for example range(3)")
-    return chosen
+    chosen = checks.value("seeds", seeds if hasattr(seeds, "ndim") else list(seeds), tuple[checks.Index, ...])
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds: {list(chosen)!r}; give distinct whole numbers, at least 0, for example range(3)")
+    return list(chosen)

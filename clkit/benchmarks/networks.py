@@ -1,4 +1,4 @@
-"""Networks made of networks: training steps of a linearised and of a modulated one against those of the network itself.
+"""Steps of a linearised and of a modulated network, and the alignment of two, against the naive ways.
 
 The tangent step: cross entropy on 64 random images of 28 x 28, backward, plain SGD; one CPU thread. Where matrix
 products take the time, an ordinary step is three passes (forward, and two backward). A tangent step is five, since a
@@ -7,9 +7,15 @@ millisecond, to which a hundred calls from Python add as much.
 
 The modulated step is what `training.run` does: forward, backward and AdamW; the plain one trains every weight. Batches
 of 32 images of 28 x 28 pixels on the device that torch has, with one CPU thread.
+
+The alignment: ResNet-18 with the stem for small images, 200 images of 32 x 32, one CPU thread, in one pass against the
+forward passes alone, and against one prefix network for each permutation. CLeWI's released code (arXiv 2404.04002)
+finds each of 13 permutations from activations that it gets by running both networks from the input up to there, once
+for means and products and once more for deviations. It puts a convolution with identity weights into every shortcut.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -19,11 +25,12 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from clkit import models
+from clkit import alignment, data, models
 from clkit.benchmarks import Row, apart, interleaved, row
 from clkit.benchmarks.training import digits_like
 from clkit.modulation import Modulated, Modulation
 from clkit.tangent import Linearized
+from clkit.weights import get_weights
 
 ROWS, TURNS = 64, 11
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
@@ -156,4 +163,89 @@ def _finish(x: torch.Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-BENCHMARKS = {"tangent": tangent_steps, "modulation": modulated_steps}
+IMAGES, PART, ROUNDS = 200, 25, 3
+
+
+def prefixes(net: nn.Module) -> Iterator[nn.Module]:
+    """The networks up to each place of the 13 permutations: stem, inside of every block, end of every stage."""
+
+    net = copy.deepcopy(net)
+    for block in (m for m in net.modules() if isinstance(m, models.BasicBlock)):
+        width = block.conv2.out_channels
+        if not len(block.shortcut):
+            identity = nn.Conv2d(width, width, 1, bias=False)
+            nn.init.dirac_(identity.weight)
+            block.shortcut.append(identity)
+    modules = [m for part in net.children() for m in (part if isinstance(part, nn.Sequential) else [part])]
+    blocks = 0
+    for k, module in enumerate(modules):
+        if isinstance(module, models.BasicBlock):
+            yield nn.Sequential(*modules[:k], module.conv1, module.norm1, nn.ReLU())
+            blocks += 1
+        if isinstance(module, nn.BatchNorm2d) or (isinstance(module, models.BasicBlock) and blocks % 2 == 0):
+            yield nn.Sequential(*modules[: k + 1])
+
+
+def correlation(first: nn.Module, second: nn.Module, batches: list[Tensor]) -> Tensor:
+    """Pearson's correlation of the channels of two networks, in two passes."""
+
+    def channels(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).movedim(1, -1).flatten(0, -2).double()
+
+    count, means, outer, squares = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for x in batches:
+        a, b = channels(first, x), channels(second, x)
+        count, means, outer = count + len(a), means + torch.stack([a.sum(0), b.sum(0)]), outer + a.T @ b
+    means = means / count
+    for x in batches:
+        a, b = channels(first, x), channels(second, x)
+        squares = squares + torch.stack([(a - means[0]).square().sum(0), (b - means[1]).square().sum(0)])
+    deviations = (squares / count).sqrt()
+    return (outer / count - torch.outer(*means)) / (torch.outer(*deviations) + 1e-12)
+
+
+@torch.no_grad()
+def alignment_seconds() -> dict[str, float]:
+    """Seconds of each way, interleaved, in this process as it stands."""
+    from scipy.optimize import linear_sum_assignment
+
+    g = torch.Generator().manual_seed(0)
+    rows = data.Examples(torch.randint(0, 256, (2, 3, 32, 32), generator=g, dtype=torch.uint8), torch.arange(2))
+    task = data.Task(0, "bytes", tuple(range(10)), rows, rows, data.Normalize((0.5,) * 3, (0.25,) * 3))
+    stream = data.Stream("bytes", (task,), tuple(map(str, range(10))))
+    nets = [models.resnet18(stream, seed=seed).eval() for seed in (0, 1)]
+    x = torch.randn(IMAGES, 3, 32, 32, generator=g)
+    batches = list(x.split(PART))
+    symmetry = alignment.symmetry(nets[0], x[:2])
+    first, second = map(get_weights, nets)
+    places = [list(prefixes(net)) for net in nets]
+
+    def forward() -> None:
+        for net in nets:
+            for batch in batches:
+                net(batch)
+
+    def by_prefix() -> None:
+        for pair in zip(*places, strict=True):
+            linear_sum_assignment(correlation(pair[0], pair[1], batches).numpy(), maximize=True)
+
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: alignment.align(symmetry, nets[0], first, second, x, batch=PART),
+        "forward": forward,
+        "prefixes": by_prefix,
+    }
+    forward()
+    return interleaved(ways, ROUNDS)
+
+
+def alignments() -> list[Row]:
+    """Our rate over each other's."""
+    seconds = apart(alignment_seconds)
+    names = {"prefixes": "a prefix network each", "forward": "the two forward passes alone"}
+    return [
+        row(f"alignment / {words}", "alignments a second", 1 / seconds["ours"], 1 / seconds[way])
+        for way, words in names.items()
+    ]
+
+
+BENCHMARKS = {"tangent": tangent_steps, "modulation": modulated_steps, "alignment": alignments}

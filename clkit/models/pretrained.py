@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from clkit import checks
 from clkit.data import Stream
 from clkit.data.text import local_only
-from clkit.models.common import context_length, image_shape, seeded, take_grey
-from clkit.models.networks import with_prototypes
+from clkit.models.networks import context_length, image_shape, seeded, take_grey, with_prototypes
 from clkit.weights import evaluation_mode
 
 TEMPLATES = ("a photo of a {}.",)

@@ -6,6 +6,6 @@ prepared tensors on the model's device.
 """
 
 from clkit.models import activations, features, with_weights
-from clkit.representation.embedding import Embedding, embed
+from clkit.representation.similarity import Embedding, embed
 from clkit.representation.similarity import cka, cka_by_layer, cka_in_batches, distances, hsic, mismatch
 from clkit.representation.units import collapse, correlations, matched, variance_ratio

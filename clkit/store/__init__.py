@@ -5,4 +5,4 @@ from clkit.store.files import (
     write_json, write_text, write_tree,
 )  # fmt: skip
 from clkit.store.identity import describe, differences, source_digest
-from clkit.store.records import Records
+from clkit.store.files import Records

@@ -87,6 +87,11 @@ def test_every_module_is_in_the_readme():
     assert modules <= set(re.findall(r"`(\w+)`", README))
 
 
+def test_names_are_exported_by_no_list():
+    files = [*(ROOT / "clkit").rglob("*.py"), *(ROOT / "notebooks" / "studies").rglob("*.py")]
+    assert not [path for path in files if "__all__" in path.read_text(encoding="utf-8")]
+
+
 def test_every_figure_of_the_text_is_there():
     texts = [(ROOT, README)]
     texts += [(path.parent, text(cell)) for path in NOTEBOOKS for cell in cells(path, "markdown")]
@@ -113,6 +118,11 @@ class TestNotebook:
         for statement in ast.parse(text(parameters[0])).body:
             assert isinstance(statement, ast.Assign)
             ast.literal_eval(statement.value)
+
+    def test_it_takes_no_number_out_of_a_name(self, path):
+        parsing = r"\.str\.(split|r?partition|extract|extractall|removeprefix|removesuffix|replace|match|fullmatch)\("
+        parsing += r"|\.filter\((like|regex)=|\.remove(prefix|suffix)\(|method\.astype\(float\)|2\.776"
+        assert not [line for cell in cells(path) for line in text(cell).splitlines() if re.search(parsing, line)]
 
     def test_it_reads_well(self, path):
         lines = [code_lines(text(cell)) for cell in cells(path)]

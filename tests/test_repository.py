@@ -50,7 +50,7 @@ def test_ci_runs_the_readmes_test_command():
 def test_ci_gpu_writes_the_headlines_table_and_goes_on_from_its_store(tmp_path, packs):
     env = os.environ | {"CLKIT_CACHE": str(tmp_path / "cache"), "CLKIT_DATA": str(packs), "CUDA_VISIBLE_DEVICES": ""}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
-    command = [sys.executable, str(ROOT / ".ci" / "gpu"), str(tmp_path), "--headline", "--seeds", "1"]
+    command = [sys.executable, str(ROOT / ".ci" / "gpu"), str(tmp_path), "--headline", "--seeds", "1", "--jobs", "1"]
     for _ in range(2):
         out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
         table = (tmp_path / "headline.csv").read_text().splitlines()

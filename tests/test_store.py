@@ -389,7 +389,7 @@ def test_what_has_no_stable_description_is_refused_by_name(make, tmp_path):
         describe(Boosted(thing), "learner")
     with pytest.raises(TypeError, match=f"(?s)model.*thing: {kind} .*no stable description"):
         key(toys.stream(2), *parts("model", Own(thing)), tmp_path)
-    with pytest.raises(TypeError, match=f"(?s)boost: {kind} .*no stable description"):
+    with pytest.raises(TypeError, match=f"(?s)learner.boost: {kind} .*no stable description"):
         key(toys.stream(2), *parts("learner", Boosted(thing)), tmp_path)
     with pytest.raises(TypeError, match=f"(?s)consolidation.more: {kind} .*no stable description"):
         run(toys.stream(2), *parts("consolidation", Quiet(thing)), training=SHORT, checkpoint=tmp_path / "run")

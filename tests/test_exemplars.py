@@ -162,8 +162,8 @@ class TestGDumb:
         assert [len(x) for x in seen] == [3, 2, 3, 2]
         assert not (torch.cat(seen)[:, None] == learner.held_out(toy[0]).x).all(-1).any()
 
-    @pytest.mark.parametrize(("batch", "sizes"), [(1, [1, 1, 1, 1]), (2, [2, 2]), (4, [4]), (5, [5]), (9, [5])])
-    def test_a_last_batch_of_one_row_is_left_out(self, toy, batch, sizes):
+    @pytest.mark.parametrize(("batch", "sizes"), [(1, [1] * 5), (2, [2, 3]), (3, [3, 2]), (4, [5]), (5, [5]), (9, [5])])
+    def test_every_row_is_fitted_and_the_last_is_not_alone(self, toy, batch, sizes):
         learner, seen = started(GDumb(memory=5, fit_epochs=1, batch=batch), toy), []
         learner.store.offer(learner.setting.generator, x=toy[0].train.x, y=toy[0].train.y)
         model = models.mlp(toy)

@@ -350,16 +350,23 @@ def test_multistep_is_a_tenth_at_each_milestone():
     assert [training.rate(step, 10) for step in (0, 6, 7, 8, 9)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
 
 
-def test_a_last_batch_of_one_row_is_left_out():
-    sizes = []
+@pytest.mark.parametrize(
+    ("rows", "batch", "sizes"),
+    [(17, 8, [8, 9]), (16, 8, [8, 8]), (18, 8, [8, 8, 2]), (9, 8, [9]), (1, 8, [1]), (3, 1, [1, 1, 1])],
+)
+def test_every_row_is_offered_once_an_epoch_and_the_last_is_not_alone(rows, batch, sizes):
+    seen = []
 
     class Spy(Learner):
-        def loss(self, model, batch):
-            sizes.append(batch.size)
-            return super().loss(model, batch)
+        def after_step(self, model, batch):
+            seen.append(batch.rows)
 
-    quick(toys.stream(tasks=1, rows=17), Spy(), training=Training(1, 8))
-    assert sizes == [8, 8]
+    result = quick(toys.stream(tasks=1, rows=rows), Spy(), training=Training(2, batch))
+    assert [len(part) for part in seen] == 2 * sizes
+    assert [torch.cat(part).sort().values.tolist() for part in (seen[: len(sizes)], seen[len(sizes) :])] == (
+        2 * [list(range(rows))]
+    )
+    assert len(result.training_loss[0]) == len(seen)
 
 
 def test_tokens_go_through_the_same_loop():

@@ -253,6 +253,14 @@ class Stream:
         return replace(self, tasks=tuple(tasks))
 
 
+def cuts(rows: int, batch: int) -> range:
+    """Where so many rows are cut into batches, by one less number than there are batches.
+
+    A last row that would be alone has no batch statistics: it joins the batch before.
+    """
+    return range(batch, rows - (batch > 1), batch)
+
+
 Owner = TypeVar("Owner", Dataset, Task)
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from clkit import checks
 from clkit.curvature import trainable
 from clkit.data import Batch, Examples, Task
+from clkit.data.core import cuts
 from clkit.evaluation import outputs
 from clkit.learners.base import Learner, Setting
 from clkit.learners.rehearsal import ER
@@ -147,9 +148,7 @@ class GDumb(ER):
         for epoch in range(self.fit_epochs):
             optimizer.param_groups[0]["lr"] = self.rate(epoch)
             order = torch.randperm(len(rows["y"]), generator=generator, device=generator.device)
-            parts = order.split(self.batch or self.setting.batch)
-            alone = len(parts) > 1 and len(parts[-1]) == 1  # one row has no batch statistics
-            for part in parts[:-1] if alone else parts:
+            for part in order.tensor_split([*cuts(len(order), self.batch or self.setting.batch)]):
                 x, y = task.prepare(rows["x"][part], generator if self.augments else None), rows["y"][part]
                 if self.cutmix and x.ndim == 4:
                     x, other, share = cutmix(x, self.cutmix, generator)

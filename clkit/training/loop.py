@@ -39,6 +39,7 @@ from clkit import alignment, checks, store
 from clkit.checkpoint import Checkpoint, model_state, random_state, restore_model, restore_random
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
 from clkit.data import Stream, Task
+from clkit.data.core import cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.training.settings import Result, Training
@@ -363,14 +364,12 @@ class _Loop:
 
     def steps(self, task: Task) -> int:
         """How many optimizer steps a task takes."""
-        full, rest = divmod(len(task.train), self.training.batch)
-        return self.training.epochs * (full + (rest > 1 or not full))
+        return self.training.epochs * (len(cuts(len(task.train), self.training.batch)) + 1)
 
     def batches(self, task: Task) -> Iterator[Tensor]:
-        """Row numbers of one epoch's batches, in random order; a last batch of one row is left out."""
+        """Row numbers of one epoch's batches, in random order."""
         rows = torch.randperm(len(task.train), generator=self.order, device=self.device).to(task.train.x.device)
-        chunks = rows.split(self.training.batch)
-        yield from chunks[:-1] if len(chunks) > 1 and len(chunks[-1]) == 1 else chunks
+        yield from rows.tensor_split([*cuts(len(rows), self.training.batch)])
 
     def check_trace(self, losses: Tensor, task: Task, first: int) -> None:
         """Raises FloatingPointError, naming task and step, if a loss of an epoch is not finite."""

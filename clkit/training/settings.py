@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Training:
     """How a task is trained; the same for every task of a stream.
 
-    - `epochs`, `batch` (rows of the task a step; a last batch of one row is left out), `lr`
+    - `epochs`, `batch` (rows of the task a step; a last row that would be alone joins the batch before), `lr`
     - `optimizer` "sgd" or "adamw", with `momentum` (SGD) and `weight_decay`
     - `schedule` of the learning rate within each task: "constant"; "cosine" or "linear" to zero; "multistep", times
       0.1 at each of the `milestones` (shares of the task's steps); it first rises for `warmup`, a share of the steps

@@ -174,7 +174,12 @@ def test_figures_tabulates_notebooks_and_fails_with_them(capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     status, _, err = call(capsys, "figures")
-    assert status == 2 and "pyproject.toml" in err
+    assert status == 2 and "give the path of one" in err
+    write_notebook(tmp_path / "mine.ipynb", "1 + 1")
+    status, out, err = call(capsys, "figures", str(tmp_path / "mine.ipynb"), "--quiet")
+    assert (status, err) == (0, "") and out.splitlines()[1].split()[0] == "mine"
+    status, _, err = call(capsys, "figures", "nowhere/mine.ipynb")
+    assert status == 2 and "holds no notebooks" in err
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "notebooks").mkdir()
     write_notebook(tmp_path / "notebooks" / "01-good.ipynb", "import os; assert os.environ['CLKIT_PROFILE'] == 'fast'")

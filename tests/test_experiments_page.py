@@ -1,6 +1,7 @@
 """Statistics over tables, a notebook's page with its claims and files, and the execution of notebooks."""
 
 import json
+from contextlib import suppress
 
 import nbformat
 import numpy as np
@@ -39,15 +40,29 @@ def table_of(gains, noise=0.0):
     return pd.DataFrame(rows, columns=["method", "seed", "acc"])
 
 
-def test_summary_is_mean_spread_and_count():
+def test_summary_is_mean_interval_spread_and_count():
     table = pd.DataFrame({"method": ["b", "b", "a"], "acc": [0.2, 0.4, 0.5], "last": [0, 0, 1.0]})
     summary = summarise(table)
+    assert list(summary) == ["method", "mean", "lower", "upper", "std", "n"]
     assert list(summary["method"]) == ["b", "a"] and list(summary["n"]) == [2, 1]
     assert summary["mean"].tolist() == pytest.approx([0.3, 0.5])
     assert summary["std"][0] == pytest.approx(np.sqrt(0.02)) and np.isnan(summary["std"][1])
     assert summarise(table, ["method", "acc"], "last")["mean"].tolist() == [0, 0, 1]
+    assert summary[["mean", "lower", "upper"]].loc[0].tolist() == pytest.approx(difference([0.2, 0.4])[:3])
+    assert summary[["lower", "upper"]].loc[1].isna().all()  # one row has no interval, and not one of width 0
     with pytest.raises(KeyError, match="lost"):
         summarise(table, value="lost")
+    with pytest.raises(ValueError, match="level: 95"):
+        summarise(table, level=95)
+
+
+def test_rows_without_a_value_do_not_count_in_a_summary_and_groups_without_a_setting_do():
+    table = pd.DataFrame({"alpha": [0.5, 0.5, 0.5, np.nan, np.nan, 1.0], "acc": [0.1, 0.3, np.nan, 0.2, 0.2, np.nan]})
+    summary = summarise(table, "alpha")
+    assert summary.n.tolist() == [2, 2, 0] and summary["mean"].tolist()[:2] == pytest.approx([0.2, 0.2])
+    assert (summary.lower[1], summary.upper[1]) == (0.2, 0.2) and summary.loc[2, ["mean", "lower", "std"]].isna().all()
+    whole = summarise(table, "alpha", level=0.5)
+    assert summary.lower[0] < whole.lower[0] < 0.2 < whole.upper[0] < summary.upper[0]
 
 
 gains = st.lists(st.floats(-1, 1), min_size=2, max_size=8)
@@ -162,9 +177,23 @@ def test_profile_comes_from_the_environment(place, monkeypatch):
 
 
 def test_repository_is_the_nearest_with_a_project(place, tmp_path_factory):
-    assert repository() == place
-    with pytest.raises(FileNotFoundError, match=r"pyproject\.toml"):
-        repository(tmp_path_factory.mktemp("elsewhere"))
+    assert repository() == repository(place / "notebooks" / "more") == place
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    assert repository(elsewhere) == elsewhere.resolve()
+
+
+def test_outside_of_any_repository_figures_lie_beside_the_notebook(tmp_path_factory, place, monkeypatch):
+    folder = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(folder)
+    page("my-page").save(drawing(), "fig1")
+    assert (folder / "figures" / "my-page-fig1.png").is_file()
+    (folder / "figures" / "my-page-fig1.png").unlink()
+    monkeypatch.chdir(place)
+    write_notebook(folder / "01-good.ipynb", CELLS["01-good"])
+    (found,) = find([str(folder / "01-good.ipynb")])
+    (outcome,) = execute([found], progress=False)
+    assert (outcome.figures, outcome.holds, outcome.error) == (1, 1, "")
+    assert (folder / "figures" / "01-good-one.png").is_file() and not (place / "figures").exists()
 
 
 def test_saved_files_are_complete_and_always_the_same(place):
@@ -271,6 +300,120 @@ def test_a_claim_that_differs_from_its_record_raises(place, capsys):
             claims.done()
     assert capsys.readouterr().out.splitlines() == ["does not hold: merging helps", "holds: merging helps"]
     assert json.loads((place / "figures" / "03-x-claims.json").read_text())["claims"][0]["recorded"] is False
+
+
+def small_page(profile=None, **parameters):
+    """A page with all that a page can write, as a notebook's cells make it."""
+    opened = page("03-x", profile, **parameters)
+    table = pd.DataFrame({"seed": opened.parameters["SEEDS"], "acc": opened.parameters["SHARE"]})
+    opened.save(drawing(), "fig1", table, seeds=opened.parameters["SEEDS"])
+    opened.results(lambda: opened.parameters["SHARE"], {"share": opened.parameters["SHARE"]}, "found", commit=True)
+    laws, claims = opened.laws(), opened.claims()
+    laws.check("a share is a share", 0 <= opened.parameters["SHARE"] <= 1)
+    laws.done()
+    claims.check("three seeds", len(opened.parameters["SEEDS"]) == 3)
+    claims.done()
+    return opened
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+USUAL = {"SEEDS": [0, 1, 2], "SHARE": 0.5}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"SEEDS": [7]}, {"SHARE": 0.1}, {"SEEDS": [0], "SHARE": 1.5}, {"SEEDS": (4, 5, 6, 7)}, {"SEEDS": np.arange(2)}],
+    ids=str,
+)
+def test_changed_parameters_stop_nothing_and_overwrite_nothing(place, capsys, monkeypatch, changed):
+    small_page(**USUAL)
+    before = contents(place / "figures")
+    assert capsys.readouterr().out == "laws: 1 of 1\nholds: three seeds\n"
+    other = small_page(**USUAL | changed)
+    out = capsys.readouterr().out
+    assert contents(place / "figures") == before
+    assert other.figures.is_relative_to(place / "cache" / "pages") and str(other.figures) in out
+    assert all(f"{name}: {value!r}, recorded {USUAL[name]!r}" in out for name, value in changed.items())
+    assert ("1 of 1 differ" in out) == ("SEEDS" in changed or changed["SHARE"] > 1)
+    assert {"03-x-fig1.png", "03-x-fig1.csv", "03-x-claims.json"} <= contents(other.figures).keys()
+    assert ("03-x-found.json" in contents(other.figures)) == ("SHARE" in changed)  # else it is read where it lies
+    assert small_page(**USUAL).figures == place / "figures" and contents(place / "figures") == before
+    monkeypatch.setenv("CLKIT_RECORD", "1")  # what `clkit figures --write` does
+    with suppress(AssertionError):
+        small_page(**USUAL | changed)
+    monkeypatch.delenv("CLKIT_RECORD")
+    assert page("03-x", **USUAL | changed).changed == [] and page("03-x", **USUAL).changed == list(changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"SEEDS": []}, USUAL),
+        ({"SEEDS": 7}, USUAL),
+        ({"SEEDS": ["a"]}, USUAL),
+        ({"SEEDS": [0.0, 1.0, 2.0], "SHARE": "0.5"}, USUAL),
+        ({"SEEDS": [0.5]}, USUAL),
+        ({"SEEDS": range(3), "SHARE": None}, USUAL),
+        ({"SHARE": 1}, USUAL | {"SHARE": 1.0}),
+        ({"SEEDS": [5.0]}, USUAL | {"SEEDS": [5]}),
+    ],
+    ids=str,
+)
+def test_parameters_come_as_the_recorded_kind(place, capsys, given, taken):
+    small_page(**USUAL)
+    opened = page("03-x", **USUAL | given)
+    assert opened.parameters == taken and list(opened.parameters) == list(USUAL)
+    assert all(type(opened.parameters[name]) is type(USUAL[name]) for name in USUAL)
+    assert opened.changed == [name for name in USUAL if taken[name] != USUAL[name]]
+    unsaid = [name for name, value in given.items() if list(np.ravel(value)) != list(np.ravel(USUAL[name]))]
+    assert all(f"{name}: {given[name]!r}" in capsys.readouterr().out for name in unsaid)
+
+
+def test_changed_parameters_keep_to_a_folder_that_was_asked_for(place, monkeypatch):
+    small_page(**USUAL)
+    monkeypatch.setenv("CLKIT_FIGURES", str(place / "out"))
+    assert page("03-x", **USUAL | {"SHARE": 0.1}).figures == place / "out"
+    monkeypatch.setenv("CLKIT_FIGURES", str(place / "notebooks" / ".." / "figures"))
+    assert page("03-x", **USUAL | {"SHARE": 0.1}).figures.is_relative_to(place / "cache")
+    assert page("03-x").changed == [] and page("04-y", **USUAL).changed == []
+
+
+def test_in_the_paper_profile_claims_report_and_laws_still_hold(place, capsys):
+    small_page(**USUAL)
+    before = contents(place / "figures")
+    opened = page("03-x", "paper", **USUAL)
+    opened.claims().check("three seeds", False)
+    opened._claims.done()
+    assert "1 of 1 differ from what is recorded: 'three seeds' does not hold" in capsys.readouterr().out
+    opened.laws().check("a share is a share", False)
+    with pytest.raises(AssertionError, match="a share is a share"):
+        opened._laws.done()
+    assert before.items() <= contents(place / "figures").items()
+
+
+def test_an_edited_notebook_runs_through_and_leaves_the_figures(notebooks):
+    path, cell = notebooks / "03-x.ipynb", CELLS["01-good"]
+    code = ["SEEDS = [0, 1]", cell[0].replace("'01-good'", "'03-x', SEEDS=SEEDS"), cell[2]]
+    code += ["claims = page.claims(); claims.check('two', len(SEEDS) == 2); claims.done()"]
+    recorded = page("03-x", SEEDS=[0, 1])
+    recorded.save(drawing(), "one")
+    recorded.claims().check("two", True)
+    recorded._claims.done()
+    before = contents(notebooks.parent / "figures")
+    write_notebook(path, ["SEEDS = [0, 1]", "SEEDS = [7]", *code[1:]])  # as papermill injects it
+    (outcome,) = execute([path], progress=False)
+    assert outcome.error == "" and contents(notebooks.parent / "figures") == before
+    (outcome,) = execute([path], progress=False, write=True)
+    assert outcome.error.startswith("AssertionError") and contents(notebooks.parent / "figures") != before
+
+
+def test_an_exercise_is_right_or_not_yet(place, capsys):
+    page("03-x").check("the first task is kept", np.bool_(True))
+    page("03-x").check("the first task is kept", False)
+    assert capsys.readouterr().out == "right: the first task is kept\nnot yet: the first task is kept\n"
 
 
 def test_claims_take_one_truth_value_each(place):

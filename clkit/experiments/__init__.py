@@ -3,7 +3,7 @@
 ```python
 methods = {"ER": ER(50)} | grid(CLeWI, "CLeWI α={alpha:g}", alpha=(0.1, 0.3, 0.5), learner=ER(50))
 table = sweep(stream, models.convnet, methods, seeds=range(5))          # a row a run, with memory, alpha, ...
-summarise(table)                                                        # mean, std, n by method
+summarise(table)                                                        # mean, interval, std, n
 contrasts(table, [("CLeWI α=0.3", "ER")])                               # how much better, with Student's interval
 ```
 

@@ -37,22 +37,25 @@ class Outcome:
 
 
 def find(names: Sequence[str] = (), root: Path | None = None) -> list[Path]:
-    """The repository's notebooks whose names begin with one of `names`; all of them, in order, if there are none.
+    """Notebooks in order: those at the paths `names`, wherever these lie, or of the repository, by how names begin.
 
-    Raises ValueError for a name that none begins with, FileNotFoundError where there are no notebooks.
+    All of the repository's if there are no names. Raises ValueError for a name that none begins with,
+    FileNotFoundError where there are no notebooks.
     """
     folder = (root or repository()) / "notebooks"
-    known = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
-    if not known:
-        raise FileNotFoundError(f"{folder} holds no notebooks; run this in clkit's repository")
-    chosen: dict[Path, None] = {}
-    for name in names:
+    known = {path.stem: path for path in folder.glob("*.ipynb")}
+    chosen: list[Path] = []
+    for name in names or [""]:
         stem = name.removesuffix(".ipynb").rpartition("/")[2]
         found = [path for known_name, path in known.items() if known_name.startswith(stem)]
-        if not found:
+        if name.endswith(".ipynb") and Path(name).is_file():
+            found = [Path(name).resolve()]
+        elif not known:
+            raise FileNotFoundError(f"{folder} holds no notebooks; give the path of one, or go to clkit's repository")
+        elif not found:
             raise checks.unknown("names", name, known, cutoff=0.3)
-        chosen |= dict.fromkeys(found)
-    return sorted(chosen) if names else list(known.values())
+        chosen += found
+    return sorted(set(chosen))
 
 
 def execute(
@@ -67,8 +70,9 @@ def execute(
 ) -> list[Outcome]:
     """Executes notebooks, each in its own folder, and returns their outcomes in the order given.
 
-    Figures go to the repository's folder, or to `figures`. The notebooks on disk stay as they are, unless `write`
-    stores the outputs of those that ran through, without what changes from run to run. With `check` nothing is kept,
+    Figures go to the figures folder of the repository, of the notebook's own folder outside of any, or to `figures`.
+    The notebooks on disk stay as they are, unless `write` stores the outputs of those that ran through, without what
+    changes from run to run, and records their parameters. With `check` nothing is kept,
     and the cells tagged nbval-check-output must print what is stored in them. `jobs` notebooks run at once, by
     default as many as there are cores ("fast") or one ("paper"), and share the cores among them.
 
@@ -87,6 +91,8 @@ def execute(
     with scratch as folder, tqdm(total=cells, disable=not progress, unit="cell") as bar:
         threads = "1" if profile == "fast" else str(max(1, cores // jobs))  # small networks lose by more
         env = os.environ | {"CLKIT_PROFILE": profile, "OMP_NUM_THREADS": threads, "LOKY_MAX_CPU_COUNT": str(cores)}
+        if write:
+            env["CLKIT_RECORD"] = "1"
         if folder:
             env["CLKIT_FIGURES"] = str(Path(folder).resolve())
         with ThreadPoolExecutor(jobs) as pool:

@@ -27,28 +27,32 @@ T = TypeVar("T")
 DPI = 200
 
 
-def page(name: str, profile: str | None = None) -> "Page":
-    """Opens the page of the notebook `name`, in the repository around the working folder.
+def page(name: str, profile: str | None = None, /, **parameters: Any) -> "Page":
+    """Opens the page of the notebook `name`, with the values of its parameters.
+
+    ```python
+    page = experiments.page("03-clewi", SEEDS=SEEDS, ALPHAS=ALPHAS)
+    SEEDS, ALPHAS = page.parameters.values()
+    ```
 
     `profile` is "fast" (the laptop) or "paper" (the paper's own scale), by default $CLKIT_PROFILE, else "fast".
-    Figures go to the repository's figures folder, or to $CLKIT_FIGURES.
+    Figures go to the figures folder of the repository around the working folder, of the working folder itself outside
+    of any, or to $CLKIT_FIGURES.
+
+    The parameters that claims were recorded with stand beside them. Where others come, from an edited cell or from
+    papermill, claims and laws only report, and nothing among the figures changes: files go to a folder in the cache,
+    which is printed. `clkit figures --write` records the parameters anew. A number or a list comes as the recorded
+    kind, 50 for 50.0; what is of no such kind, or an empty list, gives way to what is recorded.
     """
     chosen = checks.choice("profile", profile or os.environ.get("CLKIT_PROFILE") or "fast", PROFILES)
     _check_name("name", name)
-    root = repository()
-    return Page(name, chosen, root, Path(os.environ.get("CLKIT_FIGURES") or root / "figures"))
+    return Page(name, chosen, repository(), parameters)
 
 
 def repository(start: Path | None = None) -> Path:
-    """The nearest folder with a pyproject.toml, from `start` (default: the working folder) upwards.
-
-    Raises FileNotFoundError outside of any.
-    """
+    """The nearest folder with a pyproject.toml from `start` (default: the working folder) upwards, else `start`."""
     start = (start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
-        if (folder / "pyproject.toml").is_file():
-            return folder
-    raise FileNotFoundError(f"{start} is not inside a repository with a pyproject.toml; change to clkit's folder")
+    return next((f for f in (start, *start.parents) if (f / "pyproject.toml").is_file()), start)
 
 
 def suffix(profile: str) -> str:
@@ -57,11 +61,25 @@ def suffix(profile: str) -> str:
 
 
 class Page:
-    """What a notebook keeps beside itself: files named `<notebook>-<name>` in the folder of figures."""
+    """What a notebook keeps beside itself: files named `<notebook>-<name>` in the folder of figures.
 
-    def __init__(self, name: str, profile: str, root: Path, figures: Path) -> None:
-        self.name, self.profile, self.root, self.figures = name, profile, root, figures
+    `parameters` are the notebook's as they fit the record, `changed` the names of those that differ from it.
+    """
+
+    def __init__(self, name: str, profile: str, root: Path, parameters: Mapping[str, Any]) -> None:
+        self.name, self.profile, self.root = name, profile, root
+        self.committed = self.figures = root / "figures"
         self._claims, self._laws = Claims(self), Laws(self)
+        recorded = {} if os.environ.get("CLKIT_RECORD") else self._read(f"{name}-claims.json").get("parameters", {})
+        self.parameters = {n: _fitting(value, recorded.get(n, value)) for n, value in parameters.items()}
+        self.changed = [n for n in recorded if n in parameters and _legible(self.parameters[n]) != recorded[n]]
+        for n, value in parameters.items():
+            if n in recorded and _legible(value) != recorded[n]:
+                print(f"{n}: {value!r}, recorded {recorded[n]!r}; taken as {self.parameters[n]!r}")
+        self.figures = Path(os.environ.get("CLKIT_FIGURES") or self.committed)
+        if self.changed and self.figures.resolve() == self.committed.resolve():
+            self.figures = cache_root() / "pages" / f"{name}-{digest(_legible(self.parameters))}"
+            print(f"claims and laws only report; files go to {self.figures}")
 
     def __repr__(self) -> str:
         return f"Page({self.name!r}, profile={self.profile!r})"
@@ -130,13 +148,10 @@ class Page:
         if not (self.profile == "paper" if commit is None else commit):
             record = Records(cache_root() / "pages").remember(facts, lambda: ({"data": _packed(compute())}, None))
             return _unpacked(record["data"])
-        path = self.figures / f"{self.name}-{name}{suffix(self.profile)}.json"
-        with suppress(FileNotFoundError, ValueError, KeyError):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["hash"] == key:
-                return _unpacked(content["data"])
-        write_json(path, {**facts, "profile": self.profile, "data": _packed(compute())})
-        return _unpacked(json.loads(path.read_text(encoding="utf-8"))["data"])
+        file = f"{self.name}-{name}{suffix(self.profile)}.json"
+        if not self._read(file, key=key):
+            write_json(self.figures / file, {**facts, "profile": self.profile, "data": _packed(compute())})
+        return _unpacked(self._read(file, key=key)["data"])
 
     def table(
         self, whole: "Comparison | Study", name: str, compute: "Callable[[], pd.DataFrame] | None" = None
@@ -160,12 +175,12 @@ class Page:
 
     def published(self, name: str = "results") -> Any:
         """The committed results of the paper profile, whichever profile is on; FileNotFoundError if there are none."""
-        path = self.figures / f"{self.name}-{name}-paper.json"
-        if not path.is_file():
+        file = f"{self.name}-{name}-paper.json"
+        if not (content := self._read(file)):
             raise FileNotFoundError(
-                f"{path.name} is not among the figures; make it with clkit figures {self.name} --profile paper"
+                f"{file} is not among the figures; make it with clkit figures {self.name} --profile paper"
             )
-        return _unpacked(json.loads(path.read_text(encoding="utf-8"))["data"])
+        return _unpacked(content["data"])
 
     def show(self, thing: Any) -> None:
         """Displays the library's own source of a class or function."""
@@ -174,17 +189,39 @@ class Page:
 
         display(Markdown(f"```python\n{inspect.getsource(inspect.unwrap(thing))}```"))
 
+    def check(self, text: str, right: Any) -> None:
+        """Prints of the answer to an exercise whether it is right yet."""
+        print(f"{'right' if right else 'not yet'}: {text}")
+
+    def _read(self, file: str, key: str | None = None) -> dict[str, Any]:
+        """What a JSON file holds where figures go, else among those committed; of one with `key` as hash, if given.
+
+        Empty where there is none such.
+        """
+        for folder in dict.fromkeys((self.figures, self.committed)):
+            with suppress(FileNotFoundError, ValueError):
+                content = json.loads((folder / file).read_text(encoding="utf-8"))
+                if key is None or content.get("hash") == key:
+                    return content
+        return {}
+
     def _write(self, file: str, content: Any) -> None:
         write_json(self.figures / file, _finite(content))
 
     def _record(self) -> None:
-        """Writes down the claims and laws checked so far."""
+        """Writes down the parameters, and the claims and laws checked so far."""
         parts = {"claims": self._claims.checked, "laws": self._laws.checked}
-        self._write(f"{self.name}-claims{suffix(self.profile)}.json", {"profile": self.profile, **parts})
+        facts = {"profile": self.profile, "parameters": _legible(self.parameters), **parts}
+        self._write(f"{self.name}-claims{suffix(self.profile)}.json", facts)
 
 
 class Claims:
-    """What a paper claims, beside what was found here; a claim that does not hold is recorded and explained."""
+    """What a paper claims, beside what was found here; a claim that does not hold is recorded and explained.
+
+    What is recorded is what the fast profile finds, with the notebook's own parameters.
+    """
+
+    profiles: tuple[str, ...] = ("fast",)  # where a difference from the record raises
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -199,13 +236,19 @@ class Claims:
         self._add(text, holds, recorded=False)
 
     def done(self) -> None:
-        """Prints a line for each claim, writes them beside the figures, raises where one differs from its record."""
+        """Prints a line for each claim, writes them beside the figures, raises where one differs from its record.
+
+        With changed parameters, and in the paper profile, it prints which differ, and goes on.
+        """
         print(self._report())
         self.page._record()
         wrong = [claim for claim in self.checked if claim["holds"] != claim["recorded"]]
         if wrong:
             found = "; ".join(f"{c['text']!r} {'holds' if c['holds'] else 'does not hold'}" for c in wrong)
-            raise AssertionError(f"{len(wrong)} of {len(self.checked)} differ from what is recorded: {found}")
+            report = f"{len(wrong)} of {len(self.checked)} differ from what is recorded: {found}"
+            if self.page.profile in self.profiles and not self.page.changed:
+                raise AssertionError(report)
+            print(report)
 
     def _report(self) -> str:
         return "\n".join(f"{'holds' if c['holds'] else 'does not hold'}: {c['text']}" for c in self.checked)
@@ -221,6 +264,8 @@ class Claims:
 class Laws(Claims):
     """What must hold in any profile and on any machine; of these `done` prints how many do."""
 
+    profiles = PROFILES
+
     def _report(self) -> str:
         return f"laws: {sum(law['holds'] for law in self.checked)} of {len(self.checked)}"
 
@@ -228,6 +273,25 @@ class Laws(Claims):
 def _check_name(argument: str, name: str) -> None:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise ValueError(f"{argument}: {name!r} becomes a file name; use small letters, digits and hyphens")
+
+
+def _fitting(value: Any, recorded: Any) -> Any:
+    """A value as the recorded kind, a number, a text or a list of these; what is recorded where it is of no such kind.
+
+    An empty list is of none.
+    """
+
+    def fit(value: Any, example: Any) -> Any:
+        if isinstance(example, list):
+            return [fit(item, example[0]) for item in value] or example
+        if (fitted := type(example)(value)) != value:
+            raise ValueError
+        return fitted
+
+    try:
+        return fit(value, recorded)
+    except (TypeError, ValueError, OverflowError):
+        return recorded
 
 
 def _legible(value: Any) -> Any:

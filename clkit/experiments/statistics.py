@@ -47,15 +47,25 @@ def difference(gaps: ArrayLike, level: float = 0.95) -> Difference:
     return Difference(float(mean), float(lower), float(upper), n)
 
 
-def summarise(table: "pd.DataFrame", by: str | Sequence[str] = "method", value: str = "acc") -> "pd.DataFrame":
-    """The mean, the standard deviation (n - 1 in the denominator, NaN for one row) and the number of rows by group.
+def summarise(
+    table: "pd.DataFrame", by: str | Sequence[str] = "method", value: str = "acc", level: float = 0.95
+) -> "pd.DataFrame":
+    """The mean of `value` by group, the ends of its Student's interval, the standard deviation and the number of rows.
 
-    Groups come in the order of the table.
+    Columns: those of `by`, mean, lower, upper, std (n - 1 in the denominator), n. Rows should be independent, seeds for
+    example; of the interval see `difference`. It and std are NaN for one row. Rows without a value do not count. Groups
+    come in the order of the table.
     """
+    import pandas as pd
+
     by = [by] if isinstance(by, str) else list(by)
     _check_columns(table, *by, value)
-    named = {"mean": (value, "mean"), "std": (value, "std"), "n": (value, "count")}
-    return table.groupby(by, sort=False, as_index=False).agg(**named)
+    rows = []
+    for place, part in table.groupby(by, sort=False, dropna=False)[value]:
+        numbers = part.dropna()
+        found = difference(numbers, level) if len(numbers) else Difference(*[float("nan")] * 3, 0)
+        rows.append((*place, *found[:3], numbers.std(), found.n))
+    return pd.DataFrame(rows, columns=[*by, "mean", "lower", "upper", "std", "n"])
 
 
 def paired_difference(

@@ -1,77 +1,160 @@
-"""The state of an unfinished run on disk: one file that is whole or not there, and that belongs to one run alone."""
+"""What a run goes on from, in memory and on disk: a file that is whole or not there, and that belongs to one run alone.
 
+A checkpoint and a saved result are one kind of file, a tree with three parts. "config" is the record of the run, "past"
+what it gave so far. "state" is all that its next task depends on, and the "identity" of the run: a dict of JSON values
+that tells it from all others. A run over more tasks has the same identity but for those.
+"""
+
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clkit import store
+from clkit.data import Stream
+from clkit.learners import Learner
+
+PARTS = {"config", "past", "state"}
 
 
-class Checkpoint:
-    """The file of one computation's state. `identity`, a dict of JSON values, tells it apart from all others."""
+def writable(path: Path | str) -> Path:
+    """The path, `~` expanded, of a file to be written; its folder is made and tried, and no file is left there.
 
-    def __init__(self, path: Path | str, identity: Mapping[str, Any]) -> None:
-        self.path, self.identity = Path(path).expanduser(), dict(identity)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def save(self, state: Any) -> None:
-        """Writes a state, a tree as `store.write_tree` takes it, over the last one."""
-        store.write_tree(self.path, {"identity": self.identity, "state": state})
-
-    def load(self, device: torch.device | str = "cpu") -> Any:
-        """The state saved last, None if there is no file. Raises ValueError if it is damaged or of another run."""
-        if not self.path.exists():
-            return None
-        try:
-            found = store.read_tree(self.path, device)
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(
-                f"checkpoint: {self.path} is damaged or no checkpoint ({error}); put a whole copy in its place, or "
-                "delete it to begin anew"
-            ) from error
-        if not isinstance(found, dict) or found.keys() != {"identity", "state"}:
-            raise ValueError(f"checkpoint: {self.path} holds something else; give another path")
-        differ = store.differences(found["identity"], self.identity)
-        if differ:
-            raise ValueError(
-                f"checkpoint: {self.path} is of another run ({'; '.join(differ[:9])}); give another path, the settings "
-                "it was made with, or delete it to begin anew"
-            )
-        return found["state"]
+    Raises ValueError, naming the path, if it cannot be written.
+    """
+    path = Path(path).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError("a folder has that name")
+    except OSError as error:
+        raise ValueError(f"path: {path} cannot be written ({error}); give a file in a folder that can be") from error
+    return path
 
 
-def model_state(model: nn.Module) -> dict[str, Any]:
-    """Everything that a model trains on from: parameters, all buffers, and which parameters are frozen."""
-    return {
-        "state": model.state_dict(),
+def write(path: Path | str, tree: Mapping[str, Any]) -> None:
+    """Writes a run, by rename, and with what code it was made. Raises TypeError on what a file cannot hold."""
+    state = tree["state"]
+    identity = {"identity": _versions() | state["identity"]} if state else {}
+    store.write_tree(writable(path), {**tree, "state": {**state, **identity}})
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """What `write` wrote. What was on a GPU is there again if there is one.
+
+    Raises ValueError on a file that is damaged or something else, FileNotFoundError where there is none.
+    """
+    path = Path(path).expanduser()
+    try:
+        found = store.read_tree(path, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise ValueError(
+            f"path: {path} is damaged or no saved run ({error}); put a whole copy in its place, or delete it to begin "
+            "anew"
+        ) from error
+    if not isinstance(found, dict) or found.keys() != PARTS:
+        raise ValueError(f"path: {path} holds something else than a run; give another path")
+    return found
+
+
+def identify(stream: Stream, parts: Mapping[str, Any], *, needed: bool) -> dict[str, Any]:
+    """The identity of a run: its data and all else, by name, that its result depends on.
+
+    Empty where `store.describe` fails; but raises what it raises, TypeError for one, if the identity is `needed`.
+    """
+    try:
+        tasks = {str(task.index): store.digest(task.facts) for task in stream}
+        found = {"scenario": stream.scenario, "classes": list(stream.classes), "tasks": tasks}
+        return found | {name: store.describe(part, name) for name, part in parts.items()}
+    except Exception:
+        if needed:
+            raise
+        return {}
+
+
+def check_same(state: Mapping[str, Any], identity: Mapping[str, Any], owner: str) -> None:
+    """Raises ValueError, naming what differs, unless a run of this identity can go on from the state of `owner`."""
+    if not state:
+        raise ValueError(f"{owner} has no state to go on from: what its learner names in `state` cannot be kept")
+    there, tasks = state["identity"], identity["tasks"]
+    here = {**identity, "tasks": {number: tasks[number] for number in tasks if number in there.get("tasks", {})}}
+    if differ := store.differences(there, here | (_versions() if "code" in there else {})):
+        raise ValueError(
+            f"{owner} is of another run ({'; '.join(differ[:9])}); give the settings that it was made with (a longer "
+            "stream has the same first tasks, and the same classes), or begin anew without it"
+        )
+
+
+def widened(past: Mapping[str, Any], initial: np.ndarray) -> dict[str, Any]:
+    """A copy of what a run gave, for a stream of more tasks: NaN, not measured, for those that it did not know.
+
+    `initial` (tasks,) are the accuracies before any training on all tasks of the longer stream.
+    """
+    known = len(past["initial"])
+
+    def wide(rows: np.ndarray) -> np.ndarray:
+        return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, len(initial) - known)], constant_values=np.nan)
+
+    found = {name: [*part] if isinstance(part, list) else part for name, part in past.items()}
+    found |= {name: wide(past[name]) for name in ("accuracy", "masked", "losses")}
+    found["watched"] = [look | {"accuracy": wide(look["accuracy"])} for look in past["watched"]]
+    return found | {"initial": np.concatenate([past["initial"], initial[known:]])}
+
+
+def snapshot(model: nn.Module, learner: Learner, *generators: torch.Generator) -> dict[str, Any]:
+    """A copy of the state of a model, a learner, generators, and torch's own generators on the CPU and their device.
+
+    Of a model: parameters and all buffers, which parameters are frozen, and which modules are in evaluation mode.
+    """
+    device = generators[0].device
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    live = {
+        "model": model.state_dict(),
         "buffers": dict(model.named_buffers()),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "evaluating": [name for name, module in model.named_modules() if not module.training],
+        "learner": learner.state_dict(),
+        "random": {"own": [g.get_state() for g in generators], "cpu": torch.get_rng_state(), "cuda": cuda},
     }
+    return _copied(live, device)
 
 
 @torch.no_grad()
-def restore_model(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Writes what `model_state` gave into a model of the same kind, in place."""
-    model.load_state_dict(state["state"])
+def restore(
+    kept: Mapping[str, Any], model: nn.Module, learner: Learner, *generators: torch.Generator
+) -> dict[str, Any]:
+    """Puts everything to what `snapshot` found, in place; returns a copy of the state, its tensors on their device."""
+    device = generators[0].device
+    state = _copied(kept, device)
+    model.load_state_dict(state["model"])
     for name, buffer in model.named_buffers():
         buffer.copy_(state["buffers"][name])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in state["frozen"])
-
-
-def random_state(device: torch.device, *generators: torch.Generator) -> dict[str, Any]:
-    """The states of generators, and of torch's global ones on the CPU and on `device`."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"own": [g.get_state() for g in generators], "cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random(state: Mapping[str, Any], device: torch.device, *generators: torch.Generator) -> None:
-    """Sets the generators to what `random_state` gave."""
-    for generator, own in zip(generators, state["own"], strict=True):
+    for name, module in model.named_modules():
+        module.training = name not in state["evaluating"]
+    learner.load_state_dict(state["learner"])
+    for generator, own in zip(generators, state["random"]["own"], strict=True):
         generator.set_state(own)
-    torch.set_rng_state(state["cpu"])
+    torch.set_rng_state(state["random"]["cpu"])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(state["random"]["cuda"], device)
+    return state
+
+
+def _copied(tree: Any, device: torch.device) -> Any:
+    """A copy of a tree of tensors; those on the CPU stay there, the others go to `device`."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu" if tree.device.type == "cpu" else device, copy=True)
+    if isinstance(tree, Mapping):
+        return {name: _copied(part, device) for name, part in tree.items()}
+    return [_copied(part, device) for part in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "code": store.source_digest()}

@@ -204,7 +204,12 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--order", type=int, metavar="SEED", help="shuffle the classes; default: their own order")
     group.add_argument("--seed", type=int, default=0, help="of weights, batches and memories; default: %(default)s")
     group.add_argument("--device", default="auto", help="cpu, cuda or auto; default: %(default)s")
-    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="kept after every task; if there, gone on from")
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="kept after every task; if there, gone on from; read by Result.load",
+    )
     group.add_argument("--json", action="store_true", help="print everything as one JSON object")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -2,7 +2,8 @@
 
 `matrix[t, k]` is the test accuracy on task k, in [0, 1], of the weights that are deployed after task t, which a
 consolidation may have mixed. T tasks make it (T, T), and another shape raises ValueError. Every measure of such a
-matrix stands here, once. Published tables that divide the sum of forgetting by T instead of T - 1 (CLeWI's does) are
+matrix stands here, once. None reads an entry with k > t + 1: these may be NaN, not measured, as in a run that went on
+with more tasks. Published tables that divide the sum of forgetting by T instead of T - 1 (CLeWI's does) are
 `forgetting * (T - 1) / T`.
 """
 

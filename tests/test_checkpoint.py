@@ -188,14 +188,15 @@ class TestRefusals:
             (ER(memory=9), {"consolidation": CLeWI()}, r"consolidation class: \S+NoConsolidation there, \S+CLeWI here"),
             (ER(memory=9), {"model": models.mlp(toys.stream(2), seed=3)}, "initial weights"),
             (ER(memory=9), {"model": models.mlp}, r"model: Sequential\[.* there, clkit.models.mlp here"),
-            (ER(memory=9), {"stream": toys.stream(3)}, "stream fingerprint: "),
+            (ER(memory=9), {"stream": toys.stream(3)}, r"classes: \['0', '1', '2', '3'\] there, \['0', .* '5'\] here"),
+            (ER(memory=9), {"stream": toys.stream(2, rows=22)}, r"tasks 0: \w+ there, \w+ here"),
             (ER(memory=9), {"keep": False}, "keep: True there, False here"),
         ],
     )
     def test_a_checkpoint_of_another_run_is_refused(self, path, learner, change, message):
         before = path.read_bytes()
         more = {"model": models.mlp(toys.stream(2)), "stream": toys.stream(2)} | change
-        with pytest.raises(ValueError, match=f"{path} is of another run.*{message}.*give another path"):
+        with pytest.raises(ValueError, match=f"checkpoint: {path} is of another run.*{message}.*begin anew without it"):
             quick(more.pop("stream"), interrupted(learner, 0, "begin_task"), checkpoint=path, **more)
         assert path.read_bytes() == before
 
@@ -214,7 +215,7 @@ class TestRefusals:
         flipped[-5] ^= 1
         broken = {"cut": whole[: len(whole) // 2], "flipped": bytes(flipped), "empty": b"", "text": b"hello" * 9}
         path.write_bytes(broken[damage])
-        with pytest.raises(ValueError, match=r"is damaged or no checkpoint .* delete it to begin anew"):
+        with pytest.raises(ValueError, match=r"is damaged or no saved run .* delete it to begin anew"):
             quick(toys.stream(2), interrupted(ER(memory=9), 0), model=models.mlp(toys.stream(2)), checkpoint=path)
         assert path.read_bytes() == broken[damage]
 
@@ -222,7 +223,7 @@ class TestRefusals:
         weights.save(tmp_path / "w", {"a": torch.zeros(3)}, tree="x")
         store.write_tree(tmp_path / "tree", [1, 2])
         (tmp_path / "folder").mkdir()
-        for name, message in (("w", "no checkpoint"), ("tree", "something else"), ("folder", "no checkpoint")):
+        for name, message in (("w", "no saved run"), ("tree", "something else"), ("folder", "a folder has that name")):
             with pytest.raises(ValueError, match=message):
                 quick(toys.stream(2), interrupted(Learner(), 0), checkpoint=tmp_path / name)
 
@@ -231,7 +232,7 @@ class TestRefusals:
             def __call__(self, context):
                 return super().__call__(context)._replace(report={"object": object()})
 
-        with pytest.raises(TypeError, match=r"/state/past/reports/0/object is <object"):
+        with pytest.raises(TypeError, match=r"/past/reports/0/object is <object"):
             quick(toys.stream(2), consolidation=Odd(), checkpoint=tmp_path / "run")
         assert not list(tmp_path.iterdir())
 

@@ -20,7 +20,7 @@ FLOORS = [
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # imports within a floor: the first may import the second
-BESIDE = {("alignment", "symmetry"), ("models", "tangent"), ("cli", "benchmarks")}
+BESIDE = {("alignment", "symmetry"), ("models", "tangent"), ("checkpoint", "learners"), ("cli", "benchmarks")}
 TORCHLESS = {"metrics", "plotting", "interact"}
 
 

@@ -101,6 +101,12 @@ class Task:
     def __post_init__(self) -> None:
         check_examples(f"task {self.index} ({self.name!r})", self.train, self.test, self.classes)
 
+    @cached_property
+    def facts(self) -> list[Any]:
+        """What is learned in words and hashes: classes, normalisation, augmentation, every example and label."""
+        hashes = [store.hash_tensor(t) for part in (self.train, self.test) for t in (part.x, part.y)]
+        return [store.describe((self.classes, self.normalize, self.augment), "task"), *hashes]
+
     def prepare(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Turn raw rows into a model's input, on their own device; with a generator, augment them first."""
         if generator is not None:
@@ -221,11 +227,7 @@ class Stream:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of what is learned: every example, label, class, the normalisation and augmentation; not the names."""
-        facts: list[Any] = [repr((self.scenario, self.classes))]
-        for task in self.tasks:
-            facts.append(store.describe((task.classes, task.normalize, task.augment), "task"))
-            facts += [store.hash_tensor(t) for part in (task.train, task.test) for t in (part.x, part.y)]
-        return store.digest(facts)
+        return store.digest([repr((self.scenario, self.classes)), *(fact for task in self for fact in task.facts)])
 
     def to(self, device: torch.device | str) -> "Stream":
         """Copy all examples to a device; if they do not fit on a GPU, to pinned host memory instead.

@@ -118,7 +118,7 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"path: {path} is not a file; give one that weights.save wrote")
+        raise FileNotFoundError(f"path: {path} is not a file; give one that clkit wrote")
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(json.loads((file.metadata() or {}).get("clkit", "{}")))

@@ -26,7 +26,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit import alignment, checks, store
-from clkit.checkpoint import Checkpoint, model_state, random_state, restore_model, restore_random
+from clkit.checkpoint import check_same, identify, restore, snapshot, widened, writable
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
 from clkit.data import Stream, Task
 from clkit.data.core import cuts
@@ -74,6 +74,7 @@ def run(
     keep: bool = True,
     watch: checks.Index | None = None,
     checkpoint: Path | str | None = None,
+    resume: Result | Path | str | None = None,
 ) -> Result:
     """Trains a model on the tasks of a stream one after another and tests it on all of them after each.
 
@@ -85,8 +86,17 @@ def run(
 
     `checkpoint` names a file for the whole state of the run, written after every task. If it is there already, the run
     goes on after the last task in it: an interruption costs the steps of one task and changes no bit of the result,
-    whose `seconds` add up; of a finished run the result comes back. A damaged file, or another run's, is refused,
-    and so is with TypeError what has no stable description (`store.describe`): a lock or a Python generator, say.
+    whose `seconds` add up; of a finished run the result comes back.
+
+    `resume` is a result, or the file of one (`Result.save`) or of a checkpoint, which the run goes on from: with its
+    memory, generators and weights, and without changing it. The stream may have more tasks, and is else the same: cut
+    short by `dataclasses.replace(stream, tasks=stream.tasks[:3])`, for example, so that the model has a head for all
+    classes. The result is that of a run over the longer stream, bit for bit, but for what could not be measured then:
+    NaN in `Result.accuracy`. `checkpoint` takes a longer stream too, and comes first where its file is there.
+
+    Both are refused with ValueError, naming what differs, unless data, model, learner, consolidation, training, seed,
+    kind of device, `keep`, `watch` and, from a file, torch and clkit are those of the first run; and with TypeError
+    for what has no stable description (`store.describe`): a lock or a Python generator, say.
 
     Raises before any work on settings that do not fit together, and FloatingPointError with task and step when a loss
     is not finite.
@@ -94,15 +104,12 @@ def run(
     learner = copy.deepcopy(learner if learner is not None else Learner())
     rule: Consolidation = consolidation if consolidation is not None else NoConsolidation()
     training = training if training is not None else Training()
-    _check(stream, model, learner, rule, training)
+    _check(stream, model, learner, rule, training, resume)
     started = time.perf_counter()
     place, model = find_device(device), getattr(model, "_orig_mod", model)  # of a compiled module, the module
-    identity: dict[str, Any] = {}  # of the run: all that its result depends on
-    if checkpoint is not None:
-        parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "stream": stream}
-        identity = {name: store.describe(part, name) for name, part in parts.items()}
-        identity |= {"seed": seed, "device": place.type, "keep": keep, "watch": watch}
-        identity |= {"torch": torch.__version__, "code": store.source_digest()}
+    path = writable(checkpoint) if checkpoint is not None else None
+    begun = path if path is not None and path.exists() else resume
+    start = Result.load(begun) if isinstance(begun, Path | str) else begun
     record = {
         "stream": {"name": stream.name, "tasks": len(stream), "scenario": stream.scenario, "data": stream.fingerprint},
         "model": label(model),
@@ -116,10 +123,14 @@ def run(
     with _reproducible(seed, place):
         net: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(stream, seed=seed)
         net = getattr(net, "_orig_mod", net)
+        parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "seed": seed}
+        parts |= {"initial weights": net, "device": place.type, "keep": keep, "watch": watch}
+        identity = identify(stream, parts, needed=path is not None or start is not None)
+        if start is not None:
+            check_same(start.state, identity, f"{'resume' if begun is resume else 'checkpoint'}: {begun}")
         here = stream.to(place), net.to(place)
-        loop = _Loop(*here, learner, rule, training, seed, place, record, progress, keep, watch, started)
-        identity["initial weights"] = store.describe(net, "model") if checkpoint is not None else None
-        return loop.run(Checkpoint(checkpoint, identity) if checkpoint is not None else None)
+        loop = _Loop(*here, learner, rule, training, seed, place, record, identity, progress, keep, watch, started)
+        return loop.run(start, path)
 
 
 @dataclass(eq=False)
@@ -134,6 +145,7 @@ class _Loop:
     seed: int
     device: torch.device
     record: dict[str, Any]
+    identity: dict[str, Any]
     progress: bool
     keep: bool
     watch: int | None
@@ -168,15 +180,14 @@ class _Loop:
         if len(self.stream) > 1 and (check := getattr(self.consolidation, "check", None)) is not None:
             check(self.scratch, self.stream[0].prepare(self.stream[0].train.x[:1]))
 
-    def run(self, file: Checkpoint | None) -> Result:
-        """The tasks that are not in the checkpoint, one after another."""
+    def run(self, start: Result | None, path: Path | None) -> Result:
+        """The tasks that are not in the result to start from, one after another."""
         from tqdm.auto import tqdm
 
-        result, state = self.result, file.load(self.device) if file is not None else None
-        if state is not None:
-            self.restore(state)
-        else:
-            result.initial = self.evaluate().accuracy
+        result = self.result
+        result.initial = self.evaluate().accuracy
+        if start is not None:
+            self.restore(start)
         done, steps = len(result.accuracy), [self.steps(task) for task in self.stream]
         with tqdm(
             total=sum(steps), initial=sum(steps[:done]), disable=not self.progress, unit="step", leave=False
@@ -185,8 +196,11 @@ class _Loop:
                 bar.set_description(f"task {task.index + 1} of {len(self.stream)}")
                 self.learn(task, bar.update)
                 result.seconds = time.perf_counter() - self.started
-                if file is not None:
-                    file.save(self.state())
+                if path is not None:
+                    result.state = self.state()
+                    result.save(path)
+        with suppress(TypeError):  # a learner's state that no file can hold
+            result.state = self.state()
         if self.training.compile:
             result.model = copy.deepcopy(self.model)
         return result
@@ -227,25 +241,29 @@ class _Loop:
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on between two tasks; optimizers begin anew in each."""
-        return {
-            "model": model_state(self.model),
+        return snapshot(self.model, self.learner, self.order, self.augmenter) | {
+            "identity": self.identity,
             "previous": self.previous,
             "history": self.history,
             "memo": self.memo,
-            "learner": self.learner.state_dict(),
-            "random": random_state(self.device, self.order, self.augmenter),
-            "past": {n: part for n, part in vars(self.result).items() if n not in ("config", "model", "learner")},
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Puts everything back to where it was when `state` was taken."""
-        vars(self.result).update(state["past"])
-        restore_model(self.model, state["model"])
+    def restore(self, start: Result) -> None:
+        """Puts everything to where it was at the end of a result, and tests that on tasks that it did not know."""
+        result, known = self.result, len(start.initial)
+        vars(result).update(widened(start.past, result.initial))
+        self.criterion.begin_task(self.stream[len(result.accuracy) - 1])
+        state = restore(start.state, self.model, self.learner, self.order, self.augmenter)
         self.previous, self.history, self.memo = state["previous"], state["history"], state["memo"]
-        self.criterion.begin_task(self.stream[len(self.result.accuracy) - 1])
-        self.learner.load_state_dict(state["learner"])
-        restore_random(state["random"], self.device, self.order, self.augmenter)
-        self.started -= self.result.seconds
+        if known < len(self.stream):
+            train = get_weights(self.model)
+            set_weights(self.model, self.previous)
+            for name, row in zip(("accuracy", "masked", "losses"), self.evaluate(), strict=True):
+                getattr(result, name)[-1, known:] = row[known:]
+            set_weights(self.model, train)
+            if result.watched:
+                result.watched[-1]["accuracy"] = result.accuracy[-1]
+        self.started -= result.seconds
 
     def train(self, task: Task, tick: Callable[[int], Any]) -> np.ndarray:
         """The steps on one task; returns the loss of each."""
@@ -386,7 +404,7 @@ class _Loop:
             return evaluate(self.model, self.stream, predict=self.learner.predict)
 
 
-def _check(stream: Any, model: Any, learner: Any, consolidation: Any, training: Any) -> None:
+def _check(stream: Any, model: Any, learner: Any, consolidation: Any, training: Any, resume: Any) -> None:
     """Raises on arguments of the wrong kind, or that do not fit together, before any work starts."""
     due = callable(getattr(consolidation, "due", None)) and callable(consolidation)
     for name, given, fits, wanted in (
@@ -395,6 +413,7 @@ def _check(stream: Any, model: Any, learner: Any, consolidation: Any, training: 
         ("learner", learner, isinstance(learner, Learner), "a learner, for example ER(memory=50)"),
         ("consolidation", consolidation, due and not isinstance(consolidation, type), "one such as CLeWI(alpha=0.3)"),
         ("training", training, isinstance(training, Training), "a Training, for example Training(epochs=10, lr=0.1)"),
+        ("resume", resume, resume is None or isinstance(resume, Result | Path | str), "a Result, or the file of one"),
     ):
         if not fits:
             raise TypeError(f"{name}: {given!r:.80} ({type(given).__name__}); give {wanted}")

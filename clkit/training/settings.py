@@ -1,14 +1,15 @@
 """The two ends of a run: how a task is trained, and what a run gives."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit import checks, metrics
+from clkit import checkpoint, checks, metrics
 from clkit.learners import LabelSpace, Learner
 from clkit.weights import Weights
 
@@ -90,6 +91,11 @@ class Result:
     - `watched`: with `watch`, a dict for each look at all tasks on the way: "learning" (the task), "step" (within it),
       "when" ("step", or "before" or "after" a consolidation) and "accuracy" (T,)
     - `seconds`: the duration, over all interruptions
+    - `state`: what `run(longer_stream, ..., resume=result)` goes on from; a copy, so that `model` is free to be changed
+
+    Of a run that went on with more tasks, what was not measured is NaN: a row of `accuracy`, `masked`, `losses` or
+    `watched` for tasks that were not known then. `initial` and the last row before them are measured anew, so that no
+    measure of `metrics` is NaN.
     """
 
     config: dict[str, Any]
@@ -106,10 +112,42 @@ class Result:
     training_loss: list[np.ndarray] = field(default_factory=list)
     watched: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def past(self) -> dict[str, Any]:
+        """What was measured and kept so far, by name."""
+        names = [f.name for f in fields(self) if f.name not in ("config", "model", "learner", "state")]
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, path: Path | str) -> None:
+        """Writes all but `model` and `learner` to a file, by rename, as a checkpoint of `run` does.
+
+        Raises ValueError if the path cannot be written, TypeError on reports that a file cannot hold.
+        """
+        checkpoint.write(path, {"config": self.config, "past": self.past, "state": self.state})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Result":
+        """Reads what `save`, or a checkpoint of a run, wrote; on any machine.
+
+        A file holds no code, and so neither `model` nor `learner`. `run(stream, model, learner, ..., resume=result)`
+        with the arguments of the first run trains nothing more and gives a result with both.
+
+        Raises ValueError on a file that is damaged or something else, FileNotFoundError where there is none.
+        """
+        tree, result = checkpoint.read(path), cls.__new__(cls)
+        vars(result).update(tree["past"], config=tree["config"], state=tree["state"])
+        return result
+
+    def __getattr__(self, name: str) -> NoReturn:
+        why = "a file holds no code; run(stream, model, learner, ..., resume=result) gives it back"
+        raise AttributeError(f"{name}: {why if name in ('model', 'learner') else 'a Result has no such attribute'}")
 
     def summary(self) -> dict[str, float]:
         """acc, forgetting, bwt, fwt, last and plasticity, as `metrics` defines them."""
-        return metrics.summary(self.accuracy, self.initial)
+        done = len(self.accuracy)  # tasks: fewer than columns in the checkpoint of an unfinished run
+        return metrics.summary(self.accuracy[:, :done], self.initial[:done])
 
     def trajectory(self) -> "DataFrame":
         """The looks on the way as a tidy table: learning, step (of the whole stream), when, task, accuracy."""

@@ -46,20 +46,15 @@ class Memory:
       stay and the last are lost (iCaRL)
 
     The class is the tensor named "y", or one named "group", of finer classes, where it is given. Where a class comes in
-    several tasks, "ring" keeps the newest task's rows of it and "herding" the first's. `holdout` is the share of the
-    slots that `sample` never draws from: rows to choose settings by, spread evenly over the slots.
+    several tasks, "ring" keeps the newest task's rows of it and "herding" the first's. Every offer counts: a row that
+    is offered again, in another epoch, is one more row, and may be held twice.
     """
 
     @checks.arguments
-    def __init__(self, capacity: checks.Count, policy: Policy = "reservoir", *, holdout: checks.Part = 0.0) -> None:
-        if holdout and int(capacity * holdout) == 0:
-            raise ValueError(f"holdout: {holdout!r} of {capacity} is less than one example; give more of either")
-        self.capacity, self.holdout = capacity, holdout
+    def __init__(self, capacity: checks.Count, policy: Policy = "reservoir") -> None:
+        self.capacity = capacity
         self.policy: Policy = policy
         self.rows: dict[str, Tensor] = {}
-        slots = torch.arange(capacity)
-        held = ((slots + 1).double() * holdout).long() > (slots.double() * holdout).long()
-        self.open, self.held = slots[~held], slots[held]
         self.keys = torch.zeros(0, dtype=torch.float64)
         self.seen = 0
         self.decided = 0  # the rows seen before the first that `slots` and `until` are about
@@ -88,18 +83,13 @@ class Memory:
         self.seen += count
 
     def sample(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draws `count` rows without replacement, or all there are if fewer, leaving out the held-out ones."""
-        slots = self._open()
-        order = torch.rand(len(slots), generator=generator, device=generator.device).topk(min(count, len(slots)))
-        return self._take(slots[order.indices])
+        """Draws `count` rows without replacement, or all there are if fewer."""
+        order = torch.rand(len(self), generator=generator, device=generator.device).topk(min(count, len(self)))
+        return {name: tensor[order.indices] for name, tensor in self.rows.items()}
 
     def all(self) -> dict[str, Tensor]:
-        """Every row that is not held out, in slot order."""
-        return self._take(self._open())
-
-    def held_out(self) -> dict[str, Tensor]:
-        """Every held-out row, in slot order; none if `holdout` is 0."""
-        return self._take(self.held[: int(len(self) * self.holdout)])
+        """Every row, in slot order."""
+        return {name: tensor[: len(self)].clone() for name, tensor in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the memory holds: tensors, numbers and a dict of tensors, enough to go on bit for bit."""
@@ -146,7 +136,6 @@ class Memory:
         device = next(iter(rows.values())).device
         self.rows = {n: t.new_zeros((self.capacity + 1, *t.shape[1:])) for n, t in rows.items()}
         self.keys = torch.zeros(self.capacity, dtype=torch.float64, device=device)
-        self.open, self.held = self.open.to(device), self.held.to(device)
 
     def _reservoir(self, generator: torch.Generator, count: int) -> Tensor:
         """The slots (count,) of the rows offered: many are decided on ahead, so that a batch looks its own up."""
@@ -181,13 +170,6 @@ class Memory:
         slots = free.nonzero().squeeze(1)
         self.keys[slots] = keys[fresh]
         return slots, fresh - have
-
-    def _open(self) -> Tensor:
-        """The filled slots that are not held out."""
-        return self.open[: len(self) - int(len(self) * self.holdout)]
-
-    def _take(self, slots: Tensor) -> dict[str, Tensor]:
-        return {name: tensor[slots] for name, tensor in self.rows.items()}
 
 
 def check_policy(policy: Policy, y: Tensor) -> None:

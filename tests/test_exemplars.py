@@ -13,7 +13,7 @@ from clkit.data import Augment, Examples, Stream
 from clkit.evaluation import outputs
 from clkit.learners import ER, Criterion, Learner, Setting
 from clkit.learners.exemplars import BEYOND, BiC, GDumb, ICaRL, cutmix, fitted_bias
-from clkit.memory import Memory, herding
+from clkit.memory import herding
 from clkit.training import Training
 from clkit.weights import equal, get_weights, lerp, set_weights
 from toys import domains, quick
@@ -37,9 +37,9 @@ def corrected(toy):
     return quick(toy, BiC(memory=24, validation=0.25))
 
 
-def started(learner: Learner, stream: Stream, seed: int = 0) -> Learner:
+def started(learner: Learner, stream: Stream, seed: int = 0, holdout: float = 0.0) -> Learner:
     criterion = Criterion(stream, "all", 0.0, torch.device("cpu"))
-    learner.start(Setting(torch.Generator().manual_seed(seed), criterion, len(stream.classes), 8, 0.0))
+    learner.start(Setting(torch.Generator().manual_seed(seed), criterion, len(stream.classes), 8, holdout))
     return learner
 
 
@@ -152,9 +152,9 @@ class TestGDumb:
         assert equal(result.weights[2], result.learner.initial)
 
     def test_a_held_out_share_is_not_fitted(self, toy):
-        learner = started(GDumb(memory=10, fit_epochs=2, batch=3), toy)
-        learner.store = Memory(10, "balanced", holdout=0.5)
-        learner.store.offer(learner.setting.generator, x=toy[0].train.x, y=toy[0].train.y)
+        learner = started(GDumb(memory=10, fit_epochs=2, batch=3), toy, holdout=0.5)
+        learner.begin_task(models.mlp(toy), toy[0])
+        learner.offer(toy[0])
         seen = []
         model = models.mlp(toy)
         model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -330,17 +330,17 @@ class TestBiC:
         learner = quick(toy, Watched(memory=24, validation=0.25)).learner
         x = torch.cat([task.train.x for task in toy])
         apart = torch.cat(learner.parts)
-        for store, rows in ((learner.store, x[~apart]), (learner.validation_store, x[apart])):
+        for store, rows in ((learner.store, x[~apart]), (learner.reserve, x[apart])):
             assert (store.all()["x"][:, None] == rows).all(-1).any(1).all()
-        assert len(learner.store) + len(learner.validation_store) == 24 and len(learner.validation_store) == 6
-        assert torch.equal(learner.held_out(toy[2]).x, learner.validation_store.all()["x"])
+        assert len(learner.store) + len(learner.reserve) == 24 and len(learner.reserve) == 6
+        assert torch.equal(learner.held_out(toy[2]).x, learner.reserve.all()["x"])
 
     @pytest.mark.parametrize(
         ("memory", "share", "apart"), [(50, 0.1, 6), (200, 0.1, 20), (8, 0.1, 4), (2, 0.1, 1), (3, 0.9, 2)]
     )
     def test_the_memory_is_divided(self, toy, memory, share, apart):
         learner = started(BiC(memory=memory, validation=share), toy)
-        assert (learner.store.capacity, learner.validation_store.capacity) == (memory - apart, apart)
+        assert (learner.store.capacity, learner.reserve.capacity) == (memory - apart, apart)
 
     def test_rows_kept_apart_give_no_gradient(self, toy):
         learner, model = started(BiC(memory=24, validation=0.25), toy), models.mlp(toy)

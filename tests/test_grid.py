@@ -26,6 +26,7 @@ FINE_TUNE_FIRST = {
     "data buffer half",
     "memory only",
     "ER herding",
+    "ER-ACE",
     "A-GEM",
     "GEM",
     "L2",

@@ -1,6 +1,8 @@
 """Every learner keeps the contract of the family; then what each rule is."""
 
 import copy
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -37,8 +39,9 @@ from clkit.learners import (
     PerTask,
     Sum,
 )
+from clkit.memory import Policy
 from clkit.weights import equal, get_weights, lerp
-from toys import quick
+from toys import QUICK, quick
 
 SETTINGS = {
     "fine-tuning": Learner(),
@@ -122,11 +125,19 @@ def test_replay_keeps_what_fine_tuning_forgets(toy):
     assert quick(toy, ER(memory=12)).summary()["acc"] > quick(toy, Learner()).summary()["acc"] + 0.2
 
 
-def test_er_offers_each_example_to_the_memory_once(toy):
-    store = quick(toy, ER(memory=1000)).learner.store
-    assert store.seen == len(store) == 3 * 21
-    x = torch.cat([task.train.x for task in toy])
-    assert torch.equal(store.all()["x"].sort(0).values, x.sort(0).values)
+@pytest.mark.parametrize(("once", "times"), [(False, 2), (True, 1)])
+@pytest.mark.parametrize("rule", [ER, MemoryOnly, MIR, ERACE, DERpp])
+def test_replay_offers_each_example_to_the_memory_in_every_epoch_or_once(toy, rule, once, times):
+    store = quick(toy, rule(memory=1000, once=once)).learner.store
+    assert store.seen == len(store) == times * 3 * 21
+    x = torch.cat([task.train.x for task in toy] * times)
+    assert sorted(store.all()["x"].tolist()) == sorted(x.tolist())
+
+
+@pytest.mark.parametrize("learner", [AGEM(1000), GEM(1000), ICaRL(1000), GDumb(1000, fit_epochs=1), BiC(1000)])
+def test_rules_that_choose_their_examples_are_offered_each_once(toy, learner):
+    learner = quick(toy, learner).learner
+    assert learner.store.seen + (learner.reserve.seen if learner.reserve else 0) == 3 * 21
 
 
 def test_er_with_an_empty_memory_is_fine_tuning(toy):
@@ -135,7 +146,8 @@ def test_er_with_an_empty_memory_is_fine_tuning(toy):
     assert a.training_loss[0][1] != b.training_loss[0][1]
 
 
-def test_held_out_rows_are_never_replayed_nor_shown(toy):
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_held_out_rows_are_never_replayed_nor_shown(toy, policy):
     class Spy(ER):
         def start(self, setting):
             setting.holdout = 0.5
@@ -144,14 +156,14 @@ def test_held_out_rows_are_never_replayed_nor_shown(toy):
 
         def replayed(self, model, batch):
             joined = super().replayed(model, batch)
-            held = self.store.held_out().get("x", torch.empty(0, 6))
-            rows = joined.x[batch.size :]
-            self.replays.append(bool((rows[:, None] == held[None]).all(-1).any()))
+            self.replays.append(joined.x[batch.size :])
             return joined
 
-    learner = quick(toy, Spy(memory=20)).learner
-    assert not any(learner.replays)
-    assert len(learner.held_out(toy[2])) == 10 and len(learner.examples(toy[2])) == 10
+    learner = quick(toy, Spy(memory=20, policy=policy), training=replace(QUICK, epochs=4)).learner
+    held, shown = learner.held_out(toy[2]).x, learner.examples(toy[2]).x
+    assert len(held) == 10 and len(shown) == 10
+    for rows in (torch.cat(learner.replays), shown):
+        assert not (rows[:, None] == held[None]).all(-1).any()
 
 
 class TestCriterion:
@@ -352,5 +364,5 @@ def test_state_that_cannot_be_kept_is_named(toy):
 
 
 def test_settings_may_be_numbers_of_numpy():
-    assert repr(ER(memory=np.int64(9))) == "ER(memory=9, batch=None, policy='reservoir')"
+    assert repr(ER(memory=np.int64(9))) == "ER(memory=9, batch=None, policy='reservoir', once=False)"
     assert repr(SI(np.float32(0.5))) == "SI(strength=0.5, xi=0.1)"

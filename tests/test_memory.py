@@ -55,18 +55,15 @@ def test_a_reservoir_is_a_uniform_sample_of_what_was_offered():
 
 
 @laws
-@given(st.sampled_from(POLICIES), st.integers(1, 10), chunks, st.integers(0, 99), st.floats(0, 0.9))
-def test_rows_stay_whole_distinct_and_within_bounds(policy, capacity, sizes, seed, holdout):
-    holdout = holdout if int(capacity * holdout) else 0.0
-    memory = Memory(capacity, policy, holdout=holdout)
+@given(st.sampled_from(POLICIES), st.integers(1, 10), chunks, st.integers(0, 99))
+def test_rows_stay_whole_distinct_and_within_bounds(policy, capacity, sizes, seed):
+    memory = Memory(capacity, policy)
     offered = fill(memory, sizes, seed)
-    rows, held = memory.all(), memory.held_out()
-    x = torch.cat([rows.get("x", torch.empty(0)), held.get("x", torch.empty(0))])
+    rows = memory.all()
+    x = rows.get("x", torch.empty(0))
     assert len(x) == len(memory) == min(capacity, offered)
     assert len(x.unique()) == len(x) and (x < offered).all()
-    for part in (rows, held):
-        assert not part or torch.equal(part["y"], part["x"] % 3)
-    assert len(held.get("x", [])) == int(len(memory) * holdout)
+    assert not rows or torch.equal(rows["y"], rows["x"] % 3)
 
 
 BY_CLASS = [policy for policy in POLICIES if policy != "reservoir"]
@@ -159,19 +156,27 @@ def test_a_balanced_memory_gives_a_late_class_its_share():
 
 
 @laws
-@given(st.sampled_from(POLICIES), chunks, st.integers(1, 20), st.floats(0, 0.9))
-def test_a_sample_has_no_row_twice_and_none_held_out(policy, sizes, count, holdout):
-    memory = Memory(8, policy, holdout=holdout if holdout >= 0.125 else 0.0)
+@given(st.sampled_from(POLICIES), chunks, st.integers(1, 20))
+def test_a_sample_draws_no_slot_twice(policy, sizes, count):
+    memory = Memory(8, policy)
     fill(memory, sizes)
     drawn = memory.sample(count, torch.Generator().manual_seed(1)).get("x", torch.empty(0)).tolist()
-    open_rows = set(memory.all().get("x", torch.empty(0)).tolist())
-    assert len(drawn) == len(set(drawn)) == min(count, len(open_rows))
-    assert set(drawn) <= open_rows
+    rows = set(memory.all().get("x", torch.empty(0)).tolist())
+    assert len(drawn) == len(set(drawn)) == min(count, len(rows))
+    assert set(drawn) <= rows
+
+
+def test_what_a_memory_gave_is_not_changed_by_later_offers():
+    memory, g = Memory(3), torch.Generator().manual_seed(0)
+    memory.offer(g, x=torch.zeros(3))
+    rows = memory.all()["x"]
+    memory.offer(g, x=torch.ones(100))
+    assert (rows == 0).all() and (memory.all()["x"] == 1).any()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_restored_memory_goes_on_bit_for_bit(policy):
-    memory, twin = Memory(6, policy, holdout=0.3), Memory(6, policy, holdout=0.3)
+    memory, twin = Memory(6, policy), Memory(6, policy)
     fill(memory, [5, 5, 5], 0)
     twin.load_state_dict(memory.state_dict())
     for m in (memory, twin):
@@ -227,8 +232,6 @@ def test_a_slot_is_taken_until_a_later_row_takes_it():
     [
         (lambda: Memory(0), "capacity: 0; give a whole number, at least 1"),
         (lambda: Memory(3, "herd"), "'herd' is unknown"),
-        (lambda: Memory(3, holdout=1.0), "holdout: 1.0"),
-        (lambda: Memory(3, holdout=0.2), "holdout: 0.2 of 3 is less than one example"),
         (lambda: Memory(3).offer(torch.Generator()), "none were given"),
         (lambda: Memory(3).offer(torch.Generator(), x=torch.zeros(2), y=torch.zeros(3)), "lengths differ"),
         (lambda: Memory(3, "balanced").offer(torch.Generator(), x=torch.zeros(2)), "tensor named y"),

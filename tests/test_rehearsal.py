@@ -1,6 +1,7 @@
 """What each rule that keeps examples is."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 import toys
 from clkit.consolidation import CLeWI
-from clkit.data import Stream
+from clkit.data import Examples, Stream
 from clkit.learners import AGEM, DER, ER, ERACE, GEM, MIR, DERpp, Joint, Learner, MemoryOnly, Setting
 from clkit.learners.base import Criterion
 from clkit.learners.projection import flat_gradient, projected, projected_on_all, set_gradient
@@ -31,9 +32,29 @@ def fine_tuned(toy):
     return quick(toy, Learner())
 
 
-def started(learner, stream, task=0, batch=8):
+def shuffled() -> Stream:
+    """Three tasks whose classes are in no order: 4, 1; 5, 0; 2, 3."""
+    order = torch.tensor([4, 1, 5, 0, 2, 3])
+
+    def renamed(part):
+        return Examples(part.x, order[part.y])
+
+    parts = (
+        replace(
+            t, classes=tuple(order[list(t.classes)].tolist()), **{n: renamed(getattr(t, n)) for n in ("train", "test")}
+        )
+        for t in toys.stream()
+    )
+    return replace(toys.stream(), tasks=tuple(parts))
+
+
+def small(stream: Stream) -> torch.nn.Module:
+    return toys.small_reader(stream) if stream[0].train.y.ndim > 1 else toys.models.mlp(stream)
+
+
+def started(learner, stream, task=0, batch=8, labels="all"):
     """A learner and a criterion as the loop would start them, at the given task."""
-    criterion = Criterion(stream, "all", 0.0, torch.device("cpu"))
+    criterion = Criterion(stream, labels, 0.0, torch.device("cpu"))
     learner.start(Setting(torch.Generator().manual_seed(0), criterion, len(stream.classes), batch, 0.0))
     criterion.begin_task(stream[task])
     return learner
@@ -52,7 +73,7 @@ def test_a_memory_that_is_not_replayed_changes_nothing(fine_tuned, toy):
     assert len(result.learner.store) == 12
 
 
-@pytest.mark.parametrize("learner", [AGEM(memory=12), GEM(memory=12), Joint()])
+@pytest.mark.parametrize("learner", [AGEM(memory=12), GEM(memory=12), ERACE(memory=12), Joint()])
 def test_the_first_task_is_fine_tuning_without_earlier_tasks(fine_tuned, toy, learner):
     result = quick(toy, learner)
     assert equal(result.trained[0], fine_tuned.trained[0])
@@ -215,7 +236,6 @@ class TestDER:
         x, z = (torch.cat(part) for part in zip(*seen, strict=True))
         for row, logits in zip(store["x"], store["logits"], strict=True):
             assert torch.isclose(z[(x == row).all(1)], logits, atol=1e-6).all(1).any()
-        assert learner.store.seen == 2 * 63  # two epochs of all rows
 
     def test_the_distance_to_stored_logits_is_zero_where_they_were_stored(self, toy):
         learner = started(DER(memory=8, alpha=1.0), toy)
@@ -244,16 +264,39 @@ class TestDER:
 
 
 class TestERACE:
-    def test_a_new_batch_leaves_the_logits_of_absent_classes_alone(self, toy):
-        learner = started(ERACE(memory=12), toy, 2)
-        net, batch = toys.models.mlp(toy), toy[2].batch(torch.arange(8))
-        learner.loss(net, batch).backward()
-        gradient = net[-1].bias.grad
-        assert (gradient[:4] == 0).all() and (gradient[4:] != 0).all()
+    @pytest.mark.parametrize("among", ["unseen", "present"])
+    @pytest.mark.parametrize("labels", ["all", "seen", "task"])
+    @pytest.mark.parametrize("make", [toys.stream, shuffled, toys.tokens])
+    def test_every_row_competes_among_its_own_classes(self, among, labels, make):
+        """The reference twin, row by row: batches of a few rows, so that classes of the task come late."""
+        stream = make()
+        learner, net = started(ERACE(memory=12, among=among), stream, labels=labels), small(stream)
+        met: set[int] = set()
+        for task in stream:
+            learner.setting.criterion.begin_task(task)
+            known = {c for t in stream.tasks[: task.index + 1] for c in t.classes}
+            for step in range(4):
+                batch = task.batch(torch.arange(2 * step, 2 * step + 2))
+                present = set(batch.y.flatten().tolist()) - {-100}
+                met |= present
+                logits, y = net(batch.x).flatten(0, -2), batch.y.flatten()
+                losses = []
+                for z, label in zip(logits, y.tolist(), strict=True):
+                    rivals = present if among == "present" else present | (set(range(len(z))) - met)
+                    if among == "unseen" and task.index == 0:
+                        rivals = set(range(len(z)))
+                    if labels == "seen":
+                        rivals = rivals & known
+                    if labels == "task":
+                        rivals = rivals & {c for t in stream for c in t.classes if label in t.classes}
+                    if label != -100:
+                        losses.append(z[sorted(rivals)].logsumexp(0) - z[label])
+                assert learner.loss(net, batch).item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
 
     def test_replayed_rows_compete_among_all(self, toy):
         learner = started(ERACE(memory=12), toy, 2)
         learner.store.offer(learner.setting.generator, x=toy[0].train.x, y=toy[0].train.y)
+        learner.seen[:4] = True
         net, batch = toys.models.mlp(toy), toy[2].batch(torch.arange(8))
         state = learner.setting.generator.get_state()
         value = learner.loss(net, batch)
@@ -265,8 +308,16 @@ class TestERACE:
             (current + torch.nn.functional.cross_entropy(logits[8:], joined.y[8:])).item()
         )
 
+    def test_a_new_batch_leaves_the_logits_of_earlier_classes_alone(self, toy):
+        learner = started(ERACE(memory=12), toy, 1)
+        learner.seen[:2] = True
+        net, batch = toys.models.mlp(toy), toy[1].batch(torch.arange(8))
+        learner.loss(net, batch).backward()
+        gradient = net[-1].bias.grad
+        assert (gradient[:2] == 0).all() and (gradient[2:] != 0).all()
+
     def test_smoothing_spreads_over_the_classes_that_compete(self, toy):
-        learner = started(ERACE(memory=12), toy, 2)
+        learner = started(ERACE(memory=12, among="present"), toy, 2)
         learner.setting.criterion.smoothing = 0.1
         net, batch = toys.models.mlp(toy), toy[2].batch(torch.arange(8))
         twin = torch.nn.functional.cross_entropy(net(batch.x)[:, 4:], batch.y - 4, label_smoothing=0.1)

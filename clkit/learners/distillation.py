@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, mse_loss
 
 from clkit import checks, weights
-from clkit.data import Batch, Task
+from clkit.data import Batch, Examples, Task
 from clkit.evaluation import EVALUATION_BATCH, outputs, side_pass
 from clkit.learners.base import Learner, Setting
 from clkit.learners.rehearsal import ER
@@ -24,10 +24,9 @@ class DERpp(ER):
     classes, as in the authors' code. A term whose weight is 0 draws nothing, so with both at 0 this is fine-tuning. One
     forward pass serves all three, so BatchNorm sees them together.
 
-    Rows are offered in every epoch, as the paper samples along the path of training, each time with the logits that
-    the training pass gave; the memory may hold a row twice. When a consolidation changes the weights the logits are
-    those of a network that is no more. `refresh` then takes them from the new weights, in evaluation mode (with
-    released code that made DER collapse).
+    Rows are offered as in ER, each time with the logits that the training pass gave: samples along the path of
+    training. When a consolidation changes the weights the logits are those of a network that is no more. `refresh` then
+    takes them from the new weights, in evaluation mode (with released code that made DER collapse).
     """
 
     alpha: checks.NotNegative = 0.1
@@ -50,9 +49,9 @@ class DERpp(ER):
             loss = loss + self.beta * self.setting.criterion(replayed[-1], draws[-1]["y"])
         return loss
 
-    def after_step(self, model: nn.Module, batch: Batch) -> None:
-        """Offers the current rows with their logits to the memory."""
-        self.store.offer(self.setting.generator, x=batch.raw, y=batch.y, logits=self.current)
+    def stored(self, task: Task, examples: Examples) -> dict[str, Tensor]:
+        """What the memory keeps of the current rows: with the logits that they were trained with, (n, ...)."""
+        return super().stored(task, examples) | {"logits": self.current}
 
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Notes the weights, to see whether a consolidation changes them."""

@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from clkit import checks
 from clkit.curvature import trainable
-from clkit.data import Batch, Examples, Task
+from clkit.data import Batch, Task
 from clkit.data.core import cuts
 from clkit.evaluation import outputs
 from clkit.learners.base import Learner, Setting
@@ -45,6 +45,7 @@ class ICaRL(ER):
     """
 
     policy: Policy = field(default="herding", init=False, repr=False)
+    once: bool = field(default=True, init=False, repr=False)
     state: ClassVar[tuple[str, ...]] = ("teacher", "means", "known")
 
     def start(self, setting: Setting) -> None:
@@ -106,6 +107,7 @@ class GDumb(ER):
     """
 
     policy: Policy = field(default="balanced", init=False, repr=False)
+    once: bool = field(default=True, init=False, repr=False)
     fit_epochs: checks.Count = 256
     max_lr: checks.Positive = 0.05
     min_lr: checks.Positive = 5e-4
@@ -216,8 +218,9 @@ class BiC(ER):
 
     memory: Annotated[int, checks.Range(2, means="an exemplar and a validation row")] = 500
     policy: Policy = field(default="balanced", init=False, repr=False)
+    once: bool = field(default=True, init=False, repr=False)
     validation: Annotated[float, checks.Range(0, 1, "both", "of the rows, not trained on")] = 0.1
-    state: ClassVar[tuple[str, ...]] = ("validation_store", "apart", "teacher", "correction", "teacher_correction")
+    state: ClassVar[tuple[str, ...]] = ("teacher", "correction", "teacher_correction")
 
     def start(self, setting: Setting) -> None:
         """Begins with two empty memories, without a teacher and with corrections that change nothing."""
@@ -225,21 +228,20 @@ class BiC(ER):
         few = max(1, round(self.memory * self.validation))
         apart = min(max(few, min(setting.classes, self.memory // 2)), self.memory - 1)
         self.store = Memory(self.memory - apart, self.policy)
-        self.validation_store = Memory(apart, self.policy)
-        self.apart = torch.zeros(0, dtype=torch.bool)
+        self.reserve, self.apart = Memory(apart, self.policy), torch.zeros(0, dtype=torch.bool)
         self.teacher: dict[str, Tensor] = {}
         self.correction = self.teacher_correction = self._identity()
 
-    def begin_task(self, model: nn.Module, task: Task) -> None:
-        """Draws the rows that are not trained on, as the mask `apart`: at least one of a class that has two."""
-        super().begin_task(model, task)
+    def _drawn_apart(self, task: Task) -> Tensor:
+        """A mask of the rows that are not trained on: a share of each class, at least one of a class that has two."""
         y, generator = task.train.y, self.setting.generator
-        self.apart = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+        apart = torch.zeros(len(y), dtype=torch.bool, device=generator.device)
         for label in task.classes:
-            rows = (y == label).nonzero().squeeze(1)
-            order = torch.randperm(len(rows), generator=generator, device=generator.device).to(y.device)
+            rows = (y == label).nonzero().squeeze(1).to(generator.device)
+            order = torch.randperm(len(rows), generator=generator, device=generator.device)
             count = min(max(1, round(len(rows) * self.validation)), max(0, len(rows) - 1))
-            self.apart[rows[order[:count]]] = True
+            apart[rows[order[:count]]] = True
+        return apart
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy and distillation, the mean over the current rows that are trained on and the replayed ones."""
@@ -260,8 +262,7 @@ class BiC(ER):
 
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Offers the rows trained on to the exemplars, and the others to the validation memory."""
-        for store, mine in ((self.store, ~self.apart), (self.validation_store, self.apart)):
-            self.offer(store, task, mine.nonzero().squeeze(1))
+        self.offer(task)
 
     def on_consolidated(self, model: nn.Module, task: Task) -> None:
         """Takes the next task's teacher, with its correction."""
@@ -275,10 +276,6 @@ class BiC(ER):
     def predict(self, model: nn.Module, x: Tensor, task: Task | None = None) -> Tensor:
         """The model's logits, those of the newest task's classes corrected."""
         return self._corrected(model(x), self.correction)
-
-    def held_out(self, task: Task) -> Examples | None:
-        """The validation memory, prepared and not augmented; None while it is empty."""
-        return self._recalled(task, self.validation_store.all()) or None
 
     def _identity(self) -> Tensor:
         device, classes = self.setting.generator.device, self.setting.classes

@@ -1,6 +1,6 @@
 """Rules that project the gradient so that a step does not raise the loss on a memory of earlier tasks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ class AGEM(MemoryOnly):
     ends, before any consolidation, which sees them too (CLeWI's released code merges before it stores the newest task).
     """
 
+    once: bool = field(default=True, init=False, repr=False)
+
     def adjust_gradients(self, model: nn.Module, batch: Batch) -> None:
         """Takes out of the gradient what points against the memory's."""
         if not len(self.store):
@@ -38,7 +40,7 @@ class AGEM(MemoryOnly):
 
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Offers the task's rows to the memory."""
-        self.offer(self.store, task, self._herded(model, task) if self.policy == "herding" else None)
+        self.offer(task, self._herded(model, task) if self.policy == "herding" else None)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from clkit import checks
 from clkit.curvature import trainable
 from clkit.data import Batch, Examples, Task
+from clkit.data.core import Rows
 from clkit.evaluation import EVALUATION_BATCH, outputs, side_pass
 from clkit.learners.base import Learner, Setting
 from clkit.memory import Memory, Policy, check_policy, herding
@@ -26,25 +27,39 @@ class ER(Learner):
     a step (None: as many as the step's own), `policy` which ones stay (see `Memory`). Rows are stored as they are and
     augmented afresh whenever they are replayed.
 
-    The papers leave open when an example is offered to the memory. Here it is offered once, at the end of its first
-    step. The reservoir is then a uniform sample of the stream however many epochs there are. With "herding" it is
-    offered at the end of the task, in the order that the trained network's features give.
+    The papers see each example once, and leave open what several epochs offer to the memory. The released code, and
+    Mammoth's, offer the current rows after every step of every epoch, as here. A row is then stored anew in each epoch,
+    perhaps twice at a time, and early in a task the memory is nearly all of earlier ones. With `once` a row is offered
+    in its first epoch alone. With "herding" it is offered at the end of the task, in the order that the trained
+    network's features give.
+
+    A holdout is a memory beside the other, with that share of the room. Which share of a task's rows may enter it, and
+    it alone, is drawn as the task begins: so no copy of a held-out row is ever replayed.
     """
 
     memory: checks.Count = 500
     batch: checks.Count | None = None
     policy: Policy = "reservoir"
+    once: bool = False
     remembers: ClassVar[bool] = True
-    state: ClassVar[tuple[str, ...]] = ("store",)
+    state: ClassVar[tuple[str, ...]] = ("store", "reserve", "apart")
 
     def start(self, setting: Setting) -> None:
-        """Begins with an empty memory."""
+        """Begins with an empty memory. Raises ValueError where less than one example would be held out of it."""
         super().start(setting)
-        self.store = Memory(self.memory, self.policy, holdout=setting.holdout)
+        held = int(self.memory * setting.holdout)
+        if setting.holdout and not held:
+            few = f"{setting.holdout!r} of {self.memory} is less than one example"
+            raise ValueError(f"holdout: {few}; give more of either")
+        self.store = Memory(self.memory - held, self.policy)
+        self.reserve = Memory(held, self.policy) if held else None
+        self.apart = torch.zeros(0, dtype=torch.bool)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        """Refuses labels that the memory cannot sort by."""
+        """Refuses labels that the memory cannot sort by, and draws the rows that may be held out, as a mask `apart`."""
         check_policy(self.policy, task.train.y)
+        if self.reserve is not None:
+            self.apart = self._drawn_apart(task)
 
     def replayed(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with rows drawn from the memory joined to it."""
@@ -54,19 +69,38 @@ class ER(Learner):
         return batch.join(rows["x"], rows["y"])
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:
-        """Offers the current rows to the memory in the task's first epoch, unless they are to be herded."""
-        if batch.epoch == 0 and self.policy != "herding":
-            self.store.offer(self.setting.generator, x=batch.raw, y=batch.y)
+        """Offers the current rows to the memory, unless they are to be herded or were offered before."""
+        if self.policy == "herding" or (self.once and batch.epoch):
+            return
+        rows = self.stored(batch.task, Examples(batch.raw, batch.y))
+        for store, mine in self._parts(batch.rows):
+            store.offer(self.setting.generator, **{name: tensor[mine] for name, tensor in rows.items()})
 
     def after_training(self, model: nn.Module, task: Task) -> None:
         """Offers the task's rows in the order of herding, if that is the policy."""
         if self.policy == "herding":
-            self.offer(self.store, task, self._herded(model, task))
+            self.offer(task, self._herded(model, task))
 
-    def offer(self, store: Memory, task: Task, rows: Tensor | None = None) -> None:
-        """Offers a task's training rows to a memory: all of them, or those whose numbers are `rows` (n,), in order."""
-        for part in _chunks(task.train, self.setting.generator.device, rows):
-            store.offer(self.setting.generator, **self.stored(task, part))
+    def offer(self, task: Task, rows: Tensor | None = None) -> None:
+        """Offers a task's training rows to the memory: all, or those whose numbers are `rows` (n,), in order."""
+        device = self.setting.generator.device
+        chosen = torch.arange(len(task.train), device=device) if rows is None else rows
+        for store, mine in self._parts(chosen):
+            for part in _chunks(task.train, device, chosen[mine]):
+                store.offer(self.setting.generator, **self.stored(task, part))
+
+    def _parts(self, numbers: Rows | None) -> list[tuple[Memory, Tensor | slice]]:
+        """The memory, and the one for what is held out if there is one; which of a task's rows may enter each."""
+        if self.reserve is None:
+            return [(self.store, slice(None))]
+        apart = self.apart[numbers]
+        return [(self.store, ~apart), (self.reserve, apart)]
+
+    def _drawn_apart(self, task: Task) -> Tensor:
+        """A mask of a task's rows that are held out of replay: a share of them, at least one of two."""
+        count, generator = len(task.train), self.setting.generator
+        few = min(max(1, round(count * self.setting.holdout)), count - 1)
+        return torch.randperm(count, generator=generator, device=generator.device) < few
 
     def stored(self, task: Task, examples: Examples) -> dict[str, Tensor]:
         """What the memory keeps of a task's examples, raw: tensors (n, ...) by name."""
@@ -78,7 +112,7 @@ class ER(Learner):
 
     def held_out(self, task: Task) -> Examples | None:
         """The part of the memory that is never replayed, prepared and not augmented; None if there is none."""
-        return self._recalled(task, self.store.held_out()) or None
+        return self._recalled(task, self.reserve.all()) or None if self.reserve is not None else None
 
     def _herded(self, model: nn.Module, task: Task) -> Tensor:
         """The numbers of a task's rows, the best fits to their class's mean feature first; features have length one."""
@@ -112,23 +146,49 @@ class MemoryOnly(ER):
 
 @dataclass
 class ERACE(ER):
-    """Experience replay whose current rows compete among the classes of their own batch only.
+    """Experience replay whose current rows do not compete with the classes of earlier ones.
 
-    ER-ACE, Caccia et al. 2022 (arXiv 2104.05025), equation 3: L(current; classes of the batch) + L(replayed; all
-    classes). New classes then no longer push the old ones' logits down at the start of a task. The paper gives replayed
-    rows the classes seen so far; here they get the label space of `Training(labels=...)`, of which "seen" is that. One
-    forward pass serves both, so BatchNorm sees them together, where released code makes two passes.
+    ER-ACE, Caccia et al. 2022 (arXiv 2104.05025): L(current; some classes) + L(replayed; all classes). New classes then
+    no longer push the old ones' logits down at the start of a task. Which classes the current rows compete among is
+    `among`:
+
+    - "unseen", Mammoth's code, from which CLeWI's tables come: the classes of the batch and those that no batch has
+      had yet. The first task is plain and replays nothing. (That code takes the classes after the highest one seen,
+      and that one, for unseen. It is the same where classes come in order and the highest is in every batch.)
+    - "present", the paper's equation 3: the classes of the batch alone, and replay from the second step on
+
+    The authors' code has "unseen" classes and replays in the first task, too. The paper gives replayed rows the classes
+    seen so far; here they get the label space of `Training(labels=...)`, of which "seen" is that. One forward pass
+    serves both, so BatchNorm sees them together, where released code makes two passes.
     """
 
+    among: Literal["unseen", "present"] = "unseen"
+    state: ClassVar[tuple[str, ...]] = ("seen",)
+
+    def start(self, setting: Setting) -> None:
+        """Begins with an empty memory and no class seen."""
+        super().start(setting)
+        self.seen = torch.zeros(setting.classes, dtype=torch.bool, device=setting.generator.device)
+
+    def replayed(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with rows drawn from the memory joined to it; the batch alone in a first task that is plain."""
+        return batch if self._plain(batch) else super().replayed(model, batch)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross entropy of the current rows among their batch's classes, plus that of the replayed rows: a scalar."""
+        """Cross entropy of the current rows among some classes, plus that of the replayed rows: a scalar."""
         joined = self.replayed(model, batch)
         logits = model(joined.x)
-        present = (batch.y.flatten() == torch.arange(logits.shape[-1], device=logits.device)[:, None]).any(1)
-        current = self.setting.criterion(logits[: batch.size], batch.y, among=present)
+        present = (batch.y.flatten() == torch.arange(self.setting.classes, device=batch.y.device)[:, None]).any(1)
+        self.seen = self.seen | present
+        rivals = present if self.among == "present" else present | ~self.seen
+        rivals = None if self._plain(batch) else rivals
+        current = self.setting.criterion(logits[: batch.size], batch.y, among=rivals)
         if len(joined.y) == batch.size:
             return current
         return current + self.setting.criterion(logits[batch.size :], joined.y[batch.size :])
+
+    def _plain(self, batch: Batch) -> bool:
+        return self.among == "unseen" and batch.task.index == 0
 
 
 @dataclass

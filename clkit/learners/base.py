@@ -219,7 +219,7 @@ class Learner:
 def _packed(name: str, value: Any) -> Any:
     """A value, part of what `name` names in a state, as a tree that a file can hold."""
     if hasattr(value, "load_state_dict"):
-        return {_KIND: "state_dict", "parts": value.state_dict()}
+        return {_KIND: "state_dict", "parts": _packed(name, value.state_dict())}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _packed(name, item) for key, item in value.items()}
     if isinstance(value, list):
@@ -246,7 +246,7 @@ def _unpacked(name: str, tree: Any, owner: Any = None) -> Any:
     if tree[_KIND] == "state_dict":
         if not hasattr(owner, "load_state_dict"):
             raise TypeError(f"state: {name!r} is {owner!r} and takes no state; make the object in `start`")
-        owner.load_state_dict(tree["parts"])
+        owner.load_state_dict(_unpacked(name, tree["parts"]))
         return owner
     kind, parts = _KINDS[tree[_KIND]], _unpacked(name, tree["parts"])
     return kind(parts) if kind in (tuple, dict) else kind(*parts)

@@ -87,7 +87,7 @@ def arguments(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound, hints = signature.bind(*args, **kwargs), _hints(function)
+        bound, hints = signature.bind(*args, **kwargs), _hints(innermost(function))
         for name, old in bound.arguments.items():
             if name in hints and signature.parameters[name].kind not in (_STAR, _STARS):
                 bound.arguments[name] = value(name, old, hints[name])
@@ -101,12 +101,18 @@ def options(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str,
 
     Raises ValueError for a name that the function does not take, and as in `fields` for a value.
     """
-    known = inspect.signature(function).parameters
-    hints = _hints(function) if hasattr(function, "__annotations__") else {}
+    known, hints = inspect.signature(function).parameters, _hints(innermost(function))
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for name in given:
             choice("options", name, known)
     return {name: value(name, old, hints[name]) if name in hints else old for name, old in given.items()}
+
+
+def innermost(function: Any) -> Any:
+    """The function that a partial one, or an object with a `__call__` of its own, calls in the end."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if hasattr(function, "__code__") or isinstance(function, type) else type(function).__call__
 
 
 def value(name: str, given: Any, hint: Any) -> Any:
@@ -173,7 +179,8 @@ def _hints(thing: Any) -> dict[str, Any]:
     """The annotations that can be checked, by name."""
     source = thing
     if not isinstance(thing, type):  # what a function gives may be named for type checking only
-        source = SimpleNamespace(__annotations__={k: v for k, v in thing.__annotations__.items() if k != "return"})
+        annotations = getattr(thing, "__annotations__", {})
+        source = SimpleNamespace(__annotations__={k: v for k, v in annotations.items() if k != "return"})
     hints = get_type_hints(source, getattr(thing, "__globals__", None), include_extras=True)
     wanted = {name: hint for name, hint in hints.items() if _checkable(hint)}
     if isinstance(thing, type):

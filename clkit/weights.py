@@ -4,6 +4,9 @@ The algebra is pure, unless a result is to be written into `out`. `set_weights` 
 managers change one and give it back. This is the one place that checks keys and shapes, and that closes the traps of
 `state_dict`. Integer counters (BatchNorm's `num_batches_tracked`) are dropped. A tensor that a model holds under
 several names (tied weights, a module registered twice) appears once, under its first name.
+
+Sums are made in float32, or in float64 where an input is, and have the dtype of the first weights: halves are rounded
+once, at the end. A number that is finite before it is rounded and infinite afterwards raises ValueError.
 """
 
 import sys
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from clkit import store
 
@@ -21,20 +25,52 @@ Weights = Mapping[str, Tensor]
 PIECE = 2**18  # entries of a running sum on the CPU: a megabyte, which stays in the cache
 
 
+def is_statistic(name: str) -> bool:
+    """Whether an entry is a running mean or variance, as BatchNorm has, and no parameter: its name's last part says."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def floating(name: str, tensor: Any) -> bool:
+    """Whether an entry belongs to weights: a floating tensor does, a counter does not.
+
+    Raises ValueError for what would have to belong and cannot: complex and quantised tensors, and those that are
+    sparse or have no numbers yet.
+    """
+    if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        unfit = is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.itemsize < 2
+    else:
+        unfit = not isinstance(tensor, Tensor) or tensor.is_complex() or tensor.is_quantized
+    if not unfit:
+        return tensor.is_floating_point()
+    kinds = {
+        "no tensor; give floating tensors": not isinstance(tensor, Tensor),
+        "without numbers as yet; load weights, or run the network once, first": is_lazy(tensor) or tensor.is_meta,
+        "complex; hold its real and its imaginary part in two real tensors": tensor.is_complex(),
+    }
+    kind = next(
+        (kind for kind, found in kinds.items() if found), "sparse or quantised; give it dense, in bfloat16 or wider"
+    )
+    raise ValueError(f"{name}: {kind}")
+
+
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own floating parameters and buffers by name, in their shapes, not copied, one entry per storage.
 
-    Of a module that `torch.compile` wrapped, those of the original, by its names.
+    Of a module that `torch.compile` wrapped, those of the original, by its names. A buffer that holds an infinity and
+    is no statistic is a mask, not a weight, and is left out; so is what a module keeps as extra state. Raises
+    ValueError that names what `floating` refuses, so that nothing acts on a part of a network.
     """
-    model, seen, live = getattr(model, "_orig_mod", model), set(), {}
+    model, seen, live, buffers = getattr(model, "_orig_mod", model), set(), {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if name.endswith("_extra_state") or not floating(name, tensor):
             continue
         place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
         if place not in seen:
             seen.add(place)
             live[name] = tensor.detach()
-    return live
+            if not isinstance(tensor, nn.Parameter) and not is_statistic(name):
+                buffers[name] = tensor.isinf().any()
+    return {name: tensor for name, tensor in live.items() if name not in buffers or not buffers[name]}
 
 
 @contextmanager
@@ -110,20 +146,44 @@ def equal(a: Weights, b: Weights) -> bool:
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
+def finite(weights: Weights) -> bool:
+    """Whether weights are free of NaN and infinities; they are read once, and a device is waited for once."""
+    sums: dict[torch.device, Any] = {}
+    for tensor in weights.values():
+        sums[tensor.device] = sums.get(tensor.device, 0) + tensor.sum(dtype=wide(tensor)) * 0
+    return all(s == 0 for s in sums.values()) or all(t.isfinite().all() for t in weights.values())  # sums overflow
+
+
 def check_finite(weights: Weights, name: str = "weights") -> None:
     """Raises ValueError that names the first tensor with a NaN or an infinity in it."""
-    if not weights or torch.stack([t.isfinite().all() for t in weights.values()]).all():
+    if finite(weights):
         return
     bad = next(key for key, tensor in weights.items() if not tensor.isfinite().all())
     raise ValueError(f"{name}: {bad!r} holds a NaN or an infinity; training diverged, try a smaller lr or clip")
 
 
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype of sums over tensors: float64 where one of them has it, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
 def map_weights(fn: Callable[..., Tensor], *ws: Weights) -> dict[str, Tensor]:
-    """Applies `fn` tensor by tensor, name by name, to weights of equal names and shapes."""
+    """Applies `fn` tensor by tensor, name by name, to weights of equal names and shapes.
+
+    Tensors of one mapping keep the dtype that `fn` gives them: it may be there to change it. Of several mappings `fn`
+    is handed wide ones, and what it gives is rounded to the dtype of the first.
+    """
     check_same(*ws)
-    return {name: fn(tensor, *(w[name] for w in ws[1:])) for name, tensor in ws[0].items()}
+    if len(ws) == 1:
+        return {name: fn(tensor) for name, tensor in ws[0].items()}
+    result = {}
+    for name, tensor in ws[0].items():
+        parts = [w[name] for w in ws]
+        result[name] = fn(*(part.to(wide(*parts)) for part in parts)).to(tensor.dtype)
+    return _in_range(result, ws)
 
 
+@torch.no_grad()
 def lerp(a: Weights, b: Weights, t: float, *, out: Weights | None = None) -> dict[str, Tensor]:
     """Goes straight from `a` (t = 0, bitwise) to `b` (t = 1, bitwise): a + t (b - a).
 
@@ -132,16 +192,20 @@ def lerp(a: Weights, b: Weights, t: float, *, out: Weights | None = None) -> dic
     """
     check_same(a, b)
     result = _output(a, out)
-    for name, tensor in result.items():
+    for name, total in result.items():
+        x, y = a[name], b[name]
         if t == 0 or t == 1:
-            tensor.copy_(b[name] if t else a[name])
+            total.copy_(y if t else x)
+        elif total.dtype == x.dtype == y.dtype == wide(x):
+            torch.lerp(x, y, t, out=total)
         else:
-            torch.lerp(a[name], b[name], t, out=tensor)
-    return result
+            total.copy_(x.to(wide(x, y)).lerp(y.to(wide(x, y)), t))
+    return _in_range(result, (a, b))
 
 
+@torch.no_grad()
 def combine(ws: Sequence[Weights], coefficients: Iterable[float], *, out: Weights | None = None) -> dict[str, Tensor]:
-    """Adds up weights times coefficients: sum_i c_i w_i, halves in single precision.
+    """Adds up weights times coefficients: sum_i c_i w_i.
 
     On the CPU piece by piece, so that the running sum stays in the cache and every input is read from memory once.
     `out` is as in `lerp`; it must not share memory with any but the first of the weights. Raises ValueError unless
@@ -154,12 +218,13 @@ def combine(ws: Sequence[Weights], coefficients: Iterable[float], *, out: Weight
     result = _output(ws[0], out)
     for name, total in result.items():
         parts = [w[name] for w in ws]
+        dtype = wide(*parts)
         if total.device.type == "cpu" and all(part.is_contiguous() for part in (total, *parts)):
             for piece in zip(*(part.view(-1).split(PIECE) for part in (total, *parts)), strict=True):
-                _add_up(piece[0], piece[1:], cs)
+                _add_up(piece[0], piece[1:], cs, dtype)
         else:
-            _add_up(total, parts, cs)
-    return result
+            _add_up(total, parts, cs, dtype)
+    return _in_range(result, ws)
 
 
 def _output(like: Weights, out: Weights | None) -> dict[str, Tensor]:
@@ -170,30 +235,45 @@ def _output(like: Weights, out: Weights | None) -> dict[str, Tensor]:
     return {name: out[name] for name in like}
 
 
-def _add_up(total: Tensor, terms: Sequence[Tensor], coefficients: Sequence[float]) -> None:
-    """Writes the sum of terms times coefficients into `total`; halves are added in single precision."""
-    half = total.dtype in (torch.float16, torch.bfloat16)
-    into = torch.empty_like(total, dtype=torch.float32) if half else total
-    torch.mul(terms[0].to(into.dtype), coefficients[0], out=into)
+def _add_up(total: Tensor, terms: Sequence[Tensor], coefficients: Sequence[float], dtype: torch.dtype) -> None:
+    """Writes the sum of terms times coefficients, made in `dtype`, into `total`."""
+    into = total if total.dtype == dtype else torch.empty_like(total, dtype=dtype)
+    torch.mul(terms[0].to(dtype), coefficients[0], out=into)
     for term, c in zip(terms[1:], coefficients[1:], strict=True):
         into.add_(term, alpha=c)
-    if half:
+    if into is not total:
         total.copy_(into)
+
+
+def _in_range(result: dict[str, Tensor], ws: Sequence[Weights]) -> dict[str, Tensor]:
+    """The result, unless rounding it made a finite number infinite. Only what was rounded is looked at."""
+    rounded = {n: tensor for n, tensor in result.items() if tensor.dtype != wide(tensor, *(w[n] for w in ws))}
+    if not finite(rounded):
+        check_range(rounded, ws)
+    return result
+
+
+def check_range(result: Weights, ws: Sequence[Weights]) -> None:
+    """Raises ValueError that names a tensor of a result with a NaN or an infinity where no input has one."""
+    for name, tensor in result.items():
+        if not tensor.isfinite().all() and all(w[name].isfinite().all() for w in ws):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: too large for {dtype}; give weights of a wider dtype, or take a shorter step")
 
 
 def add(a: Weights, b: Weights, scale: float = 1.0) -> dict[str, Tensor]:
     """Moves from `a` along `b`: a + scale b. With a task vector, in the same shapes, it is task arithmetic."""
-    return map_weights(lambda x, y: torch.add(x, y, alpha=scale), a, b)
+    return combine([a, b], [1.0, scale])
 
 
 def sub(a: Weights, b: Weights) -> dict[str, Tensor]:
     """The vector that leads from `b` to `a`, in their shapes: a - b. Of current and base weights, the task vector."""
-    return map_weights(torch.sub, a, b)
+    return combine([a, b], [1.0, -1.0])
 
 
 def scale(a: Weights, factor: float) -> dict[str, Tensor]:
     """Multiplies every tensor by `factor`; names and shapes stay."""
-    return map_weights(lambda x: x * factor, a)
+    return combine([a], [factor])
 
 
 def dot(a: Weights, b: Weights) -> float:

@@ -9,7 +9,9 @@ from clkit import weights as W
 from clkit.checks import Positive
 from clkit.merging import MERGES, Merge, TaskVectors
 
-SHAPES = {"conv.weight": (4, 3, 3, 3), "norm.running_var": (4,), "linear.weight": (2, 4), "scalar": ()}
+PARAMETERS = {"conv.weight": (4, 3, 3, 3), "norm.weight": (4,), "linear.weight": (2, 4), "scalar": ()}
+STATISTICS = {"norm.running_mean": (4,), "a.b.norm.running_var": (4,)}
+SHAPES = PARAMETERS | STATISTICS
 OUT, INNER = torch.tensor([1, 0]), torch.tensor([2, 0, 3, 1])  # permutations of the two groups of channels
 
 
@@ -36,7 +38,7 @@ def target(seed):
 
 def near(aim):
     """A score: how near weights come to an aim."""
-    return lambda w: -sum(float((t.double() - aim[name]).square().sum()) for name, t in w.items())
+    return lambda w: -sum(float((w[name].double() - t).square().sum()) for name, t in aim.items())
 
 
 def needed(row, seed, count=3, move=lambda w: w, channels=False):
@@ -44,9 +46,7 @@ def needed(row, seed, count=3, move=lambda w: w, channels=False):
     if row.needs == "score":
         return {"score": near(move(target(seed)))}
     if row.needs == "importances":
-        known = [
-            {k: v.square() for k, v in weights(seed + 700 + i).items() if k != "norm.running_var"} for i in range(count)
-        ]
+        known = [{k: v.square() for k, v in weights(seed + 700 + i).items() if k in PARAMETERS} for i in range(count)]
         return {"importances": [permuted(k) for k in known] if channels else known}
     if row.needs == "grams":
         x = [weights(seed + 300 + i, shapes={"x": (6, 4), "y": (40, 27)}) for i in range(count)]
@@ -58,7 +58,8 @@ def needed(row, seed, count=3, move=lambda w: w, channels=False):
 
 def permuted(w):
     """The same function: the channels between the convolution and the linear layer permuted, and the outputs."""
-    axes = {"conv.weight": (INNER,), "norm.running_var": (INNER,), "linear.weight": (OUT, INNER)}
+    axes = {"conv.weight": (INNER,), "norm.weight": (INNER,), "linear.weight": (OUT, INNER)}
+    axes |= dict.fromkeys(STATISTICS, (INNER,))
     return {name: _take(tensor, axes.get(name, ())) for name, tensor in w.items()}
 
 

@@ -33,7 +33,7 @@ from clkit.learners import ER, Learner
 from clkit.merging import MERGES, Merge
 from clkit.store import describe
 from clkit.training import Result, Training
-from clkit.weights import equal, get_weights, lerp
+from clkit.weights import equal, get_weights, is_statistic, lerp
 from toys import quick
 
 pytestmark = pytest.mark.usefixtures("one_symmetry")
@@ -174,19 +174,32 @@ def trimmed(ws, *, base, share=0.5):
 class TestOpenDoors:
     def test_a_function_merges(self, toy):
         rule = Merging(trimmed, {"share": 0.25})
-        assert repr(rule) == "Merging(merge=trimmed, options=(('share', 0.25),), training='sequential', holdout=0.0)"
-        result, base = convnet(toy, rule), get_weights(toys.small_convnet(toy))
-        for t, deployed in enumerate(result.weights):
-            wanted = trimmed(result.trained[: t + 1], base=base, share=0.25) if t else result.trained[0]
+        settings = "options=(('share', 0.25),), training='sequential', holdout=0.0, refresh=True"
+        assert repr(rule) == f"Merging(merge=trimmed, {settings})"
+        result, net = convnet(toy, rule), toys.small_convnet(toy)
+        base, inputs = get_weights(net), result.inputs
+        assert equal(result.weights[0], result.trained[0])
+        for t, deployed in list(enumerate(result.weights))[1:]:
+            wanted = normalization.refresh(net, trimmed(result.trained[: t + 1], base=base, share=0.25), inputs[t])
             assert all(torch.allclose(deployed[n], w, atol=1e-6) for n, w in wanted.items())
 
+    def test_statistics_are_averaged_where_they_are_not_re_estimated(self, toy):
+        result = convnet(toy, Merging("task_arithmetic", {"scale": 2.0}, refresh=False))
+        for t, deployed in enumerate(result.weights):
+            for name in filter(is_statistic, deployed):
+                torch.testing.assert_close(deployed[name], sum(w[name] for w in result.trained[: t + 1]) / (t + 1))
+
     def test_a_function_is_given_what_it_needs(self, toy):
+        """A score judges the parameters that the merge tries, with the statistics that go with the result."""
+
         def best(ws, *, score):
+            assert not any(map(is_statistic, ws[0]))
             return dict(max(ws, key=score))
 
         result = convnet(toy, Merging(best))
         assert Merging(best).holdout == 0.2 and len(result.weights) == 3
-        assert any(equal(result.weights[2], w) for w in result.trained)
+        kept = {name: w for name, w in result.weights[2].items() if not is_statistic(name)}
+        assert any(equal(kept, {name: w[name] for name in kept}) for w in result.trained)
 
     def test_a_row_of_ones_own_merges_by_its_name(self, toy, monkeypatch):
         monkeypatch.setitem(MERGES, "trimmed", Merge(trimmed))

@@ -16,7 +16,20 @@ from clkit import merging, models
 from clkit import weights as W
 from clkit.consolidation import Merging
 from clkit.merging import MERGES, Merge, merge
-from merging_toys import MINE, SHAPES, apart, close, needed, options, permuted, run, several, weights
+from merging_toys import (
+    MINE,
+    PARAMETERS,
+    SHAPES,
+    STATISTICS,
+    apart,
+    close,
+    needed,
+    options,
+    permuted,
+    run,
+    several,
+    weights,
+)
 
 rows = pytest.mark.parametrize("name", sorted(MERGES | MINE))
 seeds = st.integers(0, 2**20)
@@ -253,6 +266,129 @@ def test_arity_base_and_needs_are_as_the_row_says(name):
 
 
 @rows
+@law
+@given(seed=seeds, s=st.floats(0, 1), scale=st.floats(0.1, 3))
+def test_statistics_are_averaged_and_parameters_do_not_hear_of_them(name, seed, s, scale):
+    """By the weights that a merge has for networks, else by equal ones. They are so long that they would decide all."""
+    ws, base = several(MERGES[name], seed)
+    for i, w in enumerate([base, *ws]):
+        w |= {k: w[k].exp() * 1000.0**i for k in STATISTICS}
+    line = {"interpolate": {"t": s}, "slerp": {"t": s, "whole": True}, "wise_ft": {"alpha": s}}
+    given = {"average": {"coefficients": [s, 1, 2]}, **line}.get(
+        name, {"scale": scale} if "scale" in options(name) else {}
+    )
+    merged, sources = run(name, ws, base, seed, **given), [base, *ws] if name == "wise_ft" else ws
+    for k in STATISTICS:
+        low, high = (getattr(torch.stack([w[k] for w in sources]), end)(0).values for end in ("min", "max"))
+        assert (merged[k] >= low * (1 - 1e-12)).all() and (merged[k] <= high * (1 + 1e-12)).all()
+    if name != "greedy_soup":  # it weighs those alike that it takes, and its score hears of all
+        shares = [1 - s, s] if name in line else [c / (3 + s) for c in given.get("coefficients", [1 + s / 3] * len(ws))]
+        wanted = W.combine(sources, shares if name in line or name == "average" else [1 / len(ws)] * len(ws))
+        close({k: merged[k] for k in STATISTICS}, {k: wanted[k] for k in STATISTICS})
+        *alone, start = ({k: w[k] for k in PARAMETERS} for w in [*ws, base])
+        close({k: merged[k] for k in PARAMETERS}, run(name, alone, start, seed, **given))
+
+
+WIDE, NARROW = (torch.float32, torch.float64), (torch.float16, torch.bfloat16)
+
+
+@rows
+@law
+@given(seed=seeds, dtypes=st.lists(st.sampled_from(WIDE + NARROW), min_size=4, max_size=4))
+def test_dtypes_may_differ_and_the_result_has_the_first(name, seed, dtypes):
+    """That of the base, else of the first weights; the arithmetic is that of inputs made wide, rounded once."""
+    row, (ws, base) = MERGES[name], several(MERGES[name], seed)
+    low, start = [{k: t.to(d) for k, t in w.items()} for w, d in zip(ws, dtypes, strict=False)], dtypes[-1]
+    base = {k: t.to(start) for k, t in base.items()}
+    dtype = start if row.base else dtypes[0]
+    merged = run(name, low, base, seed)
+    assert {t.dtype for t in merged.values()} == {dtype}
+    kind = torch.float64 if torch.float64 in [t.dtype for w in [base, *low] for t in w.values()] else torch.float32
+    exact = run(
+        name, [{k: t.to(kind) for k, t in w.items()} for w in low], {k: t.to(kind) for k, t in base.items()}, seed
+    )
+    close(merged, {k: t.to(dtype) for k, t in exact.items()}, 1e-5 if dtype in WIDE else torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", [n for n, row in (MERGES | MINE).items() if row.base and row.homogeneous])
+def test_numbers_too_large_for_the_dtype_are_named(name):
+    """Vectors of two that point the same way, whose merge at the scale 4 is beyond float16, but not at 0.5."""
+    tau = {k: t.half() for k, t in weights(1, shapes=PARAMETERS).items()}
+    tau = W.scale(tau, 30000 / max(float(t.abs().max()) for t in tau.values()))
+    ws, start = [tau] * (MERGES[name].arity or 2), W.scale(tau, 0)
+    exact = MERGES[name].exact or {}
+    if "scale" in options(name):
+        merged = run(name, ws, start, **exact, scale=0.5)
+        assert all(t.isfinite().all() for t in merged.values())
+        with pytest.raises(
+            ValueError, match=r"^(conv|norm|linear)\.weight: too large for float16; give weights of a wider"
+        ):
+            run(name, ws, start, **exact, scale=5.0)
+
+
+@rows
+def test_counters_masks_and_gradients_are_no_matter(name):
+    """Of what is no parameter counters are dropped, whoever has them; what is not finite and equal is taken over."""
+    ws, base = several(MERGES[name], 1)
+    plain = run(name, ws, base)
+    mask = {"attention.mask": torch.full((3, 3), -math.inf).triu(1), "unset": torch.tensor(math.inf)}
+    counter = {"norm.num_batches_tracked": torch.tensor(7), "seen": torch.tensor(True)}
+    with_all = [{k: t.clone().requires_grad_() for k, t in w.items()} | mask for w in [*ws, base]]
+    with_all[0] |= counter
+    *given, start = with_all
+    merged = run(name, given, start)
+    assert merged.keys() == plain.keys() | mask.keys() and not any(t.requires_grad for t in merged.values())
+    assert all(torch.equal(merged[k], t) and merged[k].data_ptr() != t.data_ptr() for k, t in mask.items())
+    close({k: merged[k] for k in plain}, plain)
+    given[-1] |= {"attention.mask": mask["attention.mask"] * 2 + 1}
+    if len(given) > 1 or MERGES[name].base:
+        with pytest.raises(ValueError, match=r"'attention\.mask' holds a NaN or an infinity"):
+            run(name, given, start)
+
+
+@rows
+def test_weights_that_are_all_statistics_or_share_tensors_are_no_trouble(name):
+    row = MERGES[name]
+    few = [{k: w[k].exp() for k in STATISTICS} for w in several(row, 1)[0]]
+    need = {"score": lambda w: 0.0} if row.needs == "score" else {row.needs: [{}] * len(few)} if row.needs else {}
+    merged = row(few, base=few[0], **need)
+    close(merged, W.combine(few, [1 / len(few)] * len(few)) if row.arity != 1 else few[0])
+    ws, base = several(row, 1)
+    tied = [w | {"scalar": w["linear.weight"][0, 0]} for w in [*ws, base]]
+    separate = [{k: t.clone() for k, t in w.items()} for w in tied]
+    close(run(name, tied[:-1], tied[-1]), run(name, separate[:-1], separate[-1]))
+
+
+def gave(result):
+    return lambda ws, *, base: result(ws)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (gave(lambda ws: None), "it gave None; a merge gives a mapping of names to floating tensors"),
+        (gave(lambda ws: [ws[0]]), "a merge gives a mapping"),
+        (gave(lambda ws: {k: 1.0 for k in ws[0]}), "a merge gives a mapping of names to floating tensors"),
+        (gave(lambda ws: {k: t.to(torch.complex64) for k, t in ws[0].items()}), "of names to floating tensors"),
+        (gave(lambda ws: {k: t.long() for k, t in ws[0].items()}), "of names to floating tensors"),
+        (
+            gave(lambda ws: {"w": ws[0]["scalar"]}),
+            "gave and ws\\[0\\] have different names: missing .* unexpected \\['w'\\]",
+        ),
+        (gave(lambda ws: {k: t.flatten() for k, t in ws[0].items()}), "differ in the shape of"),
+        (gave(lambda ws: W.scale(ws[0], math.nan)), "conv.weight: too large for float64"),
+    ],
+)
+def test_a_merge_of_a_users_own_that_gives_something_else_is_told_so(function, message, monkeypatch):
+    (ws, base), row = several(MERGES["ties"], 1), Merge(function)
+    with pytest.raises(ValueError, match=message):
+        row(ws, base=base)
+    monkeypatch.setitem(MERGES, "wrong", row)
+    with pytest.raises(ValueError, match=message):
+        merge("wrong", ws, base=base)
+
+
+@rows
 def test_one_network_and_no_tensors_are_no_trouble(name):
     row = MERGES[name]
     count = row.arity or 3
@@ -330,12 +466,12 @@ def test_options_are_checked_before_any_work():
 
 def test_a_row_reads_the_functions_signature():
     def mine(ws, factor, *, base=None, seed=0, **rest):
-        return ws
+        return W.scale(ws[0], factor)
 
     row = Merge(mine, defaults={"factor": 2})
     assert (row.base, row.random, row.needs) == (True, True, "factor")
     row.check({"anything": 1})
-    assert row([1], base={}) == [1]
+    assert row([{"w": torch.ones(2)}], base={"w": torch.zeros(2)})["w"].tolist() == [2, 2]
     half = Merge(partial(merging.task_arithmetic, scale=0.5))
     ws, base = [weights(1), weights(2)], weights(3)
     assert half.base and half.needs is None

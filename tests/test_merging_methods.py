@@ -14,10 +14,19 @@ from clkit import weights as W
 from clkit.merging import MERGES, pieces
 from clkit.merging.averages import stock_ratio
 from clkit.merging.spectral import decompose, polar
-from merging_toys import close, near, several, target, weights
+from merging_toys import PARAMETERS, close, near, several
+from merging_toys import weights as any_weights
 
 law = settings(max_examples=8, deadline=None)
 seeds = st.integers(0, 2**20)
+
+
+def weights(seed, dtype=torch.float64, shapes=PARAMETERS):
+    return any_weights(seed, dtype, shapes)
+
+
+def target(seed):
+    return weights(seed + 500)
 
 
 def flat(w):
@@ -317,7 +326,7 @@ class TestStatistical:
     def test_fisher_is_the_weighted_mean_and_the_plain_one_without_importance(self):
         known = [{k: v.square() for k, v in weights(50 + i).items()} for i in range(3)]
         for k in known:
-            k["norm.running_var"] = k["norm.running_var"] * torch.tensor([1.0, 0.0, 1.0, 0.0]).double()
+            k["norm.weight"] = k["norm.weight"] * torch.tensor([1.0, 0.0, 1.0, 0.0]).double()
         merged = M.fisher_merge(TASKS, importances=known, coefficients=[1, 2, 3])
         for name in BASE:
             total = sum(c * k[name] for c, k in zip((1, 2, 3), known, strict=True))
@@ -368,7 +377,7 @@ class TestStatistical:
         ):
             with pytest.raises(ValueError, match=message):
                 M.fisher_merge(TASKS, importances=bad)
-        for bad in ({"linear.weight": torch.eye(3)}, {"norm.running_var": torch.eye(4)}, {"x": torch.eye(4)}):
+        for bad in ({"linear.weight": torch.eye(3)}, {"norm.weight": torch.eye(4)}, {"x": torch.eye(4)}):
             with pytest.raises(ValueError, match=r"grams\[0\]"):
                 M.regmean(TASKS, grams=[bad] * 3)
 

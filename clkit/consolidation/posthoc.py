@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clkit import checks, curvature
+from clkit import checks, curvature, normalization
 from clkit.consolidation.base import Alpha, Context, Merged, Progress
 from clkit.merging import MERGES, Merge
 from clkit.weights import lerp, set_weights
@@ -50,6 +50,8 @@ class Merging:
       weights before the first task (Ilharco et al., arXiv 2212.04089, and most merging papers)
     - `holdout`: the share of the memory that is kept from replay, for a merge that needs a `score`, such as
       "greedy_soup": its accuracy there. None is a fifth for such a merge, else nothing
+    - `refresh`: re-estimate BatchNorm after a merge on what the learner lets a consolidation see, if that is two inputs
+      or more; else its statistics are averaged
 
     A merge of one takes the current weights. A merge of two takes those deployed after the last task, then the current
     ones. All others take the weights trained on every task so far, in order. Task vectors start from the weights before
@@ -64,6 +66,7 @@ class Merging:
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Literal["sequential", "independent"] = "sequential"
     holdout: checks.Part | None = None
+    refresh: bool = True
     row: Merge = field(init=False, repr=False, compare=False)
     uses_history = True
 
@@ -83,7 +86,8 @@ class Merging:
 
     def __repr__(self) -> str:
         merge = repr(self.merge) if isinstance(self.merge, str) else getattr(self.merge, "__qualname__", self.merge)
-        return f"Merging({merge=!s}, options={self.options!r}, training={self.training!r}, holdout={self.holdout!r})"
+        given = {name: getattr(self, name) for name in ("options", "training", "holdout", "refresh")}
+        return f"Merging({merge=!s}, {', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     @property
     def needs(self) -> str | None:
@@ -114,7 +118,10 @@ class Merging:
             options["score"] = lambda weights: score(weights).accuracy
         elif self.needs:
             options[self.needs] = memo[-len(ws) :]
-        return Merged(train, self.row(ws, base=context.base, **options), {"merged": len(ws)}, memo)
+        merged = self.row(ws, base=context.base, **options)
+        if self.refresh and normalization.batchnorms(context.model) and len(context.inputs) > 1:
+            merged = normalization.refresh(context.model, merged, context.inputs)
+        return Merged(train, merged, {"merged": len(ws)}, memo)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """Merging: several weights of one architecture into one. Pure functions, and a table of them, `MERGES`.
 
 Every function is called as f(ws, **options), or f(ws, base=base, **options) where task vectors are taken from a base.
-All floating tensors count alike, BatchNorm statistics too: re-estimate them afterwards with `normalization.refresh`.
-Names and shapes must agree; inputs are not modified; the result is new and has the dtypes and devices of the base, or
-of the first weights. ValueError is raised for no weights, for a NaN or an infinity in an input, and for an option
+Parameters are merged. BatchNorm's statistics are averaged: re-estimate them afterwards with `normalization.refresh`.
+Counters are dropped. Names and shapes must agree; inputs are not modified; the result is new and has the dtypes and
+devices of the base, or of the first weights. Sums are made in single precision at least and rounded once. ValueError is
+raised for no weights, for a NaN or an infinity in an input, for a result that its dtype cannot hold, and for an option
 outside the range that its annotation gives.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from clkit.merging.averages import (
     wise_ft,
 )  # fmt: skip
 from clkit.merging.entrywise import breadcrumbs, dare, dare_ties, della, emr, magmax, pcb, ties
-from clkit.merging.pieces import TaskVectors
+from clkit.merging.pieces import TaskVectors, on_parameters
 from clkit.merging.spectral import iso_c, opcm, tsv
 from clkit.weights import Weights
 
@@ -38,10 +40,10 @@ class Merge:
     run(stream, models.convnet, ER(), Merging("median", {"scale": 0.5}))
     ```
 
-    The function gets a sequence of weights, and options by keyword. It gives a new mapping of the same names, shapes
-    and dtypes, and leaves its inputs as they are. It raises ValueError for inputs that do not agree or are not finite.
-    `TaskVectors` sees to all of this. Decorated by `checks.arguments` it refuses options outside their annotated
-    ranges. Its signature says more:
+    The function gets a list of weights, parameters alone, and options by keyword. It gives a new mapping of the same
+    names and shapes, and leaves its inputs as they are. The rest is seen to by `pieces.on_parameters`, which the row
+    applies: statistics are averaged, inputs and result checked, options held to their annotated ranges. Its signature
+    says more:
 
     - a parameter `base`: task vectors are taken from a base, so base= must be given (`row.base`)
     - another parameter without a default: the option that it cannot work without (`row.needs`). `Merging` knows three:
@@ -91,8 +93,15 @@ class Merge:
         return next((name for name in required if name != "base"), None)
 
     def check(self, options: Mapping[str, object]) -> None:
-        """Raises ValueError, before any work, for options that the function does not take or that are out of range."""
-        checks.options(self.function, options)
+        """Raises ValueError, before any work, for options that the function does not take or that are out of range.
+
+        What a partial function holds is checked, too.
+        """
+        first = next(iter(inspect.signature(self.function).parameters))
+        for name in sorted({first, "base", "out"} & options.keys()):
+            raise ValueError(f"options: {name!r} is given by whoever calls the merge; leave it out")
+        held = self.function.keywords if isinstance(self.function, partial) else {}
+        checks.options(self.function, {**held, **options})
 
     def __call__(self, ws: Sequence[Weights], *, base: Weights | None = None, **options: object) -> dict[str, Tensor]:
         """Merges `ws`. A base is needed where `self.base` says so, and ignored elsewhere.
@@ -102,11 +111,9 @@ class Merge:
         options = {**self.defaults, **options}
         if self.needs and self.needs not in options:
             raise ValueError(f"{self.needs}: this merge cannot work without; give {self.needs}=...")
-        if not self.base:
-            return self.function(ws, **options)
-        if base is None:
+        if self.base and base is None:
             raise ValueError("base: this merge takes task vectors from a base; give base=weights")
-        return self.function(ws, base=base, **options)
+        return on_parameters(number=self.arity)(self.function)(ws, **options, **({"base": base} if self.base else {}))
 
     def _options(self) -> dict[str, inspect.Parameter]:
         """What the function takes by name, besides the weights."""

@@ -1,7 +1,4 @@
-"""Merges that are weighted means: one weight for each network, tensor, entry (Fisher) or input of a layer (RegMean).
-
-Sums read their inputs once, and so find a NaN or an infinity in them by the result.
-"""
+"""Merges that are weighted means: one weight for each network, tensor, entry (Fisher) or input of a layer (RegMean)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clkit import checks, weights
+from clkit import weights
 from clkit.checks import NotNegative, Positive, Share
-from clkit.merging.pieces import Piece, Scale, TaskVectors, check_inputs, check_number
-from clkit.weights import Weights, check_finite, check_same, combine
+from clkit.merging.pieces import Piece, Scale, TaskVectors, check_inputs, on_parameters
+from clkit.weights import Weights, check_finite, combine, is_statistic, wide
 
 ANTIPODAL = math.pi - 1e-3  # beyond this angle there is no one great circle through two points
 
 
-@checks.arguments
+@on_parameters(statistics=True)
 def average(
     ws: Sequence[Weights], *, coefficients: Sequence[NotNegative] | None = None, out: Weights | None = None
 ) -> dict[str, Tensor]:
@@ -28,16 +25,15 @@ def average(
 
     Ref: model soups, Wortsman et al., arXiv 2203.05482.
     """
-    check_number(ws)
     given = [1.0] * len(ws) if coefficients is None else coefficients
     _check_one_each("coefficients", given, ws)
     total = math.fsum(given)
     if not 0 < total < math.inf:
         raise ValueError(f"coefficients: {given} add up to {total:g}; give some with a positive sum")
-    return _sound(combine(ws, [c / total for c in given], out=out), ws)
+    return combine(ws, [c / total for c in given], out=out)
 
 
-@checks.arguments
+@on_parameters(statistics=True)
 def greedy_soup(ws: Sequence[Weights], *, score: Callable[[Weights], float]) -> dict[str, Tensor]:
     """The mean of those weights that, taken in from the best to the worst, never lower the score of the mean.
 
@@ -48,29 +44,30 @@ def greedy_soup(ws: Sequence[Weights], *, score: Callable[[Weights], float]) -> 
 
     Ref: Wortsman et al., Model soups, arXiv 2203.05482, recipe 1.
     """
-    check_number(ws)
-    check_same(*ws)
     check_inputs(ws)
+
+    def mean(places: Sequence[int]) -> dict[str, Tensor]:
+        return average([ws[i] for i in places], out=weights.map_weights(torch.empty_like, ws[0]))
+
     alone = [float(score(w)) for w in ws]
     if not all(math.isfinite(s) for s in alone):
         raise ValueError(f"score: it gave {alone}; give a function of weights to finite numbers, higher is better")
     first, *others = sorted(range(len(ws)), key=lambda i: -alone[i])
-    taken, best, soup = [first], alone[first], average([ws[first]])
+    taken, best, soup = [first], alone[first], mean([first])
     for i in others:
-        mixed = average([ws[j] for j in [*taken, i]])
+        mixed = mean([*taken, i])
         if (found := float(score(mixed))) >= best:
             taken, best, soup = [*taken, i], found, mixed
     return soup
 
 
-@checks.arguments
+@on_parameters(number=2, statistics=True)
 def interpolate(ws: Sequence[Weights], *, t: Share = 0.5) -> dict[str, Tensor]:
     """The point on the straight line from the first of two weights (t = 0, bitwise) to the second (t = 1, bitwise)."""
-    check_number(ws, 2)
-    return _sound(weights.lerp(ws[0], ws[1], t), ws)
+    return weights.lerp(ws[0], ws[1], t)
 
 
-@checks.arguments
+@on_parameters(number=1, statistics=True)
 def wise_ft(ws: Sequence[Weights], *, base: Weights, alpha: Share = 0.5) -> dict[str, Tensor]:
     """The point on the straight line from `base` (alpha = 0, bitwise) to fine-tuned weights (alpha = 1, bitwise).
 
@@ -78,35 +75,34 @@ def wise_ft(ws: Sequence[Weights], *, base: Weights, alpha: Share = 0.5) -> dict
 
     Ref: Wortsman et al., Robust fine-tuning of zero-shot models, arXiv 2109.01903.
     """
-    check_number(ws, 1)
-    return _sound(weights.lerp(base, ws[0], alpha), ws, base)
+    return weights.lerp(base, ws[0], alpha)
 
 
-@checks.arguments
+@on_parameters(number=2, statistics=True)
 def slerp(ws: Sequence[Weights], *, t: Share = 0.5, whole: bool = False) -> dict[str, Tensor]:
     """The point on the arc from the first of two weights (t = 0, bitwise) to the second (t = 1, bitwise).
 
     (sin((1-t) w) a + sin(t w) b) / sin w with the angle w between a and b: the directions turn at even speed and
     lengths do not shrink in between, as they do on a straight line. The angle is measured tensor by tensor;
-    `whole=True` takes one angle, that of all weights as one vector, in which large tensors, BatchNorm statistics among
-    them, decide. Parallel and zero tensors are interpolated linearly, which is the limit; so are opposite ones
-    (within 0.001 of pi), where the arc is not defined.
+    `whole=True` takes one angle, that of all parameters as one vector, in which large tensors decide. Parallel and zero
+    tensors are interpolated linearly, which is the limit; so are opposite ones (within 0.001 of pi), where the arc is
+    not defined. Running statistics have no direction and are interpolated linearly, too.
 
     Ref: Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985. For weights it is folklore; mergekit works
     tensor by tensor, too.
     """
-    check_number(ws, 2)
-    check_same(*ws)
-    (a, b), merged = ws, {}
-    for names in [tuple(a)] if whole and a else [(name,) for name in a]:
+    a, b = ws
+    merged = weights.lerp({n: x for n, x in a.items() if is_statistic(n)}, {n: b[n] for n in a if is_statistic(n)}, t)
+    turned = [name for name in a if name not in merged]
+    for names in [turned] if whole and turned else [[name] for name in turned]:
         from_a, from_b = _arc(_angle(a, b, names), t)
         for name in names:
-            x, y = a[name], b[name]
-            merged[name] = (x * from_a.to(x.dtype)).addcmul_(y, from_b.to(x.dtype))
-    return _sound(merged, ws)
+            dtype = wide(a[name], b[name])
+            merged[name] = (a[name] * from_a.to(dtype)).addcmul_(b[name].to(dtype), from_b.to(dtype))
+    return merged
 
 
-@checks.arguments
+@on_parameters()
 def task_arithmetic(
     ws: Sequence[Weights], *, base: Weights, scale: Scale | None = None, out: Weights | None = None
 ) -> dict[str, Tensor]:
@@ -118,13 +114,11 @@ def task_arithmetic(
 
     Ref: Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089.
     """
-    check_number(ws)
     factor = 1 / len(ws) if scale is None else scale
-    merged = combine([base, *ws], [1 - factor * len(ws), *[factor] * len(ws)], out=out)
-    return _sound(merged, ws, base)
+    return combine([base, *ws], [1 - factor * len(ws), *[factor] * len(ws)], out=out)
 
 
-@checks.arguments
+@on_parameters()
 def model_stock(ws: Sequence[Weights], *, base: Weights, whole: bool = False) -> dict[str, Tensor]:
     """The point between `base` and the mean of the weights that the angle between the task vectors calls for.
 
@@ -157,17 +151,17 @@ def stock_ratio(gram: Tensor) -> float:
     return n * cosine / (1 + (n - 1) * cosine)
 
 
-@checks.arguments
+@on_parameters()
 def fisher_merge(
     ws: Sequence[Weights], *, importances: Sequence[Weights], coefficients: Sequence[Positive] | None = None
 ) -> dict[str, Tensor]:
     """The mean of weights, at every entry weighted by the importances there: sum_i F_i w_i / sum_i F_i.
 
     `importances`: for each of the weights a mapping of names to non-negative tensors of their shapes, in any common
-    unit, as `curvature.fisher` gives them. Names without one (BatchNorm statistics) are averaged, and so are entries
-    where no network has any importance. `coefficients` multiply the importances of each. The paper takes the diagonal
-    Fisher information and tunes the coefficients. Its code divides them by the length of each network's importances.
-    It puts 1e-6 in the place of smaller importances, by default in the first network alone.
+    unit, as `curvature.fisher` gives them. Names without one are averaged, and so are entries where no network has any
+    importance; those of running statistics do not count. `coefficients` multiply the importances of each. The paper
+    takes the diagonal Fisher information and tunes the coefficients. Its code divides them by the length of each
+    network's importances. It puts 1e-6 in the place of smaller importances, by default in the first network alone.
 
     With the previous and the current weights this is CoFiMA (Marouf et al., arXiv 2312.08977), a step of a sequence.
 
@@ -179,6 +173,7 @@ def fisher_merge(
     given = [1.0] * len(ws) if coefficients is None else coefficients
     _check_one_each("coefficients", given, ws)
     _check_one_each("importances", importances, ws)
+    importances = [{name: t for name, t in known.items() if not is_statistic(name)} for known in importances]
     for i, known in enumerate(importances):
         check_importances(f"importances[{i}]", known, ws[0])
     flat = [{name: tensor.reshape(-1) for name, tensor in known.items()} for known in importances]
@@ -208,7 +203,7 @@ def check_importances(name: str, known: Weights, like: Weights) -> None:
             raise ValueError(f"{name}: {key!r} has negative entries; give squares or magnitudes")
 
 
-@checks.arguments
+@on_parameters()
 def regmean(ws: Sequence[Weights], *, grams: Sequence[Weights], shrink: Share = 0.9) -> dict[str, Tensor]:
     """Linear layers whose outputs come closest, in least squares, to each network's own on its own inputs.
 
@@ -266,22 +261,11 @@ def _check_known(name: str, known: Weights, shapes: Mapping[str, tuple[int, ...]
             )
 
 
-def _sound(merged: dict[str, Tensor], ws: Sequence[Weights], base: Weights | None = None) -> dict[str, Tensor]:
-    """The result of a sum, if it is finite: it is not if an input is not, so that one reading of it is enough."""
-    sums = {}
-    for tensor in merged.values():
-        sums[tensor.device] = sums.get(tensor.device, 0) + tensor.sum() * 0
-    if not all(bool(s == 0) for s in sums.values()):
-        check_inputs(ws, base)
-    return merged
-
-
 def _angle(a: Weights, b: Weights, names: Sequence[str]) -> Tensor:
     """The angle between some tensors of two weights, as vectors; 0 if one of them is zero."""
     products = []
     for name in names:
-        x = a[name].flatten().to(torch.promote_types(a[name].dtype, torch.float32))
-        y = b[name].flatten().to(x.dtype)
+        x, y = (tensor.flatten().to(wide(a[name], b[name])) for tensor in (a[name], b[name]))
         products.append(torch.stack([torch.dot(x, x), torch.dot(y, y), torch.dot(x, y)]))
     xx, yy, xy = torch.stack(products).sum(0)
     lengths = (xx * yy).sqrt()

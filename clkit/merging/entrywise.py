@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from clkit import checks
-from clkit.merging.pieces import Density, Draws, Piece, Scale, Seed, TaskVectors, count, largest
+from clkit.merging.pieces import Density, Draws, Piece, Scale, Seed, TaskVectors, count, largest, on_parameters
 from clkit.weights import Weights
 
 
-@checks.arguments
+@on_parameters()
 def ties(
     ws: Sequence[Weights], *, base: Weights, density: Density = 0.2, scale: Scale = 1.0, whole: bool = True
 ) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ def ties(
     return vectors.merge(lambda piece, part: agreed(part.mul_(kept(piece, part.abs()))), scale)
 
 
-@checks.arguments
+@on_parameters()
 def breadcrumbs(
     ws: Sequence[Weights],
     *,
@@ -76,7 +76,7 @@ def breadcrumbs(
     return vectors.merge(rule, 1 / len(ws) if scale is None else scale)
 
 
-@checks.arguments
+@on_parameters()
 def dare(
     ws: Sequence[Weights], *, base: Weights, density: Density = 0.5, scale: Scale | None = None, seed: Seed = 0
 ) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def dare(
     return vectors.merge(lambda piece, part: draws.drop(part, density).sum(0), factor)
 
 
-@checks.arguments
+@on_parameters()
 def dare_ties(
     ws: Sequence[Weights], *, base: Weights, density: Density = 0.5, scale: Scale = 1.0, seed: Seed = 0
 ) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def dare_ties(
     return vectors.merge(lambda piece, part: agreed(draws.drop(part, density)), scale)
 
 
-@checks.arguments
+@on_parameters()
 def della(
     ws: Sequence[Weights],
     *,
@@ -148,7 +148,7 @@ def della(
     return vectors.merge(rule, scale)
 
 
-@checks.arguments
+@on_parameters()
 def magmax(ws: Sequence[Weights], *, base: Weights, scale: Scale = 1.0) -> dict[str, Tensor]:
     """`base` plus `scale` times, at every entry, the entry of largest magnitude among the task vectors.
 
@@ -166,7 +166,7 @@ def magmax(ws: Sequence[Weights], *, base: Weights, scale: Scale = 1.0) -> dict[
     return TaskVectors(ws, base).merge(strongest, scale)
 
 
-@checks.arguments
+@on_parameters()
 def emr(ws: Sequence[Weights], *, base: Weights, task: checks.Index | None = None) -> dict[str, Tensor]:
     """The elected unified weights or, with `task` = i, those masked and rescaled for task i.
 
@@ -196,7 +196,7 @@ def emr(ws: Sequence[Weights], *, base: Weights, task: checks.Index | None = Non
     return vectors.merge(rule, float(own / kept) if kept else 1.0)
 
 
-@checks.arguments
+@on_parameters()
 def pcb(
     ws: Sequence[Weights], *, base: Weights, density: Density = 0.2, scale: Scale = 1.0, whole: bool = True
 ) -> dict[str, Tensor]:

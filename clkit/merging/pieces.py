@@ -1,4 +1,4 @@
-"""Task vectors in pieces that stay in the cache: how merges read their inputs, choose entries, and write their output.
+"""What all merges share: what goes in and comes out, and task vectors in pieces that stay in the cache.
 
 A merge reads each input once or a few times and allocates one network, its result, and a few pieces. Arithmetic is in
 float32, or in float64 where an input is: halves are never added up in half precision. Entries of a tensor are taken in
@@ -6,15 +6,17 @@ row-major order, tensors in the order of the first weights.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from clkit import checks
 from clkit.checks import Range
-from clkit.weights import Weights, check_finite, check_same
+from clkit.weights import Weights, check_finite, check_range, check_same, combine, finite, floating, is_statistic
 
 ENTRIES = 2**14  # of a piece on the CPU: five of them and a few temporaries fit into a megabyte
 ENTRIES_ELSEWHERE = 2**22  # on an accelerator, where a kernel's start costs more than its traffic
@@ -24,6 +26,100 @@ SAMPLE = 2**16
 Density = Annotated[float, Range(0, 1, "low", "the share of entries that are kept")]
 Scale = Annotated[float, Range(means="1, 1 / n, or one tuned on held-out data")]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
+
+
+def on_parameters(
+    *, number: int | None = None, statistics: bool = False
+) -> Callable[[Callable[..., dict[str, Tensor]]], Callable[..., dict[str, Tensor]]]:
+    """Makes a function f(ws, **options) of parameters a merge, which can be given all the weights of networks.
+
+    Counters are dropped. Running statistics are averaged: the plain mean of those of `ws`. With `statistics` the
+    function is given them as well, and averages them itself, weighted as it weighs the networks. A tensor that is not
+    finite and equal in all inputs, such as a mask of -inf, is taken over. A `score` among the options judges all these
+    together. The result has the dtypes of `out`, of the base, or of the first weights, whichever is there. Options are
+    checked against their annotations. What is a merge already stays as it is.
+
+    The merge raises ValueError for no weights, or not `number` of them, and for inputs or a result that do not agree in
+    names and shapes or are not finite.
+    """
+
+    def decorate(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+        if getattr(checks.innermost(function), "on_parameters", False):
+            return function
+        checked = checks.arguments(function)
+
+        @wraps(checked)
+        def merge(ws: Sequence[Weights], **options: Any) -> dict[str, Tensor]:
+            if not ws or number not in (None, len(ws)):
+                raise ValueError(f"ws: {len(ws)} weights were given; give {number or 'at least one'}")
+            given = {f"ws[{i}]": w for i, w in enumerate(ws)}
+            given |= {name: options[name] for name in ("base", "out") if options.get(name) is not None}
+            given = {label: _floating(label, w) for label, w in given.items()}
+            check_same(*given.values(), names=list(given))
+            constants: dict[str, Tensor] = {}
+            while True:
+                try:
+                    return _merged(checked, len(ws), given, options, constants, statistics)
+                except Exception:
+                    if constants or not (constants := _constants([w for label, w in given.items() if label != "out"])):
+                        raise
+
+        merge.on_parameters = True  # type: ignore[attr-defined]
+        return merge
+
+    return decorate
+
+
+def _merged(
+    function: Callable[..., Any],
+    number: int,
+    given: Mapping[str, Weights],
+    options: Mapping[str, Any],
+    constants: dict[str, Tensor],
+    statistics: bool,
+) -> dict[str, Tensor]:
+    """Lets the function merge what is neither constant nor to be averaged, and adds the rest."""
+    whole = list(given.values())[:number]
+    like = given.get("out", given.get("base", whole[0]))
+    averaged = [name for name in whole[0] if is_statistic(name) and name not in constants and not statistics]
+    place = {name: like[name] if "out" in given else torch.empty_like(like[name]) for name in averaged}
+    rest = combine([{n: w[n] for n in averaged} for w in whole], [1 / number] * number, out=place) | constants
+    parts = {label: {name: t for name, t in w.items() if name not in rest} for label, w in given.items()}
+    ws = [parts.pop(f"ws[{i}]") for i in range(number)]
+    asked = {"score": lambda w: options["score"]({**w, **rest})} if "score" in options else {}
+    merged = function(ws, **{**options, **parts, **asked})
+    label = getattr(checks.innermost(function), "__qualname__", "the merge")
+    if not isinstance(merged, Mapping) or not all(
+        isinstance(t, Tensor) and t.is_floating_point() for t in merged.values()
+    ):
+        raise ValueError(f"{label}: it gave {merged!r:.80}; a merge gives a mapping of names to floating tensors")
+    check_same(ws[0], merged, names=("ws[0]", f"what {label} gave"))
+    result = {name: (merged if name in merged else rest)[name].detach() for name in whole[0]}
+    result = {n: like[n].copy_(t) if "out" in given else t.to(like[n].dtype) for n, t in result.items()}
+    moved = {name: tensor for name, tensor in result.items() if name not in constants}
+    if not finite(moved):
+        check_inputs(whole, given.get("base"))
+        check_range(moved, whole)
+    return result
+
+
+def _floating(label: str, w: Weights) -> Weights:
+    """The floating tensors of weights, without the history of a gradient."""
+    if not isinstance(w, Mapping):
+        raise ValueError(
+            f"{label}: {type(w).__name__} is no mapping of names to tensors; give weights.get_weights(net)"
+        )
+    return {name: tensor.detach() for name, tensor in w.items() if floating(f"{label}: {name!r}", tensor)}
+
+
+def _constants(inputs: Sequence[Weights]) -> dict[str, Tensor]:
+    """Copies of tensors that are not finite and equal in all inputs; a single input may hold no NaN in them."""
+
+    def constant(first: Tensor, *others: Tensor) -> bool:
+        same = all(torch.isclose(first, t.to(first), rtol=0, atol=0, equal_nan=True).all() for t in others)
+        return same and not first.isfinite().all() and (bool(others) or not first.isnan().any())
+
+    return {name: tensor.clone() for name, tensor in inputs[0].items() if constant(*(w[name] for w in inputs))}
 
 
 @dataclass(frozen=True)
@@ -53,7 +149,6 @@ class TaskVectors:
     """
 
     def __init__(self, ws: Sequence[Weights], base: Weights, *, rows: bool = False) -> None:
-        check_number(ws)
         check_same(base, *ws, names=["base", *(f"ws[{i}]" for i in range(len(ws)))])
         self.ws, self.base, self.rows = ws, base, rows
         self.names = tuple(ws[0])
@@ -120,12 +215,6 @@ class TaskVectors:
             base = piece.of(self.flat_base).to(self.dtype)
             piece.of(flat).copy_(base.add(rule(piece, vectors), alpha=scale))
         return {name: merged[name] for name in self.names}
-
-
-def check_number(ws: Sequence[Weights], number: int | None = None) -> None:
-    """Raises ValueError for no weights, or for another number of them than is merged."""
-    if not ws or number not in (None, len(ws)):
-        raise ValueError(f"ws: {len(ws)} weights were given; give {number or 'at least one'}")
 
 
 def check_inputs(ws: Sequence[Weights], base: Weights | None = None) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clkit import checks
-from clkit.merging.pieces import Density, Scale, TaskVectors
+from clkit.merging.pieces import Density, Scale, TaskVectors, on_parameters
 from clkit.weights import Weights
 
 SHARED = 16  # singular vectors of the same direction differ by so many times the precision of the weights, or less
@@ -49,7 +49,7 @@ def polar(matrix: Tensor, eps: float | None = None) -> Tensor:
     return u @ v.T
 
 
-@checks.arguments
+@on_parameters()
 def iso_c(ws: Sequence[Weights], *, base: Weights, scale: Scale = 1.0) -> dict[str, Tensor]:
     """`base` plus `scale` times the sum of the task matrices with all singular values made equal, to their mean.
 
@@ -68,7 +68,7 @@ def iso_c(ws: Sequence[Weights], *, base: Weights, scale: Scale = 1.0) -> dict[s
     return _by_matrix(ws, base, matrix, scale)
 
 
-@checks.arguments
+@on_parameters()
 def tsv(
     ws: Sequence[Weights], *, base: Weights, density: Density | None = None, scale: Scale = 1.0
 ) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ def tsv(
     return _by_matrix(ws, base, matrix, scale)
 
 
-@checks.arguments
+@on_parameters()
 def opcm(ws: Sequence[Weights], *, base: Weights, alpha: checks.Share = 0.5) -> dict[str, Tensor]:
     """Takes the weights in one after another, each time only what is orthogonal to what is merged already.
 

@@ -1,8 +1,8 @@
 """What a run goes on from, in memory and on disk: a file that is whole or not there, and that belongs to one run alone.
 
-A checkpoint and a saved result are one kind of file, a tree with three parts. "config" is the record of the run, "past"
-what it gave so far. "state" is all that its next task depends on, and the "identity" of the run: a dict of JSON values
-that tells it from all others. A run over more tasks has the same identity but for those.
+A checkpoint is the result so far. Its file is that of a saved result: a tree of what a result has, by name. "state" is
+all that the next task depends on, and the "identity" of the run: a dict of JSON values that tells it from all others.
+A run over more tasks has the same identity but for those.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from clkit import store
 from clkit.data import Stream
 from clkit.learners import Learner
 
-PARTS = {"config", "past", "state"}
+LIVE = {"model", "learner"}  # of a result, what no file can hold
 
 
 def writable(path: Path | str) -> Path:
@@ -37,11 +37,12 @@ def writable(path: Path | str) -> Path:
     return path
 
 
-def write(path: Path | str, tree: Mapping[str, Any]) -> None:
-    """Writes a run, by rename, and with what code it was made. Raises TypeError on what a file cannot hold."""
-    state = tree["state"]
-    identity = {"identity": _versions() | state["identity"]} if state else {}
-    store.write_tree(writable(path), {**tree, "state": {**state, **identity}})
+def write(path: Path | str, result: Mapping[str, Any]) -> None:
+    """Writes what a result has, by rename, and with what code it was made. TypeError: what a file cannot hold."""
+    state = result["state"]
+    made = {"identity": _versions() | state["identity"]} if state else {}
+    kept = {name: part for name, part in result.items() if name not in LIVE}
+    store.write_tree(writable(path), {**kept, "state": {**state, **made}})
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -52,13 +53,13 @@ def read(path: Path | str) -> dict[str, Any]:
     path = Path(path).expanduser()
     try:
         found = store.read_tree(path, "cuda" if torch.cuda.is_available() else "cpu")
+        if not isinstance(found, dict) or not {"config", "state"} <= found.keys():
+            raise ValueError("it holds something else")
     except ValueError as error:
         raise ValueError(
-            f"path: {path} is damaged or no saved run ({error}); put a whole copy in its place, or delete it to begin "
-            "anew"
+            f"path: {path} is damaged or no saved run ({error}); give another path, put a whole copy in its place, or "
+            "delete it to begin anew"
         ) from error
-    if not isinstance(found, dict) or found.keys() != PARTS:
-        raise ValueError(f"path: {path} holds something else than a run; give another path")
     return found
 
 
@@ -90,11 +91,12 @@ def check_same(state: Mapping[str, Any], identity: Mapping[str, Any], owner: str
         )
 
 
-def widened(past: Mapping[str, Any], initial: np.ndarray) -> dict[str, Any]:
-    """A copy of what a run gave, for a stream of more tasks: NaN, not measured, for those that it did not know.
+def widened(result: Mapping[str, Any], initial: np.ndarray) -> dict[str, Any]:
+    """A copy of what a run measured and kept, for a stream of more tasks: NaN, not measured, for those it did not know.
 
     `initial` (tasks,) are the accuracies before any training on all tasks of the longer stream.
     """
+    past = {name: part for name, part in result.items() if name not in LIVE | {"config", "state"}}
     known = len(past["initial"])
 
     def wide(rows: np.ndarray) -> np.ndarray:

@@ -251,7 +251,7 @@ class _Loop:
     def restore(self, start: Result) -> None:
         """Puts everything to where it was at the end of a result, and tests that on tasks that it did not know."""
         result, known = self.result, len(start.initial)
-        vars(result).update(widened(start.past, result.initial))
+        vars(result).update(widened(vars(start), result.initial))
         self.criterion.begin_task(self.stream[len(result.accuracy) - 1])
         state = restore(start.state, self.model, self.learner, self.order, self.augmenter)
         self.previous, self.history, self.memo = state["previous"], state["history"], state["memo"]

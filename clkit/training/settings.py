@@ -1,7 +1,7 @@
 """The two ends of a run: how a task is trained, and what a run gives."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -114,18 +114,12 @@ class Result:
     seconds: float = 0.0
     state: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def past(self) -> dict[str, Any]:
-        """What was measured and kept so far, by name."""
-        names = [f.name for f in fields(self) if f.name not in ("config", "model", "learner", "state")]
-        return {name: getattr(self, name) for name in names}
-
     def save(self, path: Path | str) -> None:
         """Writes all but `model` and `learner` to a file, by rename, as a checkpoint of `run` does.
 
         Raises ValueError if the path cannot be written, TypeError on reports that a file cannot hold.
         """
-        checkpoint.write(path, {"config": self.config, "past": self.past, "state": self.state})
+        checkpoint.write(path, vars(self))
 
     @classmethod
     def load(cls, path: Path | str) -> "Result":
@@ -136,8 +130,8 @@ class Result:
 
         Raises ValueError on a file that is damaged or something else, FileNotFoundError where there is none.
         """
-        tree, result = checkpoint.read(path), cls.__new__(cls)
-        vars(result).update(tree["past"], config=tree["config"], state=tree["state"])
+        result = cls.__new__(cls)
+        vars(result).update(checkpoint.read(path))
         return result
 
     def __getattr__(self, name: str) -> NoReturn:

@@ -1,7 +1,8 @@
 """How much each parameter matters to a model's outputs: Fisher information, MAS's sensitivity; Gram matrices of inputs.
 
-Everything here is pure: gradients are taken one example at a time in evaluation mode on a copy of the model, many
-examples at once. Importances have one entry for each parameter that wants a gradient, named as `get_weights` names it.
+Everything here is pure: gradients are taken one example at a time in evaluation mode on a copy of the model. Many
+examples go at once, or one after the other where the network's operations cannot be batched so. Importances have one
+entry for each parameter that wants a gradient, named as `get_weights` names it.
 """
 
 import copy
@@ -11,10 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit import checks
 from clkit.checks import Count
-from clkit.data.core import IGNORED
+from clkit.data.core import IGNORED, cuts
+from clkit.modules import unwrapped
 from clkit.weights import Weights, hooked, set_weights
 
 FisherLabels = Literal["sampled", "true", "exact"]
@@ -60,7 +63,7 @@ def fisher(
         raise ValueError(f"y: it has {len(y)} rows and x has {len(x)}; pass one label for each row of x")
     net, chunk = _ready(model, x, chunk)
     with torch.no_grad():
-        logits = torch.cat([net(part) for part in x.split(chunk)])
+        logits = torch.cat([net(part) for part in x.tensor_split([*cuts(len(x), chunk)])])
     if labels == "exact" and logits.ndim != 2:
         raise ValueError(f'labels: "exact" is for logits (N, C), not {tuple(logits.shape)}; use "sampled"')
     space = torch.ones((), dtype=torch.bool, device=x.device) if space is None else space
@@ -174,7 +177,9 @@ def _ready(model: nn.Module, x: Tensor, chunk: int | None) -> tuple[nn.Module, i
 def _copied(model: nn.Module, x: Tensor) -> nn.Module:
     if not len(x):
         raise ValueError("x: it has no rows; pass at least one example")
-    return copy.deepcopy(model).eval()
+    net = copy.deepcopy(unwrapped(model))
+    net.eval()
+    return net
 
 
 def _mean_slopes(
@@ -185,7 +190,8 @@ def _mean_slopes(
     chunk: int,
 ) -> dict[str, Tensor]:
     """The mean over examples of `size` of the gradient of objective(logits, *rest), for rows (x, *rest)."""
-    parameters = {name: p.detach() for name, p in trainable(net).items()}
+    live = trainable(net)
+    parameters = {name: p.detach() for name, p in live.items()}
 
     def value(parameters: dict[str, Tensor], x: Tensor, *rest: Tensor) -> Tensor:
         return objective(torch.func.functional_call(net, parameters, (x.unsqueeze(0),)).squeeze(0), *rest)
@@ -194,6 +200,30 @@ def _mean_slopes(
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the attention that can be batched over examples
         for part in zip(*(t.split(chunk) for t in rows), strict=True):
-            for name, slope in slopes(parameters, *part).items():
+            try:
+                found = slopes(parameters, *part)
+            except (RuntimeError, ValueError):  # what vmap cannot do: recurrent cells, branches on values, dropout
+                found = _one_by_one(net, objective, live, part)
+            for name, slope in found.items():
                 total[name] += size(slope).sum(0)
     return {name: t / len(rows[0]) for name, t in total.items()}
+
+
+def _one_by_one(
+    net: nn.Module, objective: Callable[..., Tensor], live: dict[str, nn.Parameter], rows: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
+    """The gradient of objective(logits, *rest) for every row, by name: (N, ...) each, in one pass a row."""
+    slopes = []
+    for x, *rest in zip(*rows, strict=True):
+        try:
+            with torch.enable_grad():
+                loss = objective(net(x.unsqueeze(0)).squeeze(0), *rest)
+            slopes.append(torch.autograd.grad(loss, list(live.values()), materialize_grads=True))
+        except (RuntimeError, ValueError) as error:
+            bare = [n for n, m in net.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+            norms = f"; BatchNorm without statistics, here {bare[0]!r}, takes no single row" if bare else ""
+            raise ValueError(
+                f"model: {type(net).__name__} has no gradients for one example alone ({error}){norms}; let it take "
+                "single rows, or use a rule that does without"
+            ) from error
+    return {name: torch.stack(found) for name, found in zip(live, zip(*slopes, strict=True), strict=True)}

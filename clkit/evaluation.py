@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clkit import checks
 from clkit.data import Examples, Problem, Stream, Task, Text
 from clkit.data.core import IGNORED
+from clkit.modules import unwrapped
 from clkit.weights import Weights, check_same, evaluation_mode, live_tensors, set_weights
 
 EVALUATION_BATCH = 1024
@@ -106,6 +107,7 @@ def outputs(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
     They are (N, C), or (N, L, C) for tokens; in evaluation mode and without a gradient. The model's own weights,
     statistics and training flags stay as they are.
     """
+    model = unwrapped(model)
     with evaluation_mode(model):
         return torch.func.functional_call(model, dict(weights), (x,))
 
@@ -115,6 +117,7 @@ def side_pass(model: nn.Module, x: Tensor) -> Tensor:
 
     Logits (N, C), or (N, L, C) for tokens, with gradients.
     """
+    model = unwrapped(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return torch.func.functional_call(model, buffers, (x,))
 
@@ -126,7 +129,7 @@ def continued(model: nn.Module, x: Tensor, length: int, *, context: int, weights
     The model, tokens (N, L) to logits (N, L, C), sees the last `context` tokens. `weights` on its device take the place
     of its own. In evaluation mode; the model stays as it is.
     """
-    start = x.shape[1]
+    start, model = x.shape[1], unwrapped(model)
     with evaluation_mode(model):
         for _ in range(length):
             logits = torch.func.functional_call(model, dict(weights or {}), (x[:, -context:],))

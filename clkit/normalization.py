@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit import checks
 from clkit.checks import Range, Share
+from clkit.modules import frozen_modules, frozen_tensors, unwrapped
 from clkit.weights import Weights, check_same, evaluation_mode, hooked, live_tensors
 
 REPAIRED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -51,8 +52,10 @@ class Moments:
 
 
 def batchnorms(model: nn.Module) -> tuple[str, ...]:
-    """The names of the BatchNorm layers that keep running statistics: what `refresh` re-estimates."""
-    return tuple(name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
+    """The names of what `refresh` re-estimates: BatchNorm layers that keep running statistics and are not frozen."""
+    norms = {m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    norms -= frozen_modules(model)
+    return tuple(name for name, m in model.named_modules() if m in norms)
 
 
 @checks.arguments
@@ -70,7 +73,7 @@ def refresh(model: nn.Module, weights: Weights, inputs: Tensor, *, batch: Chunk 
     Ref: the reset in REPAIR (Jordan et al., arXiv 2211.08403) and step 9 of CLeWI (arXiv 2404.04002). CLeWI's code
     counts a short last batch like a full one and leaves `momentum` at None; neither is done here.
     """
-    parts = _split(inputs, batch)
+    parts, model = _split(inputs, batch), unwrapped(model)
     check_same(live_tensors(model), weights, names=("the model", "weights"))
     found = {name: Moments() for name in batchnorms(model)}
     if found:
@@ -95,17 +98,18 @@ def repair(
     classifier) is left alone. The ends are measured as they are used, in evaluation mode; the merged network in one
     sweep in which every layer sees inputs already corrected. A channel that is constant in the merged network cannot be
     scaled and is only shifted. BatchNorm without weight and bias is only re-estimated. The calls of a layer that runs
-    several times are pooled.
+    several times are pooled. Frozen layers stay as they are.
 
     Raises ValueError as `refresh` does, and for t outside [0, 1].
     """
-    parts = _split(inputs, batch)
+    parts, model = _split(inputs, batch), unwrapped(model)
     check_same(live_tensors(model), weights, *ends, names=("the model", "weights", "ends[0]", "ends[1]"))
     norms = batchnorms(model)
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if n in norms or isinstance(m, REPAIRED)}
     a = _measure(model, ends[0], parts, layers)
-    classifier = [name for name in a if name not in norms][-1:]
-    names = [name for name in a if name in norms or (name not in classifier and layers[name].bias is not None)]
+    still = frozen_tensors(model) | {_key(name, "weight") for name in [n for n in a if n not in norms][-1:]}
+    free = [name for name in a if still.isdisjoint((_key(name, "weight"), _key(name, "bias")))]
+    names = [name for name in free if name in norms or layers[name].bias is not None]
     b = _measure(model, ends[1], parts, names)
     aims = {n: (a[n].mean.lerp(b[n].mean, t), a[n].var().sqrt().lerp(b[n].var().sqrt(), t)) for n in names}
     found = {name: Moments() for name in names}

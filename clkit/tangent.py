@@ -20,6 +20,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
+from clkit.modules import unwrapped
 from clkit.weights import Weights, check_finite, check_same, live_tensors, set_weights
 
 
@@ -51,6 +52,7 @@ class Linearized(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: {model!r} is no module; pass a network, for example models.mlp(stream)")
+        model = unwrapped(model)
         if isinstance(model, Linearized):
             raise TypeError("model: it is linearised already; pass the network that it was made of")
         if not any(p.is_floating_point() for p in model.parameters()):
@@ -58,7 +60,8 @@ class Linearized(nn.Module):
         if at is not None:
             check_same(live_tensors(model), at, names=("the model", "at"))
             check_finite(at, "at")
-        network = copy.deepcopy(model).eval().requires_grad_(False)
+        network = copy.deepcopy(model).requires_grad_(False)
+        network.eval()
         if at is not None:
             set_weights(network, at)
         self.__dict__["network"] = network  # no submodule: its tensors are not among the weights

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from clkit import store
+from clkit.modules import unwrapped
 
 Weights = Mapping[str, Tensor]
 PIECE = 2**18  # entries of a running sum on the CPU: a megabyte, which stays in the cache
@@ -56,12 +57,12 @@ def floating(name: str, tensor: Any) -> bool:
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own floating parameters and buffers by name, in their shapes, not copied, one entry per storage.
 
-    Of a module that `torch.compile` wrapped, those of the original, by its names. A buffer that holds an infinity and
-    is no statistic is a mask, not a weight, and is left out; so is what a module keeps as extra state. Raises
-    ValueError that names what `floating` refuses, so that nothing acts on a part of a network.
+    Names are those of the model without wrappers. A buffer that holds an infinity and is no statistic is a mask, not a
+    weight, and is left out; so is what a module keeps as extra state. Raises ValueError that names what `floating`
+    refuses, so that nothing acts on a part of a network.
     """
-    model, seen, live, buffers = getattr(model, "_orig_mod", model), set(), {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    seen, live, buffers = set(), {}, {}
+    for name, tensor in unwrapped(model).state_dict(keep_vars=True).items():
         if name.endswith("_extra_state") or not floating(name, tensor):
             continue
         place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "clkit"
 FLOORS = [
-    {"checks"},
+    {"checks", "modules"},
     {"store"},
     {"weights", "data", "memory", "metrics"},
     {"models", "symmetry", "alignment", "merging"}

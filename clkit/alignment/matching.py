@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clkit import checks
 from clkit.checks import Count
+from clkit.modules import frozen_tensors
 from clkit.symmetry.points import Ids
 from clkit.symmetry.structure import Permutations, Symmetry, Tap, check_weights, element, identity, move
 from clkit.weights import Weights, check_finite
@@ -65,20 +66,23 @@ def align(
     `generator` draws the order of later ones. Weights of grouped convolutions do not take part, for what they say
     about one axis depends on the other. Running statistics are no parameters.
 
-    `model` is any model of the architecture; it is left as it is. Raises ValueError for weights that do not fit the
-    symmetry or are not finite, and for no inputs.
+    `model` is any model of the architecture; it is left as it is. Units of its frozen parts stay where they are. Raises
+    ValueError for weights that do not fit the symmetry or are not finite, and for no inputs.
     """
     for name, weights in (("reference", reference), ("moving", moving)):
         check_weights(symmetry, weights, name)
         check_finite(weights, name)
+    still = frozen_tensors(model)
+    held = {symmetry.root(g) for g, places in symmetry.places.items() if any(name in still for name, *_ in places)}
+    free = [root for root in symmetry.roots if root not in held]
     if by == "weights":
-        permutations = _match_weights(symmetry, reference, moving, generator or torch.Generator().manual_seed(0))
+        permutations = _match_weights(symmetry, free, reference, moving, generator or torch.Generator().manual_seed(0))
         pair = _Pair(symmetry, reference, moving, permutations)
         return _result(symmetry, permutations, {g: pair.cosines(g) for g in symmetry.groups}, {})
     if inputs is None or not len(inputs):
         raise ValueError("inputs: matching by activations needs examples, got none; pass some or use by='weights'")
     found = similarities(symmetry, model, reference, moving, inputs, statistic=statistic, batch=batch)
-    permutations = _match_activations(symmetry, found, reference, moving)
+    permutations = _match_activations(symmetry, free, found, reference, moving)
     vague = {g: int((a | b).sum()) for g, (a, b) in found.constant.items()}
     return _result(symmetry, permutations, found.matrix, {g: n for g, n in vague.items() if n})
 
@@ -238,9 +242,9 @@ def _assign(
 
 
 def _match_activations(
-    symmetry: Symmetry, found: Similarities, reference: Weights, moving: Weights
+    symmetry: Symmetry, free: list[str], found: Similarities, reference: Weights, moving: Weights
 ) -> dict[str, Tensor]:
-    """`assign`, with the weights to tell apart units that look alike at work, never vary or are not seen."""
+    """`assign` of free groups, with the weights to tell apart units that look alike, never vary or are not seen."""
     blind = {g: np.zeros((group.units,) * 2) for g, group in symmetry.groups.items() if not symmetry.members[g]}
     matrices = blind | found.matrix
     vague = {g: (_ties(m), _ties(m.T)) for g, m in matrices.items()}
@@ -253,8 +257,8 @@ def _match_activations(
             hinted[g][np.ix_(*vague[g])] += HINT * pair.cosines(g, *vague[g])
         return hinted
 
-    roots = list(dict.fromkeys(symmetry.root(g) for g in vague))
-    return _in_turn(symmetry, assign(symmetry, matrices), roots, with_hints)
+    roots = [root for root in dict.fromkeys(symmetry.root(g) for g in vague) if root in free]
+    return _in_turn(symmetry, identity(symmetry) | assign(symmetry, matrices, free), roots, with_hints)
 
 
 def _ties(matrix: NDArray[np.float64]) -> Ids:
@@ -266,13 +270,13 @@ def _ties(matrix: NDArray[np.float64]) -> Ids:
 
 
 def _match_weights(
-    symmetry: Symmetry, reference: Weights, moving: Weights, generator: torch.Generator
+    symmetry: Symmetry, free: list[str], reference: Weights, moving: Weights, generator: torch.Generator
 ) -> dict[str, Tensor]:
     def products(root: str, permutations: Permutations) -> Matrices:
         pair = _Pair(symmetry, reference, moving, permutations)
         return {g: pair.compare(g)[0] for g in symmetry.family(root)}
 
-    return _in_turn(symmetry, identity(symmetry), symmetry.roots, products, generator)
+    return _in_turn(symmetry, identity(symmetry), free, products, generator)
 
 
 def _in_turn(

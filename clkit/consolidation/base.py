@@ -96,8 +96,9 @@ class Consolidation(Protocol):
     - `holdout`: the share of the learner's memory to keep from replay, for judging by
     - `uses_history`: true, if the weights trained on all earlier tasks are to be kept
     - `uses_moments`: true, if it reads Adam's second moments; another optimizer is then refused
-    - `check(model, x)`: raises ValueError for a network that it does not suit; called with a scratch copy and one
-      prepared input before anything is trained
+    - `uses_symmetry`: true, if it permutes units; a network that has no symmetry to be found is then refused
+    - `check(model, x)`: raises ValueError for a network that it does not suit; called with a scratch copy and two
+      prepared inputs before anything is trained
     """
 
     def due(self, progress: Progress) -> bool:

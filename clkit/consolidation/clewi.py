@@ -60,6 +60,11 @@ class CLeWI:
         if judged and self.holdout == 0:
             raise ValueError('holdout: 0.0; give a share above 0, by which alpha="search" and when="helps" judge')
 
+    @property
+    def uses_symmetry(self) -> bool:
+        """Whether it permutes units."""
+        return self.align is not None
+
     def due(self, progress: Progress) -> bool:
         """At the end of every task but the first."""
         return progress.end and progress.task > 0

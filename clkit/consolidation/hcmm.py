@@ -95,9 +95,11 @@ class HCMM:
         return self.importance not in ("fisher", "none")
 
     def check(self, model: nn.Module, x: Tensor) -> None:
-        """Raises ValueError unless the network has the projection that is to be corrected, if one is."""
+        """Raises ValueError unless the network has the projection, and the Fisher information, that are wanted."""
         if self.correction != "none":
-            projection(model, x, self.projection)
+            projection(model, x[:1], self.projection)
+        if self.importance == "fisher":
+            curvature.fisher(model, x, labels="exact")
 
     def due(self, progress: Progress) -> bool:
         """At the end of every task; of the first only to keep its importance."""

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from clkit import checks, curvature, normalization
 from clkit.consolidation.base import Alpha, Context, Merged, Progress
@@ -93,6 +94,11 @@ class Merging:
     def needs(self) -> str | None:
         """What the merge cannot work without and the options lack."""
         return None if self.row.needs in dict(self.options) else self.row.needs
+
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Tries the Fisher information of the inputs, if the merge goes by it."""
+        if self.needs == "importances":
+            curvature.fisher(model, x, generator=torch.Generator(x.device).manual_seed(0))
 
     def due(self, progress: Progress) -> bool:
         """At the end of every task."""

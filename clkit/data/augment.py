@@ -16,7 +16,8 @@ Pixels = Annotated[int, checks.Range(0, means="pixels")]
 class Normalize:
     """Map raw inputs to floats: bytes to [0, 1], then (x - mean) / std per channel (axis 1); tokens pass through.
 
-    One value serves any number of channels. Floating inputs keep their dtype and are not divided by 255.
+    One value serves any number of channels. Floating inputs keep their dtype unless another is asked for, and
+    are not divided by 255.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -27,15 +28,16 @@ class Normalize:
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError(f"mean: {self.mean}, and std {self.std}; pass one of each for every channel")
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalise raw rows (N, C, ...) on their device; int64 tokens are returned as they are."""
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Normalise raw rows (N, C, ...) on their device, in a `dtype`; int64 tokens are returned as they are."""
         if x.dtype == torch.int64:
             return x
         if len(self.mean) not in (1, x.shape[1]):
             raise ValueError(f"{self} has {len(self.mean)} channels and the input {x.shape[1]}; pass one mean each")
-        dtype = x.dtype if x.is_floating_point() else torch.float32
+        dtype = dtype or (x.dtype if x.is_floating_point() else torch.float32)
         scale, shift = _affine(self, x.dtype == torch.uint8, dtype, x.device)
         shape = (-1,) + (1,) * (x.ndim - 2)
+        x = x.to(dtype) if x.is_floating_point() else x
         return (x * scale.view(shape)).add_(shift.view(shape))
 
     @classmethod

@@ -88,6 +88,7 @@ class Task:
     """One step of a stream: what is trained on, what is tested on, and the label ids (`classes`) it is about.
 
     Labels keep their ids of the dataset throughout a stream, so `stream.classes[label]` names a class in every task.
+    `dtype` is that of prepared inputs other than tokens; None is their own floating one, else float32.
     """
 
     index: int
@@ -97,6 +98,7 @@ class Task:
     test: Examples
     normalize: Normalize = BYTES
     augment: Augment = NO_AUGMENT
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_examples(f"task {self.index} ({self.name!r})", self.train, self.test, self.classes)
@@ -111,7 +113,7 @@ class Task:
         """Turn raw rows into a model's input, on their own device; with a generator, augment them first."""
         if generator is not None:
             x = self.augment(x, generator)
-        return self.normalize(x)
+        return self.normalize(x, self.dtype)
 
     def batch(
         self,
@@ -228,6 +230,10 @@ class Stream:
     def fingerprint(self) -> str:
         """A hash of what is learned: every example, label, class, the normalisation and augmentation; not the names."""
         return store.digest([repr((self.scenario, self.classes)), *(fact for task in self for fact in task.facts)])
+
+    def given(self, dtype: torch.dtype | None) -> "Stream":
+        """The same tasks, whose prepared inputs have a model's dtype."""
+        return replace(self, tasks=tuple(replace(task, dtype=dtype) for task in self.tasks))
 
     def to(self, device: torch.device | str) -> "Stream":
         """Copy all examples to a device; if they do not fit on a GPU, to pinned host memory instead.

@@ -146,6 +146,11 @@ class _Fisher(Anchored):
     labels: curvature.FisherLabels
     samples: checks.Count | None
 
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Tries the Fisher information of the inputs."""
+        labels = "exact" if self.labels == "exact" else "sampled"
+        curvature.fisher(model, x, labels=labels, generator=torch.Generator(x.device).manual_seed(0))
+
     def task_importance(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
         """The diagonal Fisher information of the task's training data at the model's weights, by name."""
         rows, g = self.sampled(task, self.samples), self.setting.generator
@@ -266,6 +271,10 @@ class MAS(Anchored):
     strength: checks.NotNegative = 0.1
     samples: checks.Count | None = None
     factor: ClassVar[float] = 1.0
+
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Tries the sensitivity to the inputs."""
+        curvature.sensitivity(model, x)
 
     def task_importance(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
         """How much the outputs on the task's training data react to each parameter, by name."""

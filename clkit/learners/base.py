@@ -145,6 +145,9 @@ class Learner:
             raise ValueError(f"{wanted}; use a learner with a memory, such as ER, or a consolidation without a holdout")
         self.setting = setting
 
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Called after `start` with two prepared inputs; raises ValueError for a network that the rule cannot use."""
+
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Called before the first step on `task`; the model holds the weights that training goes on from."""
 

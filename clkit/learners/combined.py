@@ -67,6 +67,11 @@ class Sum(Learner):
             own = torch.Generator(device).manual_seed(seed + i)
             part.start(replace(setting, generator=own, holdout=0.0))
 
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Checks the network for all parts."""
+        for part in self.parts:
+            part.check(model, x)
+
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Begins the task in all parts."""
         for part in self.parts:

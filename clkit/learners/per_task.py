@@ -56,6 +56,10 @@ class PerTask(Learner):
         self.criterion = copy(setting.criterion)
         self.criterion.labels = "all"
 
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Refuses a network that is not modulated."""
+        _modulated(model)
+
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Sets the live tensors to where the task starts."""
         net = _modulated(model)

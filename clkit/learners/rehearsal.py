@@ -55,6 +55,11 @@ class ER(Learner):
         self.reserve = Memory(held, self.policy) if held else None
         self.apart = torch.zeros(0, dtype=torch.bool)
 
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Refuses a network without the features that herding goes by."""
+        if self.policy == "herding":
+            features(model, x)
+
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Refuses labels that the memory cannot sort by, and draws the rows that may be held out, as a mask `apart`."""
         check_policy(self.policy, task.train.y)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from clkit import checks, tangent
 from clkit.checks import Count
+from clkit.modules import unwrapped
 from clkit.weights import Weights, evaluation_mode, hooked, set_weights
 
 
@@ -19,6 +20,7 @@ def activations(model: nn.Module, x: Tensor, layers: Sequence[str] | None = None
     one that runs several times the last output counts; one that does not run is missing. Raises TypeError for modules
     that put out no tensor, ValueError for unknown names.
     """
+    model = unwrapped(model)
     modules = tangent.layers(model)
     if layers is None:
         layers = [n for n, m in modules.items() if not any(m.children()) and any(True for _ in m.parameters())]
@@ -49,7 +51,7 @@ def features(
     """
     if not len(x):
         raise ValueError("x: there are no rows; pass at least one")
-    model = with_weights(model, weights)
+    model = with_weights(unwrapped(model), weights)
     if layer is None:
         return _last_inputs(model, x.split(batch))
     check_layers(model, [layer], "layer")

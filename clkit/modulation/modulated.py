@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from clkit import checks, store
 from clkit.data import Stream
 from clkit.modulation.rules import Modulation, Own, Rule, Tensors
+from clkit.modules import unwrapped
 from clkit.weights import Weights, hooked, live_tensors, set_weights
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -89,7 +90,7 @@ class Modulated(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.backbone = copy.deepcopy(unwrapped(backbone)).requires_grad_(False)
         self.rule, self.layers, self.statistics, self.affine, self.seed = rule, layers, statistics, affine, seed
         self._rule = rule or DEFAULT  # without a rule there is no part that it makes
         self.head = _find_head(self.backbone, head)

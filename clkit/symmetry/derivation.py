@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from clkit.modules import unwrapped
 from clkit.symmetry.labels import Factor, Label, Span, drop, fixed, join
 from clkit.symmetry.moving import Call, is_shape
 from clkit.symmetry.points import Ids, Orbits, Points
@@ -36,6 +37,7 @@ def symmetry(model: nn.Module, example: Any) -> Symmetry:
     model does not use in evaluation (auxiliary heads) follow its graph in training. Raises ValueError for a model
     that `torch.export` cannot follow.
     """
+    model = unwrapped(model)
     try:
         return _derive(model, example, functional=False)
     except SharedMemory:

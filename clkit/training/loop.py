@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -42,10 +42,13 @@ from clkit.data import Stream, Task
 from clkit.data.core import cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
+from clkit.modules import frozen_modules, frozen_tensors, training_mode, unwrapped
+from clkit.training import trial
 from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, get_weights, set_weights
 
 ModelFactory = Callable[..., nn.Module]
+Seed = Annotated[int, checks.Range(0, 2**63)]
 
 
 def label(model: nn.Module | ModelFactory) -> str:
@@ -68,7 +71,7 @@ def run(
     consolidation: Consolidation | None = None,
     training: Training | None = None,
     *,
-    seed: checks.Index = 0,
+    seed: Seed = 0,
     device: torch.device | str = "auto",
     progress: bool = True,
     keep: bool = True,
@@ -104,9 +107,9 @@ def run(
     learner = copy.deepcopy(learner if learner is not None else Learner())
     rule: Consolidation = consolidation if consolidation is not None else NoConsolidation()
     training = training if training is not None else Training()
-    _check(stream, model, learner, rule, training, resume)
+    trial.check_arguments(stream, model, learner, rule, training, resume)
     started = time.perf_counter()
-    place, model = find_device(device), getattr(model, "_orig_mod", model)  # of a compiled module, the module
+    place, model = find_device(device), unwrapped(model) if isinstance(model, nn.Module) else model
     path = writable(checkpoint) if checkpoint is not None else None
     begun = path if path is not None and path.exists() else resume
     start = Result.load(begun) if isinstance(begun, Path | str) else begun
@@ -121,15 +124,14 @@ def run(
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
     with _reproducible(seed, place):
-        net: nn.Module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(stream, seed=seed)
-        net = getattr(net, "_orig_mod", net)
+        net = trial.made(model, stream, seed, place)
         parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "seed": seed}
         parts |= {"initial weights": net, "device": place.type, "keep": keep, "watch": watch}
         identity = identify(stream, parts, needed=path is not None or start is not None)
         if start is not None:
             check_same(start.state, identity, f"{'resume' if begun is resume else 'checkpoint'}: {begun}")
-        here = stream.to(place), net.to(place)
-        loop = _Loop(*here, learner, rule, training, seed, place, record, identity, progress, keep, watch, started)
+        here = stream.to(place).given(next((p.dtype for p in net.parameters() if p.is_floating_point()), None))
+        loop = _Loop(here, net, learner, rule, training, seed, place, record, identity, progress, keep, watch, started)
         return loop.run(start, path)
 
 
@@ -163,22 +165,25 @@ class _Loop:
         channels_last = training.channels_last if training.channels_last is not None else device.type == "cuda"
         self.layout = torch.channels_last if channels_last and len(self.stream.shape) == 3 else None
         if self.layout is not None:
-            model.to(memory_format=self.layout)
+            nn.Module.to(model, memory_format=self.layout)
+        self.optimizer = training.make_optimizer(model.parameters())
+        self.frozen = frozen_modules(model)
+        training_mode(model, self.frozen)
         bfloat16 = training.precision == "bfloat16" or (
             training.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
         self.base = self.previous = get_weights(model)
+        self.kept = [name for name in self.base if name in frozen_tensors(model)]
         self.history: list[Weights] = []
         self.memo: Any = None
         self.report: dict[str, Any] = {}
         self.trace = torch.zeros(0, device=device)
-        self.scratch = copy.deepcopy(model).eval() if not isinstance(self.consolidation, NoConsolidation) else model
+        self.scratch = copy.deepcopy(model) if not isinstance(self.consolidation, NoConsolidation) else model
+        with _reproducible(self.seed, device), self.autocast():
+            trial.attempt(self)
         if training.compile:
             model.compile()  # copies are not compiled
-        self.optimizer = training.make_optimizer(model.parameters())
-        if len(self.stream) > 1 and (check := getattr(self.consolidation, "check", None)) is not None:
-            check(self.scratch, self.stream[0].prepare(self.stream[0].train.x[:1]))
 
     def run(self, start: Result | None, path: Path | None) -> Result:
         """The tasks that are not in the result to start from, one after another."""
@@ -275,7 +280,7 @@ class _Loop:
         trace = self.trace = torch.zeros(steps, device=self.device)
         augmenter = self.augmenter if self.training.augment else None
         step = 0
-        self.model.train()
+        training_mode(self.model, self.frozen)
         for epoch in range(self.training.epochs):
             begun = step
             for rows in self.batches(task):
@@ -351,16 +356,19 @@ class _Loop:
             memo=self.memo,
         )
         with _reproducible(self.seed + progress.task, self.device):
-            merged = self.consolidation(context)
+            merged = trial.checked(self.consolidation(context), current, self.consolidation)
         context.later.clear()  # what was not asked for would be made of a later state
         self.memo, self.report = merged.memo, dict(merged.report)
-        return merged
+        if not self.kept:
+            return merged
+        still = {name: current[name] for name in self.kept}
+        moved = {id(w): w if w is current else {**w, **still} for w in (merged.train, merged.deploy)}
+        return merged._replace(train=moved[id(merged.train)], deploy=moved[id(merged.deploy)])
 
     @functools.cached_property
     def symmetry(self) -> alignment.Symmetry:
         """The permutation symmetry of the model, derived when first asked for."""
-        first = self.stream[0]
-        return alignment.symmetry(self.scratch, first.prepare(first.train.x[:2].to(self.device)))
+        return alignment.symmetry(self.scratch, self.stream[0].batch(slice(0, 2), device=self.device).x)
 
     def moments(self) -> dict[str, tuple[Tensor, float]]:
         """Adam's running mean of squared gradients by parameter name, and 1 - beta2^n for the n steps in it."""
@@ -402,28 +410,6 @@ class _Loop:
         """Tests the live model on every task, the way the learner predicts."""
         with self.autocast():
             return evaluate(self.model, self.stream, predict=self.learner.predict)
-
-
-def _check(stream: Any, model: Any, learner: Any, consolidation: Any, training: Any, resume: Any) -> None:
-    """Raises on arguments of the wrong kind, or that do not fit together, before any work starts."""
-    due = callable(getattr(consolidation, "due", None)) and callable(consolidation)
-    for name, given, fits, wanted in (
-        ("stream", stream, isinstance(stream, Stream), "a stream, for example data.split(dataset, tasks=5)"),
-        ("model", model, callable(model), "a module, or a factory such as models.convnet"),
-        ("learner", learner, isinstance(learner, Learner), "a learner, for example ER(memory=50)"),
-        ("consolidation", consolidation, due and not isinstance(consolidation, type), "one such as CLeWI(alpha=0.3)"),
-        ("training", training, isinstance(training, Training), "a Training, for example Training(epochs=10, lr=0.1)"),
-        ("resume", resume, resume is None or isinstance(resume, Result | Path | str), "a Result, or the file of one"),
-    ):
-        if not fits:
-            raise TypeError(f"{name}: {given!r:.80} ({type(given).__name__}); give {wanted}")
-    if isinstance(model, nn.Module):
-        check_finite(get_weights(model), "model")
-    if getattr(consolidation, "uses_moments", False) and training.optimizer != "adamw":
-        raise ValueError(
-            f"optimizer: {training.optimizer!r} keeps no second moments, which {consolidation!r} reads; use "
-            'Training(optimizer="adamw"), or a consolidation that does without, such as one with importance="fisher"'
-        )
 
 
 def find_device(device: torch.device | str) -> torch.device:

@@ -1,0 +1,59 @@
+"""Modules as people bring them: in wrappers, and with frozen parts."""
+
+import copy
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without wrappers, around it or within: those of `torch.compile`, DataParallel and AveragedModel.
+
+    All tensors are shared. Of the modules, those with a wrapper within are copies; a model without any is returned.
+    """
+    inner = model._modules.get("_orig_mod") or (model._modules["module"] if isinstance(model, WRAPPERS) else None)
+    if inner is not None:
+        return unwrapped(inner)
+    plain = {name: child and unwrapped(child) for name, child in model._modules.items()}
+    if all(plain[name] is child for name, child in model._modules.items()):
+        return model
+    model = copy.copy(model)
+    model._modules = plain
+    return model
+
+
+def frozen_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules that stay in evaluation mode while the model is trained: the rule for all of clkit.
+
+    They are those in evaluation mode within a model in training mode. A model that is itself in evaluation mode, as
+    most code leaves one, is trained as a whole but for modules whose parameters are all frozen, and what is within
+    them. If there is nothing else, nothing is frozen: the model is no part of another.
+    """
+    if model.training:
+        return {m for m in model.modules() if not m.training}
+    frozen = [m for m in model.modules() if any(True for _ in m.parameters()) and not _trained(m)]
+    return {inner for m in frozen for inner in m.modules()} if _trained(model) else set()
+
+
+def training_mode(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
+    """Puts a model in training mode, but for its frozen modules."""
+    model.train()
+    for module in frozen:
+        module.training = False
+
+
+def frozen_tensors(model: nn.Module) -> set[str]:
+    """The names of what neither training nor a merge moves: frozen parameters, and buffers of frozen modules.
+
+    None in a model that is frozen as a whole.
+    """
+    frozen = frozen_modules(model)
+    names = {name for name, p in model.named_parameters() if not p.requires_grad} if _trained(model) else set()
+    return names | {f"{name}.{b}".strip(".") for name, m in model.named_modules() if m in frozen for b in m._buffers}
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

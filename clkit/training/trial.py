@@ -1,0 +1,187 @@
+"""What is tried before the first task is trained, on two of its rows: all that a run will need of a network."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clkit.consolidation import Merged
+from clkit.data import Batch, Stream
+from clkit.evaluation import side_pass
+from clkit.learners import Criterion, Learner
+from clkit.modules import unwrapped
+from clkit.training.settings import Result, Training
+from clkit.weights import Weights, check_finite, check_same, evaluation_mode, get_weights
+
+ROWS_AT_ONCE = 4096
+
+
+def check_arguments(stream: Any, model: Any, learner: Any, consolidation: Any, training: Any, resume: Any) -> None:
+    """Raises on arguments of the wrong kind, or that do not fit together, before any work starts."""
+    due = callable(getattr(consolidation, "due", None)) and callable(consolidation)
+    for name, given, fits, wanted in (
+        ("stream", stream, isinstance(stream, Stream), "a stream, for example data.split(dataset, tasks=5)"),
+        ("model", model, callable(model), "a module, or a factory such as models.convnet"),
+        ("learner", learner, isinstance(learner, Learner), "a learner, for example ER(memory=50)"),
+        ("consolidation", consolidation, due and not isinstance(consolidation, type), "one such as CLeWI(alpha=0.3)"),
+        ("training", training, isinstance(training, Training), "a Training, for example Training(epochs=10, lr=0.1)"),
+        ("resume", resume, resume is None or isinstance(resume, Result | Path | str), "a Result, or the file of one"),
+    ):
+        if not fits:
+            raise TypeError(f"{name}: {given!r:.80} ({type(given).__name__}); give {wanted}")
+    check_inputs(stream)
+    if getattr(consolidation, "uses_moments", False) and training.optimizer != "adamw":
+        raise ValueError(
+            f"optimizer: {training.optimizer!r} keeps no second moments, which {consolidation!r} reads; use "
+            'Training(optimizer="adamw"), or a consolidation that does without, such as one with importance="fisher"'
+        )
+
+
+def made(model: Any, stream: Stream, seed: int, device: torch.device) -> nn.Module:
+    """A copy of a module, or what a factory makes, without wrappers and on the device.
+
+    Raises TypeError for a module that cannot be copied and for a factory that takes or gives something else. Raises
+    ValueError for weights that are not finite.
+    """
+    if isinstance(model, nn.Module):
+        try:
+            net = copy.deepcopy(unwrapped(model))
+        except Exception as error:
+            kind = type(model).__name__
+            raise TypeError(f"model: {kind} cannot be copied ({_short(error)}); give a factory of it") from error
+    else:
+        try:
+            inspect.signature(model).bind(stream, seed=seed)
+        except TypeError as error:
+            raise TypeError(
+                f"model: the factory cannot be called as model(stream, seed=seed) ({error}); let it take both"
+            ) from error
+        net = model(stream, seed=seed)
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"model: the factory gave {net!r:.80} ({type(net).__name__}); let it return a module")
+        net = unwrapped(net)
+    check_finite(get_weights(net), "model")
+    try:
+        net.to(device)
+    except TypeError:  # a module's own `to` may take something else
+        nn.Module.to(net, device)
+    return net
+
+
+def check_inputs(stream: Stream) -> None:
+    """Raises ValueError that names part and task if inputs hold a NaN or an infinity."""
+    for task in stream:
+        for part, x in (("train", task.train.x), ("test", task.test.x)):
+            if x.is_floating_point():
+                good = torch.cat([rows.flatten(1).isfinite().all(1) for rows in x.split(ROWS_AT_ONCE)])
+                if not good.all():
+                    first = int((~good).nonzero()[0])
+                    raise ValueError(
+                        f"stream: {int((~good).sum())} of {len(x)} {part} rows of task {task.index} ({task.name!r}) "
+                        f"hold a NaN or an infinity, row {first} the first; mend or leave out these rows"
+                    )
+
+
+def attempt(loop: Any) -> None:
+    """Tries the network of a loop that is about to begin, its learner and its consolidation on two rows.
+
+    The model is as it was afterwards, but that outputs for more classes than the stream has are cut off from now on.
+    Raises ValueError, TypeError or FloatingPointError that names what does not fit.
+    """
+    stream, task = loop.stream, loop.stream[0]
+    some, one = (task.batch(slice(0, count), device=loop.device) for count in (2, 1))
+    if check_outputs(loop.model, some, len(stream.classes)) > len(stream.classes):
+        for model in {loop.model, loop.scratch}:
+            model.register_forward_hook(partial(_cut, len(stream.classes)))
+    alone = loop.training.batch == 1 or any(len(task.train) == 1 for task in stream)
+    check_step(loop.model, one if alone else some, loop.criterion)
+    loop.learner.check(loop.scratch, some.x)
+    if len(stream) > 1:
+        check_consolidation(loop.consolidation, loop.scratch, some.x, lambda: loop.symmetry)
+
+
+def check_outputs(model: nn.Module, batch: Batch, classes: int) -> int:
+    """How many outputs a model has; raises unless it gives finite logits for every class in evaluation mode."""
+    with torch.no_grad(), evaluation_mode(model):
+        logits = _tried("in evaluation mode", batch, lambda: model(batch.x))
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"model: it returns a {type(logits).__name__}, and logits, a tensor, are wanted; give a module whose "
+            "forward returns the logits alone"
+        )
+    wanted = tuple(batch.y.shape)
+    if tuple(logits.shape[:-1]) != wanted or not logits.is_floating_point():
+        raise ValueError(
+            f"model: it returns {tuple(logits.shape)} {logits.dtype} for inputs {tuple(batch.x.shape)}; logits are "
+            f"floating numbers of shape ({', '.join(map(str, wanted))}, classes)"
+        )
+    if logits.shape[-1] < classes:
+        raise ValueError(
+            f"model: it has {logits.shape[-1]} outputs and the stream {classes} classes; give it a head for all of them"
+        )
+    if not logits.isfinite().all():
+        raise FloatingPointError(
+            "model: its logits in evaluation mode are not finite before any training, for inputs that are; look for "
+            "statistics that were never estimated, or numbers that overflow"
+        )
+    return logits.shape[-1]
+
+
+def check_step(model: nn.Module, batch: Batch, criterion: Criterion) -> None:
+    """Raises ValueError unless the model in the mode it is in takes rows like a step's, and gives gradients."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        loss = criterion(side_pass(model, batch.x), batch.y)
+        torch.autograd.grad(loss, wanted, allow_unused=True)
+
+    _tried("in training mode", batch, step)
+
+
+def check_consolidation(rule: Any, model: nn.Module, x: Tensor, symmetry: Callable[[], Any]) -> None:
+    """Asks a consolidation whether the network suits it; `symmetry` derives what it permutes by, if it does."""
+    if (check := getattr(rule, "check", None)) is not None:
+        check(model, x)
+    if getattr(rule, "uses_symmetry", False):
+        try:
+            symmetry()
+        except Exception as error:
+            kind = type(model).__name__
+            raise ValueError(
+                f"model: units of {kind} cannot be permuted, as {rule!r} does; use align=None ({_short(error)})"
+            ) from error
+
+
+def checked(merged: Any, current: Weights, rule: Any) -> Merged:
+    """What a consolidation returned. Raises TypeError if it is no Merged, ValueError for other weights' names."""
+    if not isinstance(merged, Merged):
+        raise TypeError(f"consolidation: {rule!r} returned {merged!r:.80}; let it return a Merged")
+    for name, weights in (("train", merged.train), ("deploy", merged.deploy)):
+        if weights is not current:
+            check_same(current, weights, names=("the model", f"consolidation: {name} of {rule!r}"))
+    return merged
+
+
+def _tried(mode: str, batch: Batch, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        raise ValueError(
+            f"model: it fails {mode} on {len(batch.x)} prepared rows, {tuple(batch.x.shape)} {batch.x.dtype} "
+            f"({_short(error)}); give it what it takes, or a module that takes such rows"
+        ) from error
+
+
+def _cut(classes: int, model: nn.Module, args: Any, logits: Tensor) -> Tensor:
+    """The hook of a model with more outputs than the stream has classes: they never count and never win."""
+    return logits[..., :classes]
+
+
+def _short(error: Exception) -> str:
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__

@@ -187,13 +187,16 @@ def test_the_real_pack(packs):
         (lambda path: data.texts("low"), "name: 'low' is unknown; choose one of math, law, code; did you mean 'law'"),
         (lambda path: data.texts("math", context=0), "context: 0; give a whole number, at least 1"),
         (lambda path: data.texts("math", limit=0), "limit: 0; give a whole number, at least 1"),
-        (lambda path: data.texts("math", path=path), r"has no gsm8k_train.jsonl .* text_file\(\)"),
+        (lambda path: data.texts("math", path=path), r"has no gsm8k_train.jsonl; .* text_file\(\)"),
         (lambda path: data.texts("math", path=path / "none"), "does not exist; pass a directory or a zip"),
         (lambda path: data.texts("math", tokenizer=path / "none"), "is no folder; .* nothing is downloaded"),
         (lambda path: data.text_file(path / "none"), "is no file"),
         (lambda path: data.text_file(path / "one.txt"), "has 1 documents"),
-        (lambda path: data.text_file(path / "row.jsonl", fields=("b",)), "has no 'b'; its rows have a"),
-        (lambda path: data.text_file(path / "row.jsonl", path / "void.txt", fields=("a",)), "none has two tokens"),
+        (lambda path: data.text_file(path / "row.jsonl", fields=("b",)), "has no 'b' in line 1; its rows have a"),
+        (
+            lambda path: data.text_file(path / "row.jsonl", path / "void.txt", fields=("a",)),
+            "void.txt' has no text; give a file",
+        ),
     ],
 )
 def test_bad_input_names_itself_and_the_remedy(make, message, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clkit import checks, store
-from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize
+from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize, check_images
 
 Scenario = Literal["class", "domain", "task"]
 Rows = Tensor | slice | list[int]
@@ -80,7 +80,7 @@ class Dataset:
         if len(set(self.classes)) < len(self.classes):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise ValueError(f"classes: dataset {self.name!r} names {twice[:5]} twice; give each its own name")
-        check_examples(f"dataset {self.name!r}", self.train, self.test, tuple(range(len(self.classes))))
+        check_examples(f"dataset {self.name!r}", self, tuple(range(len(self.classes))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class Task:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        check_examples(f"task {self.index} ({self.name!r})", self.train, self.test, self.classes)
+        check_examples(f"task {self.index} ({self.name!r})", self, self.classes)
 
     @cached_property
     def facts(self) -> list[Any]:
@@ -277,8 +277,12 @@ def changed(owner: Owner, change: Callable[[Examples], Examples], **others: Any)
     return replace(owner, train=change(owner.train), test=change(owner.test), **others)
 
 
-def check_examples(owner: str, train: Examples, test: Examples, classes: tuple[int, ...]) -> None:
-    """Raise unless both parts have examples, inputs of one shape and dtype, and only labels among `classes`."""
+def check_examples(owner: str, data: Dataset | Task, classes: tuple[int, ...]) -> None:
+    """Raise unless both parts have examples, inputs of one shape and dtype, and only labels among `classes`.
+
+    Images must have their channels first, and bytes be uint8.
+    """
+    train, test = data.train, data.test
     if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
         raise ValueError(f"{owner}: classes {classes}; pass distinct label ids from 0, at least one")
     for part, examples in (("train", train), ("test", test)):
@@ -299,3 +303,5 @@ def check_examples(owner: str, train: Examples, test: Examples, classes: tuple[i
             f"{owner}: train inputs are {tuple(train.x.shape[1:])} {train.x.dtype}, test inputs "
             f"{tuple(test.x.shape[1:])} {test.x.dtype}; convert them alike"
         )
+    if train.x.ndim == 4:
+        check_images(owner, train.x, data.normalize)

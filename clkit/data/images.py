@@ -2,15 +2,19 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from io import BytesIO
+from itertools import takewhile
+from operator import contains
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+from unicodedata import normalize
 from zipfile import ZipFile, is_zipfile
 
 import numpy as np
@@ -25,11 +29,17 @@ from clkit.data.core import Dataset, Examples
 
 SLOW = 20.0  # seconds of decoding that are worth a file
 THREADS_PAY = 20_000  # bytes per image from which threads gain; below, they wait for the interpreter
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-TRAIN, TEST = "train", ("test", "val", "valid", "validation")  # of the names of a test part, the first that is there
-LAYOUTS = "CLASS/image, train/CLASS/image with test/CLASS/image, or either in folders of domains"
-_DIRECT = {"1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr"}  # modes of 8 bits
-_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".gif", ".webp", ".avif", ".heic", ".heif",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".tga",
+)  # fmt: skip
+PARTS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "valid": "val",
+    "validation": "val", "eval": "val", "evaluation": "val", "dev": "dev",
+}  # fmt: skip
+LAYOUTS = "CLASS/image, train/CLASS/image or CLASS/train/image with test for train, or these in folders of domains"
+_DIRECT = {"1", "L", "LA", "La", "RGB", "RGBA", "RGBa", "P", "PA", "CMYK", "YCbCr"}  # modes of 8 bits
+Ground = Literal["white", "grey", "black"]
 FLIP, CROP_FLIP = Augment(flip=True), Augment(crop=4, flip=True)
 
 
@@ -106,20 +116,21 @@ def load(
     EuroSAT has one part, of which a quarter of each class is held out. EMNIST is the balanced split, upright.
     Augmentation is by default what is usual for the set, crops of 4 pixels and flips for packs of other names.
 
-    Raises ValueError for an unknown name, with close matches, and where files are missing.
+    Raises ValueError for an unknown name, with close matches, and where files are missing or not to be had. What a
+    download that failed left behind is removed.
     """
     source = TORCHVISION.get(name, _Source("", augment=CROP_FLIP))
     size = size or (64 if source.large else None)
     usual = replace(source.augment, crop=size // 8) if source.large and size else source.augment
     augment = usual if augment is None else augment
     pack, _, domain = name.partition("/")
-    places = [Path(os.environ.get("CLKIT_DATA", ""), found) for found in (f"{pack}.zip", pack)]
+    places = [store.expand(os.environ.get("CLKIT_DATA", "")) / found for found in (f"{pack}.zip", pack)]
     path = next((place for place in places if os.environ.get("CLKIT_DATA") and place.exists()), None)
     if path is not None and root is None:
         return folder(path, domain=domain or None, size=size, limit=limit, augment=augment)
     if name not in TORCHVISION:
         raise checks.unknown("name", name, TORCHVISION, others=["a pack in $CLKIT_DATA"])
-    root = Path(root).expanduser() if root is not None else store.cache_root() / "torchvision"
+    root = store.expand(root) if root is not None else store.cache_root() / "torchvision"
     opened = [_open(source, root, part, download) for part in (*source.train, *source.test)]
     parts = [_examples(part, (name, root.resolve(), i), source.large, size) for i, part in enumerate(opened)]
     names = getattr(opened[0], "classes", None) or range(max(int(part.y.max()) for part in parts) + 1)
@@ -141,35 +152,48 @@ def folder(
     size: checks.Count | None = None,
     limit: checks.Count | None = None,
     grey: bool | None = None,
+    ground: Ground = "white",
     augment: Augment = NO_AUGMENT,
     seed: int = 0,
 ) -> Dataset:
     """Read class-per-folder images from a directory or a zip as bytes (N, C, H, W).
 
-    Layouts: train/CLASS/image and test/CLASS/image (val where there is no test), or CLASS/image, of which a quarter of
-    each class is held out for testing, by `seed`. Either may lie in folders of domains, one of which `domain` names
-    (see `folders`). Classes are numbered in alphabetical order and images in natural order (2 before 10, in both).
-    `limit` keeps the first images of each class, so many in the training part and in the test part. `size` scales and
-    cuts images to squares, `grey` makes one channel or three (default: three unless all are grey). What took 20 s to
-    decode is kept under $CLKIT_CACHE (default ~/.cache/clkit) and read from there next time.
+    Layouts: train/CLASS/image and test/CLASS/image, CLASS/train/image and CLASS/test/image, or CLASS/image. Either
+    may lie in folders of domains, one of which `domain` names (see `folders`), and in a folder around it all.
+
+    - Parts: the words of `PARTS`, in any case. A level of folders is that of the parts if every name on it is such a
+      word; beside other names, "train" is a class like them. What is in doubt is refused by name. The test part is
+      "test", else "val", else "dev"; the others beside it are left out. Where there is none, a quarter of each class
+      is held out, by `seed`.
+    - Classes are numbered in alphabetical order and images in natural order (2 before 10, in both). Names that Unicode
+      writes in two ways are one. A and a are two classes, so each must be in both parts.
+    - What is hidden, other files and other folders without images are ignored. A class or a part has images.
+    - `limit` keeps the first images of each class, so many in the training part and in the test part. `size` scales
+      and cuts images to squares, `grey` makes one channel or three (default: three unless all are grey).
+    - Transparent images are laid on a `ground`, white as a page is, on which black strokes show. An image that does
+      not show on it is refused.
+
+    What took 20 s to decode is kept under $CLKIT_CACHE (default ~/.cache/clkit) and read from there next time.
 
     Raises ValueError for a missing path, no images, another layout, an unknown domain, fewer than two classes,
-    unreadable images, and mixed sizes without `size`.
+    unreadable, animated and 16-bit images, and mixed sizes without `size`.
     """
-    path = Path(path)
+    path = store.expand(path)
     tree = files(path)
     by_domain = _survey(path, tree)
-    images = by_domain[checks.choice("domain", domain, by_domain)]
+    images = by_domain[checks.choice("domain", domain and normalize("NFC", domain), by_domain)]
     name = path.stem if domain is None else f"{path.stem}-{domain}"
     found = {image.part for image in images}
-    held = next((part for part in TEST if part in found), None)
-    train = [image for image in images if image.part in (None, TRAIN)]
+    held = next((part for part in ("test", "val", "dev") if part in found), None)
+    train = [image for image in images if image.part in (None, "train")]
     test = [image for image in images if image.part == held] if held else train
     if not train:
-        raise ValueError(f"path: {name} has no images in a folder {TRAIN!r}, only in {sorted(map(str, found))}; add it")
+        raise ValueError(f"path: {name} has no images in a folder 'train', only in {sorted(map(str, found))}; add it")
     classes = sorted({image.label for image in train}, key=_natural)
     if other := {image.label for image in test} ^ set(classes):
-        raise ValueError(f"path: {name} has classes {sorted(other)[:5]} in one part only; give each to train and test")
+        raise ValueError(
+            f"path: {name} has classes {sorted(other)[:5]} in one part only; give each to train and test, spelled alike"
+        )
     if len(classes) < 2:
         raise ValueError(f"path: {name} has one class, {classes}; expected two or more in {LAYOUTS}")
 
@@ -188,9 +212,9 @@ def folder(
 
     def make() -> dict[str, Tensor]:
         sources = {str(path / image.inside): partial(read, image) for image in chosen}
-        return {"x": decode(sources, size=size, grey=grey, threads=threads)}
+        return {"x": decode(sources, size=size, grey=grey, ground=ground, threads=threads)}
 
-    x = _kept((path.resolve(), chosen, size, grey), make)["x"]
+    x = _kept((path.resolve(), chosen, size, grey, ground), make)["x"]
     every = Examples(x, labels(chosen))
     return Dataset(name, every[:cut], every[cut:], tuple(classes), Normalize.of(x[:cut]), augment)
 
@@ -201,6 +225,7 @@ def folders(
     size: int | None = None,
     limit: int | None = None,
     grey: bool | None = None,
+    ground: Ground = "white",
     augment: Augment = NO_AUGMENT,
     seed: int = 0,
 ) -> dict[str, Dataset]:
@@ -209,8 +234,8 @@ def folders(
     The arguments and errors are those of `folder`, and ValueError where there are no domains; `domains(folders(path))`
     is the stream.
     """
-    read = partial(folder, path, size=size, limit=limit, grey=grey, augment=augment, seed=seed)
-    names = _survey(Path(path), files(path))
+    read = partial(folder, path, size=size, limit=limit, grey=grey, ground=ground, augment=augment, seed=seed)
+    names = _survey(store.expand(path), files(path))
     if None in names:
         raise ValueError(f"path: {str(path)!r} has no folders of domains; use folder()")
     return {name: read(domain=name) for name in names if name is not None}
@@ -222,28 +247,49 @@ class File(NamedTuple):
     The stamp is a checksum in a zip, else the time of the last change.
     """
 
-    size: int
-    stamp: float
-    read: Callable[[], bytes]
+    size: int = 0
+    stamp: float = 0.0
+    read: Callable[[], bytes] = bytes
 
 
 def files(path: str | Path) -> dict[str, File]:
-    """Find all files below a directory or in a zip, by their paths inside; ValueError where it is neither."""
-    path = Path(path)
+    """Find all files and folders below a directory or in a zip, by their paths inside, in the order of these.
+
+    A folder is an empty file whose path ends in a slash. What is hidden is left out. Raises ValueError where `path` is
+    neither, and where a folder or file cannot be looked at.
+    """
+    path, found = store.expand(path), dict[str, File]()
     if path.is_dir():
-        places = [Path(root, name) for root, _, names in os.walk(path, followlinks=True) for name in names]
-        stats = {place: place.stat() for place in places}
-        return {
-            place.relative_to(path).as_posix(): File(stat.st_size, stat.st_mtime, place.read_bytes)
-            for place, stat in stats.items()
-        }
+
+        def fail(error: OSError) -> None:
+            raise error
+
+        try:
+            for root, inner, names in os.walk(path, onerror=fail, followlinks=True):
+                inner[:] = filter(_shown, inner)
+                found |= {f"{Path(root, name).relative_to(path).as_posix()}/": File() for name in inner}
+                for place in (Path(root, name) for name in names if _shown(name)):
+                    stat = place.stat()
+                    found[place.relative_to(path).as_posix()] = File(stat.st_size, stat.st_mtime, place.read_bytes)
+        except OSError as error:
+            raise ValueError(f"path: {error.filename} cannot be read ({error}); mend or remove it") from error
+        return dict(sorted(found.items()))
     if not path.exists() or not is_zipfile(path):
         what = "is neither a directory nor a zip" if path.exists() else "does not exist"
         raise ValueError(f"path: {str(path)!r} {what}; pass a directory or a zip")
     archive = ZipFile(path)
-    return {
-        info.filename: File(info.file_size, float(info.CRC), partial(archive.read, info)) for info in archive.infolist()
-    }
+    for info in archive.infolist():
+        names = [name for name in info.filename.replace("\\", "/").split("/") if name not in ("", ".")]
+        shown = list(takewhile(_shown, names))
+        if info.is_dir() or len(shown) < len(names):
+            found["/".join([*shown, ""])] = File()
+        else:
+            found["/".join(shown)] = File(info.file_size, float(info.CRC), partial(archive.read, info))
+    return dict(sorted(found.items()))
+
+
+def _shown(name: str) -> bool:
+    return not name.startswith((".", "__MACOSX"))
 
 
 class _Image(NamedTuple):
@@ -257,32 +303,50 @@ class _Image(NamedTuple):
 
 
 def _survey(path: Path, tree: Mapping[str, File]) -> dict[str | None, list[_Image]]:
-    """Find the images of each domain, in natural order, and read the layout off the depth of the folders."""
-    found = {
-        inside: inside.split("/") for inside in tree if inside.lower().endswith(SUFFIXES) and not _HIDDEN.search(inside)
-    }
+    """Find the images of each domain, in natural order, and read the layout off the names of folders (see `folder`)."""
+    where, names = f"path: {str(path)!r}", {inside: normalize("NFC", inside).split("/") for inside in tree}
+    found = {inside: parts[:-1] for inside, parts in names.items() if inside.lower().endswith(SUFFIXES)}
     if not found:
-        raise ValueError(f"path: {str(path)!r} has no images; expected {LAYOUTS}")
-    tops = {parts[0] for parts in found.values()}
-    while len(tops) == 1 and min(map(len, found.values())) > 2 and not tops & {TRAIN, *TEST}:
-        found = {inside: parts[1:] for inside, parts in found.items()}  # a folder around it all, as many zips have
-        tops = {parts[0] for parts in found.values()}
-    depth = len(next(iter(found.values())))
-    for inside, parts in found.items():
-        if len(parts) != depth or not 2 <= depth <= 4:
-            raise ValueError(f"path: {str(path)!r}; the folders around {inside!r} do not fit, expected {LAYOUTS}")
-    parted = depth == 4 or (depth == 3 and TRAIN in tops)
+        raise ValueError(f"{where} has no images; expected {LAYOUTS}")
+    count = Counter(map(len, found.values()))
+    depth = max(count, key=lambda length: (count[length], length))
+    odd = [inside for inside, parts in found.items() if len(parts) != depth]
+    levels = [{parts[i] for parts in found.values() if i < len(parts)} for i in range(depth)]
+    parted = [i for i, level in enumerate(levels) if all(name.lower() in PARTS for name in level)]
+    others = [i for i in range(depth) if i not in parted]
+    while len(others) > 1 and len(levels[others[0]]) == 1:
+        del others[0]  # a folder around it all, as many zips have
+    if odd or len(parted) > 1 or len(others) not in (1, 2):
+        raise ValueError(f"{where}; the folders around {[*odd, *found][0]!r} do not fit, expected {LAYOUTS}")
+    for i in others if not parted else ():
+        words = {name for name in levels[i] if name.lower() in PARTS}
+        if words and (i != others[-1] or {PARTS[word.lower()] for word in words} > {"train"}):
+            beside = sorted(levels[i] - words)[:5]
+            raise ValueError(f"{where} has {sorted(words)} beside {beside}, parts or not; remove or rename either")
+    full = {tuple(parts[:i]) for parts in found.values() for i in range(depth + 1)}
+    every = {tuple(parts[:i]) for parts in names.values() for i in range(1, len(parts))}
+    for *above, name in sorted(every - full):
+        known = len(above) == others[-1] or (len(above) in parted and name.lower() in PARTS)
+        if known and all(map(contains, levels, above)):
+            raise ValueError(f"{where} has no images in {'/'.join([*above, name])!r}; add readable ones or remove it")
     images: dict[str | None, list[_Image]] = {}
-    for inside, parts in sorted(found.items(), key=lambda item: [_natural(part) for part in item[1]]):
-        domain = parts[0] if depth == 4 or (depth == 3 and not parted) else None
-        image = _Image(inside, parts[-3] if parted else None, parts[-2], tree[inside].size, tree[inside].stamp)
-        images.setdefault(domain, []).append(image)
+    spelled: dict[tuple[str, ...], str] = {}
+    order = {inside: [_natural(parts[i]) for i in others] for inside, parts in found.items()}
+    for inside in sorted(found, key=lambda inside: [*order[inside], _natural("/".join(names[inside]))]):
+        parts, part = found[inside], None
+        for i in parted:
+            part = PARTS[parts[i].lower()]
+            if (other := spelled.setdefault((*parts[:i], part), parts[i])) != parts[i]:
+                raise ValueError(f"{where} has {other!r} and {parts[i]!r} for its {part} part; join or rename them")
+        image = _Image(inside, part, parts[others[-1]], tree[inside].size, tree[inside].stamp)
+        images.setdefault(parts[others[0]] if len(others) == 2 else None, []).append(image)
     return images
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Build a sorting key that compares runs of digits as numbers."""
-    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split("([0-9]+)", text)]
+def _natural(text: str) -> tuple[list[tuple[int, str]], str]:
+    """Build a sorting key that compares runs of digits as numbers, and texts that are equal so as they are written."""
+    pieces = [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split("([0-9]+)", text)]
+    return pieces, text
 
 
 def decode(
@@ -290,19 +354,20 @@ def decode(
     *,
     size: int | None = None,
     grey: bool | None = None,
+    ground: Ground = "white",
     threads: int = 1,
 ) -> Tensor:
     """Read images, by names that errors give them, into one uint8 tensor (N, 1 or 3, H, W).
 
     With `size`, each is scaled to fill a square of that side and cut to it around its centre. `grey` chooses one
-    channel or three; None means three unless all images are grey. Raises ValueError where an image cannot be read, or
-    where sizes differ and `size` is None.
+    channel or three; None means three unless all images are grey. Transparent images are laid on the `ground`. Raises
+    ValueError where an image cannot be read or does not show, or where sizes differ and `size` is None.
     """
 
     def pixels(name: str) -> np.ndarray:
         try:
             with sources[name]() as image:
-                return _pixels(image, size, grey)
+                return _pixels(image, size, grey, ground)
         except Exception as error:
             raise ValueError(f"{name} cannot be read as an image ({error}); mend or remove it") from error
 
@@ -319,14 +384,21 @@ def decode(
     return out
 
 
-def _pixels(image: Image.Image, size: int | None, grey: bool | None) -> np.ndarray:
+def _pixels(image: Image.Image, size: int | None, grey: bool | None, ground: str) -> np.ndarray:
     if image.mode not in _DIRECT:
-        raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+        raise ValueError(f"mode {image.mode} has more than 8 bits a channel, or is no grey, RGB or CMYK")
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # what phones add to a picture are previews
+        raise ValueError("it has several frames; save the one that is meant")
     if size is not None:
         image.draft(None, (size, size))  # lets a JPEG decode at a fraction of its size
-    if "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
-    mode = "L" if grey or (grey is None and image.mode in ("1", "L", "LA")) else "RGB"
+    mode = "L" if grey or (grey is None and image.mode in ("1", "L", "LA", "La")) else "RGB"
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        seen = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+        if np.ptp(np.asarray(image.getchannel("A"))) and not np.ptp(np.asarray(seen), (0, 1)).any():
+            raise ValueError(f"with its transparency it does not show on ground={ground!r}; pass another ground")
+        image = seen
     if image.mode != mode:
         image = image.convert(mode)
     if size is not None and image.size != (size, size):
@@ -359,15 +431,25 @@ def _open(source: _Source, root: Path, part: bool | str | None, download: bool) 
     """Open a part of a torchvision set, downloading it only where it is missing."""
     from torchvision import datasets
 
-    root.mkdir(parents=True, exist_ok=True)
     chosen = {"train": part} if isinstance(part, bool) else {"split": part} if part else {}
     make = partial(getattr(datasets, source.kind), root, **chosen, **source.options)
-    try:
+    remedy = f"copy {str(root)!r} from where it is, or give a pack to $CLKIT_DATA"
+    with suppress(RuntimeError, FileNotFoundError):
         return make(download=False)
-    except (RuntimeError, FileNotFoundError) as error:
-        if not download:
-            raise ValueError(f"name: {source.kind} is not in {str(root)!r} ({error}); pass download=True") from error
-    return make(download=True)
+    if not download:
+        raise ValueError(f"name: {source.kind} is not in {str(root)!r}; pass download=True, {remedy}")
+    with store.Records(root).lock("download"):
+        before = {*root.rglob("*")}
+        try:
+            return make(download=True)
+        except BaseException as error:
+            for place in sorted({*root.rglob("*")} - before, reverse=True):  # or the next process takes it for whole
+                place.rmdir() if place.is_dir() and not place.is_symlink() else place.unlink()
+            if not isinstance(error, Exception):
+                raise
+            raise ValueError(
+                f"name: {source.kind} cannot be downloaded to {str(root)!r} ({error}); connect, {remedy}"
+            ) from error
 
 
 def _examples(dataset: Any, key: tuple[object, ...], large: bool, size: int | None) -> Examples:
@@ -403,6 +485,5 @@ def _kept(key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
     start = perf_counter()
     tensors = make()
     if perf_counter() - start >= SLOW:
-        with suppress(OSError):  # where nothing can be written, the next process decodes again
-            store.write_tree(path, tensors)
+        store.attempt(lambda: store.write_tree(path, tensors))
     return tensors

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from clkit import checks
+from clkit import checks, store
 from clkit.data.core import IGNORED, Dataset, Examples
 from clkit.data.images import files
 
@@ -118,7 +117,7 @@ def texts(
     Raises ValueError for an unknown name, a path without the files, and where a machine has too little to embed.
     """
     embedded, real = TEXTS[checks.choice("name", name, TEXTS)]
-    corpus = embedded() if path is None else real(Path(path))
+    corpus = embedded() if path is None else real(path)
     return _dataset(name, corpus, context, limit, test_limit, tokenizer)
 
 
@@ -133,30 +132,32 @@ def text_file(
     test_limit: checks.Count | None = 256,
     tokenizer: str | Path | None = None,
 ) -> Text:
-    """Read anyone's UTF-8 text: a .jsonl file, a document a row, or any other, documents between blank lines.
+    """Read anyone's UTF-8 text: JSON lines (.jsonl), a document a row, or any other, documents between blank lines.
 
-    A row's `fields` make its text, joined by newlines. `test` is a file to test on; without it a tenth of the
-    documents is held out, at least one, chosen by their contents. The other arguments are those of `texts`.
+    A row's `fields`, texts or numbers, make its text, joined by newlines. `test` is a file to test on; without it a
+    tenth of the documents is held out, at least one, chosen by their contents. The other arguments are those of
+    `texts`.
 
-    Raises ValueError for missing files and fields, and for fewer than two documents.
+    Raises ValueError for missing files and fields, for what is no UTF-8, no text or other JSON, and for fewer than two
+    documents.
     """
-    train = _documents(Path(path), fields)
-    corpus = _parted(train, f"path: {path}") if test is None else Corpus(train, _documents(Path(test), fields))
-    return _dataset(Path(path).stem, corpus, context, limit, test_limit, tokenizer)
+    train = _documents(path, fields)
+    corpus = _parted(train, f"path: {path}") if test is None else Corpus(train, _documents(test, fields))
+    return _dataset(store.expand(path).stem, corpus, context, limit, test_limit, tokenizer)
 
 
-def local_only(argument: str, path: str | Path) -> Any:
-    """Give the package transformers; ImportError where it is missing, ValueError where `path` is no folder."""
+def local_only(argument: str, path: str | Path) -> tuple[Any, str]:
+    """Give the package transformers (ImportError where it is missing) and the folder `path` (ValueError)."""
     transformers = checks.package("transformers", "huggingface", f"{argument}: {str(path)!r}")
-    if not Path(path).is_dir():
+    if not (folder := store.expand(path)).is_dir():
         raise ValueError(f"{argument}: {str(path)!r} is no folder; give one of save_pretrained, nothing is downloaded")
-    return transformers
+    return transformers, str(folder)
 
 
 def _dataset(
     name: str, corpus: Corpus, context: int, limit: int | None, test_limit: int | None, tokenizer: str | Path | None
 ) -> Text:
-    folder = None if tokenizer is None else str(tokenizer)
+    folder = None if tokenizer is None else str(store.expand(tokenizer))
     encode = _encoder(folder)
     train, _ = _windows(corpus.train, encode, context, limit)
     test, width = _windows(corpus.test, encode, context, test_limit)
@@ -220,10 +221,10 @@ def _bytes(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4)
 def _tokenizer(path: str) -> Any:
-    transformers = local_only("tokenizer", path)
+    transformers, _ = local_only("tokenizer", path)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the formats' readers raise
         raise ValueError(f"tokenizer: {path!r} has no tokenizer ({error}); save one there") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: {path!r} is slow and cannot place its tokens in a text; use a fast one")
@@ -236,17 +237,21 @@ def _names(path: str) -> tuple[str, ...]:
     return tuple(f"<{i}>" if name is None else name for i, name in enumerate(names))
 
 
-def _documents(path: Path, fields: Sequence[str]) -> tuple[str, ...]:
-    if not path.is_file():
+def _documents(path: str | Path, fields: Sequence[str]) -> tuple[str, ...]:
+    place = store.expand(path)
+    if not place.is_file():
         raise ValueError(f"path: {str(path)!r} is no file; give a text or a .jsonl file")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".jsonl":
-        return tuple(filter(None, (document.strip("\n") for document in re.split(r"\n\s*\n", text))))
-    rows = _json_rows(text)
-    for row, field in product(rows, fields):
-        if field not in row:
-            raise ValueError(f"fields: {path} has no {field!r}; its rows have {', '.join(row)}")
-    return tuple("\n".join(str(row[field]) for field in fields) for row in rows)
+    if place.suffix.lower() in (".jsonl", ".ndjson"):
+        rows = _json_rows(place.read_bytes(), str(path), fields)
+        found = tuple("\n".join(str(row[field]) for field in fields) for row in rows)
+    elif place.suffix.lower() == ".json":
+        raise ValueError(f"path: {str(path)!r} is one JSON value; write its documents as rows of a .jsonl file")
+    else:
+        text = re.sub("\r\n?", "\n", _utf8(place.read_bytes(), str(path)))
+        found = tuple(filter(None, (document.strip("\n") for document in re.split(r"\n\s*\n", text))))
+    if not any(map(str.strip, found)):
+        raise ValueError(f"path: {str(path)!r} has no text; give a file with documents")
+    return found
 
 
 def _parted(documents: Iterable[str], source: str) -> Corpus:
@@ -262,20 +267,47 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _json_rows(text: str) -> list[dict[str, Any]]:
-    """The rows of JSON lines."""
-    return [json.loads(line) for line in text.split("\n") if line.strip()]  # strings may hold other ends of lines
+def _utf8(content: bytes, source: str) -> str:
+    """The text of a file, without the mark that some editors put before it."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"path: {source!r} is no UTF-8 ({error}); save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"path: {source!r} has null bytes, as binary files have; give text, saved as UTF-8")
+    return text
 
 
-def _rows(path: Path, *names: str) -> list[list[dict[str, Any]]]:
-    """The rows of JSON-lines files, wherever they are in a folder or a zip."""
-    found = {inside.rpartition("/")[2]: file for inside, file in files(path).items()}
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise ValueError(
-            f"path: {str(path)!r} has no {' and no '.join(missing)}; for files of your own use text_file()"
-        )
-    return [_json_rows(found[name].read().decode()) for name in names]
+def _json_rows(content: bytes, source: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of JSON lines, each with all `fields`."""
+    rows = []
+    for number, line in enumerate(_utf8(content, source).split("\n"), 1):  # strings may hold other ends of lines
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"path: {source!r}, line {number} is no JSON ({error}); write an object a line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"path: {source!r}, line {number} is {line:.40}; write an object a line")
+        for field in fields:
+            if field not in row:
+                raise ValueError(f"fields: {source} has no {field!r} in line {number}; its rows have {', '.join(row)}")
+            if not isinstance(row[field], str | int | float):
+                raise ValueError(f"fields: {source}, line {number} has {row[field]!r:.40} for {field!r}; give a text")
+        rows.append(row)
+    return rows
+
+
+def _rows(path: str | Path, **wanted: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """The rows of JSON-lines files with their fields, wherever the files are in a folder or a zip."""
+    tree = files(path)
+    found = {name: [inside for inside in tree if f"/{inside}".endswith(f"/{name}.jsonl")] for name in wanted}
+    for name, places in found.items():
+        if len(places) != 1:
+            have = f"several, {', '.join(places)}" if places else f"no {name}.jsonl"
+            raise ValueError(f"path: {str(path)!r} has {have}; give one, or your own files to text_file()")
+    return [_json_rows(tree[found[name][0]].read(), found[name][0], fields) for name, fields in wanted.items()]
 
 
 @lru_cache(maxsize=1)
@@ -358,27 +390,29 @@ def _embedded(name: str, documents: list[str]) -> Corpus:
     return _parted(documents, name)
 
 
-def _gsm8k(path: Path) -> Corpus:
+def _gsm8k(path: str | Path) -> Corpus:
     def problems(rows: list[dict[str, Any]]) -> tuple[Problem, ...]:
         return tuple(Problem(f"{r['question']}\n", re.sub("<<.*?>>", "", r["answer"]) + "\n", "####") for r in rows)
 
-    train, test = (problems(rows) for rows in _rows(path, "gsm8k_train.jsonl", "gsm8k_test.jsonl"))
+    fields = ("question", "answer")
+    train, test = (problems(rows) for rows in _rows(path, gsm8k_train=fields, gsm8k_test=fields))
     return _solved(train, test)
 
 
-def _uscode(path: Path) -> Corpus:
-    parts = _rows(path, "uscode_train.jsonl", "uscode_test.jsonl")
+def _uscode(path: str | Path) -> Corpus:
+    fields = ("heading", "text")
+    parts = _rows(path, uscode_train=fields, uscode_test=fields)
     train, test = (tuple(f"{row['heading']}\n{row['text']}" for row in rows) for rows in parts)
     return Corpus(train, test)
 
 
-def _programs(path: Path) -> Corpus:
-    train, test = _rows(path, "mbpp.jsonl", "humaneval.jsonl")
+def _programs(path: str | Path) -> Corpus:
+    train, test = _rows(path, mbpp=("text", "code"), humaneval=("prompt", "canonical_solution"))
     learned = (f'"""{row["text"]}"""\n{row["code"]}'.replace("\r\n", "\n") for row in train)
     return Corpus(tuple(learned), tuple(row["prompt"] + row["canonical_solution"] for row in test))
 
 
-TEXTS: dict[str, tuple[Callable[[], Corpus], Callable[[Path], Corpus]]] = {
+TEXTS: dict[str, tuple[Callable[[], Corpus], Callable[[str | Path], Corpus]]] = {
     "math": (_sums, _gsm8k),
     "law": (_licences, _uscode),
     "code": (_modules, _programs),

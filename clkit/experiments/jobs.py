@@ -19,7 +19,7 @@ try:
 except ImportError:  # joblib before 1.6 brings it along
     from joblib.externals import cloudpickle  # type: ignore[attr-defined]
 
-from clkit.store import Records, cache_root, describe, digest, source_digest
+from clkit.store import Records, attempt, cache_root, describe, digest, source_digest
 from clkit.training import find_device
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def tabulate(
         keyed.append((digest(configuration), axes))
         queue.setdefault(keyed[-1][0], Job(configuration, compute, arguments, records, keep))
     waiting: list[Any] = [job for key, job in queue.items() if records.read(key, tensors=keep) is None]
-    parallel, failed = _parallel(jobs, -1 if kind == "cpu" else 1), dict[str, str]()
+    parallel, found, failed = _parallel(jobs, -1 if kind == "cpu" else 1), dict[str, Record](), dict[str, str]()
     if parallel.n_jobs != 1:
         seen: dict[int, tuple[Tensor, np.ndarray]] = {}
         waiting = [Parcel(job, seen) for job in waiting]
@@ -107,10 +107,12 @@ def tabulate(
         for key, record, error in parallel(joblib.delayed(_finish)(job) for job in waiting):
             if record is None:
                 failed[key] = error
-            elif records.read(key) is None:  # computed on a machine that does not share this folder
-                records.write(key, record)
+            else:
+                found[key] = record
+                if records.read(key) is None:  # computed on a machine that does not share this folder
+                    attempt(functools.partial(records.write, key, record))
             bar.update()
-    found = {key: stored(store, key) for key in queue if key not in failed}
+    found |= {key: stored(store, key) for key in queue if key not in failed and key not in found}
     rows = [{**axes, **row, "hash": key} for key, axes in keyed if key in found for row in found[key]["rows"]]
     columns = dict.fromkeys(name for row in (points[0][0], *rows) for name in row if name != "hash")
     table = pd.DataFrame(rows, columns=[*columns, "hash"])

@@ -17,7 +17,7 @@ from typing import Any
 
 from clkit import checks
 from clkit.experiments.pages import repository, suffix
-from clkit.store import write_text
+from clkit.store import expand, write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 COMPARED = "nbval-check-output"
@@ -94,7 +94,7 @@ def execute(
         if write:
             env["CLKIT_RECORD"] = "1"
         if folder:
-            env["CLKIT_FIGURES"] = str(Path(folder).resolve())
+            env["CLKIT_FIGURES"] = str(expand(folder).resolve())
         with ThreadPoolExecutor(jobs) as pool:
             waiting = [
                 pool.submit(_execute, path, book, env, write, check, lambda: bar.update())
@@ -109,7 +109,7 @@ def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: boo
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
     stored = [_printed(cell) for cell in book.cells]
-    folder = Path(env.get("CLKIT_FIGURES") or repository(path.parent) / "figures")
+    folder = expand(env.get("CLKIT_FIGURES") or repository(path.parent) / "figures")
     options: dict[str, Any] = {"timeout": None, "kernel_name": "python3", "store_widget_state": False}
     options |= {"record_timing": False, "resources": {"metadata": {"path": str(path.parent)}}}
     client = NotebookClient(book, on_cell_executed=lambda **_: tick(), **options)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from clkit import checks
+from clkit import checks, store
 from clkit.store import Records, cache_root, digest, plain, source_digest, write_atomically, write_json, write_text
 from clkit.training.loop import label
 
@@ -76,7 +76,7 @@ class Page:
         for n, value in parameters.items():
             if n in recorded and _legible(value) != recorded[n]:
                 print(f"{n}: {value!r}, recorded {recorded[n]!r}; taken as {self.parameters[n]!r}")
-        self.figures = Path(os.environ.get("CLKIT_FIGURES") or self.committed)
+        self.figures = store.expand(os.environ.get("CLKIT_FIGURES") or self.committed)
         if self.changed and self.figures.resolve() == self.committed.resolve():
             self.figures = cache_root() / "pages" / f"{name}-{digest(_legible(self.parameters))}"
             print(f"claims and laws only report; files go to {self.figures}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clkit import checks
+from clkit import checks, store
 from clkit.data import Stream
 from clkit.data.text import local_only
 from clkit.models.networks import context_length, image_shape, seeded, take_grey, with_prototypes
@@ -30,11 +30,11 @@ def torchvision(
     """Any classification model of torchvision.models by name, its head resized to the stream's classes.
 
     `weights` is None (fresh), the name of a set that torchvision offers ("DEFAULT", "IMAGENET1K_V1"; downloaded on
-    first use) or a safetensors file with the state dict of the model. A head for another number of classes is left
-    fresh; every other tensor must match. Grey images: the first convolution's kernels are summed over their three
-    input channels, which is the function of the grey image repeated in three. Auxiliary heads (GoogLeNet, Inception)
-    are left out, and no input transform but the stream's own normalisation is applied. ViT and MaxViT are built for
-    the stream's image size. `options` go to torchvision's constructor, as in
+    first use, and a ValueError where that fails) or a safetensors file with the state dict of the model. A head for
+    another number of classes is left fresh; every other tensor must match. Grey images: the first convolution's
+    kernels are summed over their three input channels, which is the function of the grey image repeated in three.
+    Auxiliary heads (GoogLeNet, Inception) are left out, and no input transform but the stream's own normalisation is
+    applied. ViT and MaxViT are built for the stream's image size. `options` go to torchvision's constructor, as in
     `torchvision(stream, "mobilenet_v2", width_mult=0.35)`; for others a TypeError names those that it takes.
     """
     import torchvision.models as zoo
@@ -80,12 +80,20 @@ def _pretrained(name: str, weights: Path | str) -> dict[str, Tensor]:
     import torchvision.models as zoo
     from safetensors.torch import load_file
 
-    if Path(weights).is_file():
-        return load_file(weights)
+    if store.expand(weights).is_file():
+        return load_file(store.expand(weights))
     offered = zoo.get_model_weights(name).__members__
     if str(weights) not in offered:
         raise checks.unknown("weights", str(weights), ["DEFAULT", *offered], others=["a safetensors file"])
-    return dict(offered[str(weights)].get_state_dict(progress=False, check_hash=True))
+    chosen = offered[str(weights)]
+    try:
+        return dict(chosen.get_state_dict(progress=False, check_hash=True))
+    except Exception as error:  # whatever the network raises
+        place = Path(torch.hub.get_dir(), "checkpoints", Path(chosen.url).name)
+        raise ValueError(
+            f"weights: {name}'s {str(weights)!r} cannot be downloaded ({error}); connect, put {chosen.url} at {place}, "
+            "or give a safetensors file"
+        ) from error
 
 
 def _load_all_but_head(model: nn.Module, state: Mapping[str, Tensor], classes: int, name: str) -> None:
@@ -191,8 +199,8 @@ def _patch(open_clip: Any, name: str) -> int:
 
 def _source(open_clip: Any, name: str, weights: str | PathLike[str]) -> dict[str, Any]:
     """What open_clip is told about the weights: a file, or a tag with the activation that its weights need."""
-    if Path(weights).is_file():
-        return {"pretrained": str(Path(weights).resolve())}  # no tag, whatever the file is called
+    if store.expand(weights).is_file():
+        return {"pretrained": str(store.expand(weights).resolve())}  # no tag, whatever the file is called
     if not (tag := open_clip.get_pretrained_cfg(name, str(weights))):
         offered = open_clip.list_pretrained_tags_by_model(name)
         raise checks.unknown("weights", str(weights), offered, others=["a file"])
@@ -229,12 +237,13 @@ def huggingface(stream: Stream, path: Path | str, *, seed: int = 0) -> nn.Module
     Raises ImportError without transformers. Raises ValueError for a folder without a model, for tokens that the model
     does not have and for windows that are longer than its context.
     """
-    transformers = local_only("path", path)
+    transformers, folder = local_only("path", path)
     context = context_length(stream)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with seeded(seed), _quiet(transformers):
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **local)
+    except Exception as error:  # whatever the formats' readers raise
         raise ValueError(f"path: {path} has no causal language model ({error}); save one there") from error
     sizes, classes = model.config.get_text_config(), len(stream.classes)
     if sizes.vocab_size < classes:

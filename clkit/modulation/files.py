@@ -46,7 +46,7 @@ def load(path: Path | str, model: Modulated) -> TaskState:
 def listed(folder: Path | str) -> list[dict[str, Any]]:
     """The tasks in a folder, by file name: the header of each, with "file"; other files are left out."""
     found = []
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(store.expand(folder).glob("*.safetensors")):
         try:
             _, header = _read(path)
         except (ValueError, FileNotFoundError):

@@ -12,6 +12,8 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 try:
@@ -24,9 +26,14 @@ MARK = "tensor of this file"
 log = logging.getLogger("clkit.store")
 
 
+def expand(path: os.PathLike[str] | str) -> Path:
+    """A path as people write it, with its ~ and its variables ($HOME) replaced; every path from outside goes here."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
 def cache_root() -> Path:
     """The folder of what can be made again: $CLKIT_CACHE, else ~/.cache/clkit."""
-    return Path(os.environ.get("CLKIT_CACHE") or "~/.cache/clkit").expanduser()
+    return expand(os.environ.get("CLKIT_CACHE") or "~/.cache/clkit")
 
 
 def canonical(value: Any) -> bytes:
@@ -76,18 +83,39 @@ def plain(value: Any) -> Any:
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a temporary neighbour of `path` and renames it: a file is whole or it is not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    neighbour = Path(name)
+    """Calls `write` on a temporary neighbour of `path` and renames it: a file is whole or it is not there.
+
+    Folders on the way are made. Raises OSError, which names the path, where it cannot be written.
+    """
+    path = expand(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        neighbour = Path(name)
+        try:
+            write(neighbour)
+            neighbour.chmod(0o644)
+            neighbour.replace(path)
+        finally:
+            neighbour.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Gives the errors of the disk the path that they are about, and the remedy."""
     try:
-        write(neighbour)
-        neighbour.chmod(0o644)
-        neighbour.replace(path)
-    finally:
-        neighbour.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written ({error}); free its disk or give another place") from error
+
+
+def attempt(write: Callable[[], object]) -> None:
+    """Writes what is at hand and may be needed again; where that fails, the log says so and nothing is lost."""
+    try:
+        write()
+    except OSError as error:
+        log.warning("%s; what was computed is used and not kept", error)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -102,8 +130,6 @@ def write_json(path: Path | str, value: Any) -> None:
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes tensors of any shape to a safetensors file under their names, by rename; `header` goes along as JSON."""
-    from safetensors.torch import save_file
-
     rows = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = json.loads(json.dumps(header))
     text = json.dumps({**header, "checksum": _checksum(header, rows)}, sort_keys=True)
@@ -115,9 +141,8 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises ValueError on a file that is damaged or no safetensors, FileNotFoundError where there is none.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
+    path = expand(path)
+    if not path.is_file():
         raise FileNotFoundError(f"path: {path} is not a file; give one that clkit wrote")
     try:
         with safe_open(path, framework="pt") as file:
@@ -164,7 +189,7 @@ def intact(path: Path, read: Callable[[Path], T]) -> T | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s); it is set aside and its content computed again", path, error)
-        path.replace(path.with_suffix(".damaged"))
+        attempt(lambda: path.replace(path.with_suffix(".damaged")))
         return None
 
 
@@ -241,10 +266,13 @@ class Records:
     A record is a dict of JSON values; its "configuration" hashes to its key. Files appear by rename and are checked on
     reading. One that was cut off, edited or renamed is named in the log and set aside as `<hash>.damaged`. It counts as
     missing, so that it is computed again. Several processes may use one folder at once.
+
+    A folder that cannot be written raises OSError before anything is computed. What was computed before a write fails
+    is given all the same, with a warning in the log.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand(folder)
 
     def path(self, key: str) -> Path:
         """The file of a record."""
@@ -277,20 +305,24 @@ class Records:
         was stored without any is made again.
         """
         key = digest(configuration)
+        if (found := self.read(key, tensors=tensors)) is not None:
+            return found
         with self.lock(key):
             if (found := self.read(key, tensors=tensors)) is None:
-                record, tree = make()
-                self.write(key, {"configuration": configuration, **record}, tree)
-                found = self.read(key)
-                assert found is not None
+                made, tree = make()
+                record = plain({"configuration": configuration, **made})
+                attempt(lambda: self.write(key, record, tree))
+                found = self.read(key) or {**json.loads(json.dumps(record)), "tensors": False}
         return found
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Holds the right to compute a record; others wait. What a process left that died with it is cleared away."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{key}.lock"
-        with _locked(path):
+        with _writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = _locked(path)
+        with file:
             for unfinished in self.folder.glob(f".{key}.*"):
                 unfinished.unlink(missing_ok=True)
             try:

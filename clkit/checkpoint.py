@@ -97,15 +97,14 @@ def widened(result: Mapping[str, Any], initial: np.ndarray) -> dict[str, Any]:
     `initial` (tasks,) are the accuracies before any training on all tasks of the longer stream.
     """
     past = {name: part for name, part in result.items() if name not in LIVE | {"config", "state"}}
-    known = len(past["initial"])
 
     def wide(rows: np.ndarray) -> np.ndarray:
-        return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, len(initial) - known)], constant_values=np.nan)
+        return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, len(initial) - rows.shape[-1])], constant_values=np.nan)
 
     found = {name: [*part] if isinstance(part, list) else part for name, part in past.items()}
     found |= {name: wide(past[name]) for name in ("accuracy", "masked", "losses")}
-    found["watched"] = [look | {"accuracy": wide(look["accuracy"])} for look in past["watched"]]
-    return found | {"initial": np.concatenate([past["initial"], initial[known:]])}
+    watched = [look | {"accuracy": wide(look["accuracy"])} for look in past["watched"]]
+    return found | {"watched": watched, "initial": initial}
 
 
 def snapshot(model: nn.Module, learner: Learner, *generators: torch.Generator) -> dict[str, Any]:

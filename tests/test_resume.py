@@ -167,6 +167,16 @@ def test_one_result_goes_on_in_several_ways():
     assert same(before, {name: getattr(first, name) for name in before})
 
 
+def test_every_task_of_a_result_that_went_on_counts(tmp_path):
+    stream = toys.stream(4)
+    result = quick(cut(stream, 3), training=SHORT, resume=quick(cut(stream, 1), training=SHORT))
+    result.save(tmp_path / "run")
+    tasks = [task if task.index != 2 else replace(task, test=task.test[:5]) for task in stream]
+    for start in (result, tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"is of another run \(tasks 2: \w+ there, \w+ here\)"):
+            quick(replace(stream, tasks=tuple(tasks)), training=SHORT, resume=start)
+
+
 def test_the_result_s_model_and_learner_are_free_to_be_changed():
     stream = toys.stream(3)
     first, whole = (quick(cut(stream, n), ER(memory=9), training=SHORT) for n in (2, 3))

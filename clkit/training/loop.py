@@ -49,6 +49,7 @@ from clkit.weights import Weights, check_finite, get_weights, set_weights
 
 ModelFactory = Callable[..., nn.Module]
 Seed = Annotated[int, checks.Range(0, 2**63)]
+BETWEEN = ("previous", "history", "memo")  # what the loop itself keeps from one task to the next
 
 
 def label(model: nn.Module | ModelFactory) -> str:
@@ -246,12 +247,9 @@ class _Loop:
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on between two tasks; optimizers begin anew in each."""
-        return snapshot(self.model, self.learner, self.order, self.augmenter) | {
-            "identity": self.identity,
-            "previous": self.previous,
-            "history": self.history,
-            "memo": self.memo,
-        }
+        kept = {name: getattr(self, name) for name in BETWEEN}
+        kept |= snapshot(self.model, self.learner, self.order, self.augmenter)
+        return kept | {"identity": self.identity}
 
     def restore(self, start: Result) -> None:
         """Puts everything to where it was at the end of a result, and tests that on tasks that it did not know."""
@@ -259,7 +257,7 @@ class _Loop:
         vars(result).update(widened(vars(start), result.initial))
         self.criterion.begin_task(self.stream[len(result.accuracy) - 1])
         state = restore(start.state, self.model, self.learner, self.order, self.augmenter)
-        self.previous, self.history, self.memo = state["previous"], state["history"], state["memo"]
+        vars(self).update({name: state[name] for name in BETWEEN})
         if known < len(self.stream):
             train = get_weights(self.model)
             set_weights(self.model, self.previous)

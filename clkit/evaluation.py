@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clkit import checks
 from clkit.data import Examples, Problem, Stream, Task, Text
 from clkit.data.core import IGNORED
-from clkit.modules import unwrapped
+from clkit.modules import dtype_of, unwrapped
 from clkit.weights import Weights, check_same, evaluation_mode, live_tensors, set_weights
 
 EVALUATION_BATCH = 1024
@@ -51,12 +51,15 @@ def evaluate(
     `predict` maps a model, prepared inputs (N, ...) and a task to logits (N, C), or (N, L, C) for tokens; the default
     calls the model. The task is given in the "task" scenario, else None. Batches of token targets are smaller than
     `batch` where their logits would take much memory. The training flags of the model's modules are as before
-    afterwards. Raises ValueError for a model with fewer outputs than the stream has classes.
+    afterwards. Inputs come in the model's dtype, and outputs for more classes than the stream has do not count. Raises
+    ValueError for a model with fewer outputs than the stream has classes.
     """
+    stream = stream.given(dtype_of(model))
 
     def logits(task: Task, x: Tensor) -> Tensor:
         x = task.prepare(x)
-        return predict(model, x, task if stream.scenario == "task" else None) if predict else model(x)
+        found = predict(model, x, task if stream.scenario == "task" else None) if predict else model(x)
+        return found[..., : len(stream.classes)]
 
     rows = [_means(model, partial(logits, t), t.test, t.classes, len(stream.classes), batch) for t in stream]
     hits, masked, loss = torch.stack(rows, 1).cpu().numpy()

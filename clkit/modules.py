@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -23,6 +24,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     model = copy.copy(model)
     model._modules = plain
     return model
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """That of a model's first floating parameter, in which it takes its inputs; None where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def frozen_modules(model: nn.Module) -> set[nn.Module]:

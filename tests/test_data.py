@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -231,14 +232,30 @@ def test_the_fingerprint_follows_content_and_settings_alone():
 
 def test_bad_examples_are_refused():
     x, y = images(), torch.arange(12) % 4
-    with pytest.raises(TypeError, match=r"y\.long\(\)"):
-        Examples(x, y.int())
+    with pytest.raises(TypeError, match=r"y: it holds numbers that are not whole, torch\.float32"):
+        Examples(x, y + 0.5)
+    with pytest.raises(TypeError, match=r"x: .* no tensor or array of numbers"):
+        Examples([["a"], ["b"]], [0, 1])
+    with pytest.raises(ValueError, match="12 rows and y has no"):
+        Examples(x, 3)
     with pytest.raises(ValueError, match="12 rows and y has 11"):
         Examples(x, y[:11])
     with pytest.raises(ValueError, match=r"x\[:, None\]"):
         Examples(torch.zeros(12), y)
-    with pytest.raises(ValueError, match="one for each token"):
-        Examples(x, torch.zeros(12, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"one for each token; of one-hot rows, y.argmax\(1\)"):
+        Examples(x, torch.nn.functional.one_hot(y))
+    with pytest.raises(TypeError, match="train: dataset 'd' got a tuple"):
+        Dataset("d", (x, y), (x, y), tuple("abcd"))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.float64, torch.bool, np.int16, np.uint64, list])
+def test_labels_and_inputs_are_taken_as_people_have_them(kind):
+    x, y = images(), torch.arange(12) % 2
+    if kind is list:
+        made = Examples(x.tolist(), y.tolist())
+    else:
+        made = Examples(x.numpy(), y.to(kind) if isinstance(kind, torch.dtype) else y.numpy().astype(kind))
+    assert torch.equal(made.x, x) and torch.equal(made.y, y) and made.y.dtype == torch.int64
 
 
 @pytest.mark.parametrize("label", [-1, 4, 10**12])

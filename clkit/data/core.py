@@ -4,11 +4,13 @@ Examples stay raw (uint8 images, integer tokens) until a step needs them; `Task.
 batch where its tensors live. There are no loader processes and there is no per-example Python.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,23 +28,31 @@ class Examples:
     """Raw inputs `x` (N, ...) with their labels `y`: int64, (N,), or the shape of `x` for token targets (N, L).
 
     Images are (N, C, H, W), uint8 where they come from 8-bit files; tokens are int64, and a target of -100 carries
-    no loss. Indexing takes rows (a tensor, a slice, a list) and gives Examples.
+    no loss. Indexing takes rows (a tensor, a slice, a list) and gives Examples. Arrays and lists become tensors, and
+    labels that are whole numbers of another type int64.
     """
 
     x: Tensor
     y: Tensor
 
     def __post_init__(self) -> None:
-        if self.y.dtype != torch.int64:
-            raise TypeError(f"y: the dtype is {self.y.dtype}; labels are int64, so pass y.long()")
+        x, y = (value if isinstance(value, Tensor) else _tensor(n, value) for n, value in vars(self).items())
+        if y.dtype != torch.int64:
+            whole = y.long()
+            if y.is_complex() or not torch.equal(whole.to(y.dtype), y):
+                raise TypeError(f"y: it holds numbers that are not whole, {y.dtype}; labels count classes from 0")
+            y = whole
+        object.__setattr__(self, "x", x)
+        object.__setattr__(self, "y", y)
         if self.x.ndim < 2:
             raise ValueError(f"x: the shape is {tuple(self.x.shape)}; it needs a row per example, so pass x[:, None]")
-        if len(self.x) != len(self.y):
-            raise ValueError(f"y: x has {len(self.x)} rows and y has {len(self.y)}; pass one label for each row of x")
+        if self.y.shape[:1] != self.x.shape[:1]:
+            count = len(self.y) if self.y.ndim else "no"
+            raise ValueError(f"y: x has {len(self.x)} rows and y has {count}; pass one label for each row of x")
         if self.y.ndim != 1 and self.y.shape != self.x.shape:
             raise ValueError(
                 f"y: the shape is {tuple(self.y.shape)} and that of x {tuple(self.x.shape)}; pass one label for each "
-                "row, or one for each token"
+                "row, or one for each token; of one-hot rows, y.argmax(1)"
             )
 
     def __len__(self) -> int:
@@ -77,6 +87,7 @@ class Dataset:
     augment: Augment = NO_AUGMENT
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))
         if len(set(self.classes)) < len(self.classes):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise ValueError(f"classes: dataset {self.name!r} names {twice[:5]} twice; give each its own name")
@@ -233,7 +244,12 @@ class Stream:
 
     def given(self, dtype: torch.dtype | None) -> "Stream":
         """The same tasks, whose prepared inputs have a model's dtype."""
-        return replace(self, tasks=tuple(replace(task, dtype=dtype) for task in self.tasks))
+        if all(task.dtype is dtype for task in self.tasks):
+            return self
+        tasks = tuple(map(copy.copy, self.tasks))  # without checking their examples again
+        for task in tasks:
+            object.__setattr__(task, "dtype", dtype)
+        return replace(self, tasks=tasks)
 
     def to(self, device: torch.device | str) -> "Stream":
         """Copy all examples to a device; if they do not fit on a GPU, to pinned host memory instead.
@@ -277,12 +293,24 @@ def changed(owner: Owner, change: Callable[[Examples], Examples], **others: Any)
     return replace(owner, train=change(owner.train), test=change(owner.test), **others)
 
 
+def _tensor(name: str, values: Any) -> Tensor:
+    """An array or nested lists of numbers as a tensor; TypeError for anything else."""
+    try:
+        array = np.asarray(values)
+        return torch.from_numpy(np.array(array, np.int32 if array.dtype == np.uint16 else None))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: {values!r:.80} is no tensor or array of numbers ({error}); pass one") from error
+
+
 def check_examples(owner: str, data: Dataset | Task, classes: tuple[int, ...]) -> None:
     """Raise unless both parts have examples, inputs of one shape and dtype, and only labels among `classes`.
 
     Images must have their channels first, and bytes be uint8.
     """
     train, test = data.train, data.test
+    for part, examples in (("train", train), ("test", test)):
+        if not isinstance(examples, Examples):
+            raise TypeError(f"{part}: {owner} got a {type(examples).__name__}; pass data.Examples(x, y)")
     if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
         raise ValueError(f"{owner}: classes {classes}; pass distinct label ids from 0, at least one")
     for part, examples in (("train", train), ("test", test)):

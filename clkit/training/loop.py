@@ -42,7 +42,7 @@ from clkit.data import Stream, Task
 from clkit.data.core import cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
-from clkit.modules import frozen_modules, frozen_tensors, training_mode, unwrapped
+from clkit.modules import dtype_of, frozen_modules, frozen_tensors, training_mode, unwrapped
 from clkit.training import trial
 from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, get_weights, set_weights
@@ -131,7 +131,7 @@ def run(
         identity = identify(stream, parts, needed=path is not None or start is not None)
         if start is not None:
             check_same(start.state, identity, f"{'resume' if begun is resume else 'checkpoint'}: {begun}")
-        here = stream.to(place).given(next((p.dtype for p in net.parameters() if p.is_floating_point()), None))
+        here = stream.to(place).given(dtype_of(net))
         loop = _Loop(here, net, learner, rule, training, seed, place, record, identity, progress, keep, watch, started)
         return loop.run(start, path)
 

@@ -20,7 +20,7 @@ from clkit.data.core import IGNORED, cuts
 from clkit.modules import unwrapped
 from clkit.weights import Weights, hooked, set_weights
 
-FisherLabels = Literal["sampled", "true", "exact"]
+FisherLabels = Literal["sampled", "true", "exact", "weighted"]
 LARGEST_CHUNK = 512
 NUMBERS_AT_ONCE = 2**28  # of per-example gradients
 
@@ -49,23 +49,25 @@ def fisher(
     - "sampled": drawn from the model's own prediction, one an example, with `generator`: the Fisher by Monte Carlo
     - "exact": the expectation over all classes under the model's prediction, at one pass for each class
     - "true": the labels `y`: the "empirical" Fisher, which vanishes where the data are fitted
+    - "weighted": the labels `y`, each example's square times the probability of its label, as in Mammoth's online EWC:
+      of the exact expectation the one term of that label, mostly a small one where the data are fitted
 
     `space` masks the classes of the prediction (True: competes) and broadcasts to the logits, as `Criterion.space`
     gives it. Logits of sequences (N, L, C) are an example each: log-likelihoods add up over positions, those whose `y`
-    is -100 left out; their "exact" expectation is not offered. `chunk` examples are done at once (None: as many as
-    keep the per-example gradients at 1 GiB in float32, at most 512), which changes nothing but the memory needed.
+    is -100 left out; "exact" and "weighted" are not offered for them. `chunk` examples are done at once (None: as many
+    as keep the per-example gradients at 1 GiB in float32, at most 512), which changes nothing but the memory needed.
 
     Raises ValueError for labels that are missing or not one a row, for no rows, and for a model that wants no gradient.
     """
-    if labels == "true" and y is None:
-        raise ValueError('labels: "true" needs the labels; pass y, or labels="sampled" to draw them from the model')
+    if labels in ("true", "weighted") and y is None:
+        raise ValueError(f'labels: "{labels}" needs the labels; pass y, or use labels="sampled", which draws them')
     if y is not None and len(y) != len(x):
         raise ValueError(f"y: it has {len(y)} rows and x has {len(x)}; pass one label for each row of x")
     net, chunk = _ready(model, x, chunk)
     with torch.no_grad():
         logits = torch.cat([net(part) for part in x.tensor_split([*cuts(len(x), chunk)])])
-    if labels == "exact" and logits.ndim != 2:
-        raise ValueError(f'labels: "exact" is for logits (N, C), not {tuple(logits.shape)}; use "sampled"')
+    if labels in ("exact", "weighted") and logits.ndim != 2:
+        raise ValueError(f'labels: "{labels}" is for logits (N, C), not {tuple(logits.shape)}; use "sampled"')
     space = torch.ones((), dtype=torch.bool, device=x.device) if space is None else space
     space = space.expand(logits.shape)
     p = logits.masked_fill(~space, float("-inf")).softmax(-1)
@@ -86,7 +88,7 @@ def fisher(
         drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
         y = drawn if y is None else torch.where(y == IGNORED, y, drawn)
     assert y is not None
-    return of(y, p.new_ones(len(x)))
+    return of(y, p.gather(1, y[:, None])[:, 0] if labels == "weighted" else p.new_ones(len(x)))
 
 
 @checks.arguments

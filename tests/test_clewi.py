@@ -38,11 +38,37 @@ def test_lengths_and_widths_are_settings():
 
 def test_the_papers_table_has_its_pairs_at_its_settings():
     grid = clewi.main("paper", "cifar100")
-    assert set(grid.methods) == set(clewi.released().loc["cifar100"].index)
+    assert set(grid.methods) | {"joint"} == set(clewi.released().loc["cifar100"].index)
     pair = grid.methods["ER + CLeWI"]
     assert pair.consolidation == CLeWI(0.5) and pair.training == replace(grid.training, lr=0.1)
     assert grid.methods["SI"].training.lr == 0.01 and list(grid.seeds) == [43, 44, 45, 46, 47]
     assert grid.training.epochs == 50 and grid.training.rate(44, 50) == pytest.approx(0.1)
+
+
+def test_settings_are_each_datasets_own():
+    def of(name):
+        grids = [clewi.main("paper", dataset).methods[name] for dataset in clewi.DATASETS]
+        return [m.learner.others[0] if isinstance(m.learner, Sum) else m.learner for m in grids], grids[0].training
+
+    assert [rule.strength for rule in of("online EWC")[0]] == [10, 20, 25]
+    assert [(rule.strength, rule.xi) for rule in of("SI")[0]] == [(0.5, 1), (10, 1e-4), (0.5, 1)]
+    assert [(rule.alpha, rule.beta) for rule in of("DER++")[0]] == [(0.2, 0.5), (0.1, 0.5), (0.2, 0.5)]
+    assert [(rule.alpha, rule.beta) for rule in of("DER++ + CLeWI")[0]] == [(0.1, 0.1)] * 3
+    assert [rule.fit_epochs for rule in of("GDumb")[0]] == [256, 250, 256]
+    assert {(rule.weighting, rule.bias_epochs) for name in ("BiC", "BiC + CLeWI") for rule in of(name)[0]} == {
+        ("mammoth", 250)
+    }
+    assert of("iCaRL")[1].weight_decay == 1e-5 and of("ER")[1].weight_decay == 0
+
+
+@pytest.mark.parametrize("profile", ["fast", "paper"])
+def test_joint_training_is_one_run_of_one_task(profile):
+    whole = clewi.joint(profile)
+    assert [source.keywords["tasks"] for source in whole.streams.values()] == [1]
+    assert list(whole.methods) == ["joint"] and len(whole.seeds) == 5
+    assert whole.training.lr == (0.03 if profile == "paper" else 0.1) and whole.training.schedule == "constant"
+    one = toys.quick(toys.stream(tasks=1)).summary()
+    assert one["forgetting"] == 0 and one["acc"] > 0.9
 
 
 def test_learning_rates_are_the_same_with_and_without_merging_at_a_laptops_scale():

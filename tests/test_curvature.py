@@ -84,6 +84,12 @@ class TestFisher:
         sampled = fisher(model, x, generator=torch.Generator().manual_seed(3))
         assert close(sampled, fisher(model, x, labels="true", y=drawn))
 
+    def test_weighted_is_the_labels_own_term_of_exact(self, case):
+        model, x, _ = case
+        parts = [fisher(model, x, labels="weighted", y=torch.full((len(x),), c)) for c in range(6)]
+        total = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+        assert close(fisher(model, x, labels="exact"), total)
+
     def test_sampled_tends_to_exact(self):
         model, x, _ = vectors()
         many = fisher(model, x.repeat(1500, 1), generator=torch.Generator().manual_seed(0))

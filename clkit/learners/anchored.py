@@ -148,8 +148,9 @@ class _Fisher(Anchored):
 
     def check(self, model: nn.Module, x: Tensor) -> None:
         """Tries the Fisher information of the inputs."""
-        labels = "exact" if self.labels == "exact" else "sampled"
-        curvature.fisher(model, x, labels=labels, generator=torch.Generator(x.device).manual_seed(0))
+        labels = "sampled" if self.labels == "true" else self.labels
+        y = torch.zeros(len(x), dtype=torch.int64, device=x.device) if labels == "weighted" else None
+        curvature.fisher(model, x, labels=labels, y=y, generator=torch.Generator(x.device).manual_seed(0))
 
     def task_importance(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
         """The diagonal Fisher information of the task's training data at the model's weights, by name."""
@@ -188,15 +189,18 @@ class EWC(_Fisher):
 class OnlineEWC(_Fisher):
     """Online elastic weight consolidation: pulls parameters to the previous weights by a running Fisher information.
 
-    Schwarz et al. 2018 (arXiv 1805.06370): loss + strength / 2 sum_i F_i (theta_i - theta_previous,i)^2, where
-    F <- gamma F + F_t at the end of task t: `gamma` below 1 lets old tasks fade. F_t is computed as in EWC and, as
-    in Mammoth's code, not normalised.
+    Schwarz et al. 2018 (arXiv 1805.06370): loss + strength sum_i F_i (theta_i - theta_previous,i)^2, where
+    F <- gamma F + F_t at the end of task t: `gamma` below 1 lets old tasks fade. F_t is a mean over a task's examples,
+    computed as in EWC, and is not normalised. Mammoth's code, by which published strengths are meant, has no half
+    before the penalty, as here; the paper has one. Its F_t is that of `labels="weighted"`, taken on augmented rows and
+    with BatchNorm in training mode: mind that the other labels make F_t larger, by orders where the data are fitted.
     """
 
     strength: checks.NotNegative = 10.0
     gamma: checks.Share = 1.0
     labels: curvature.FisherLabels = "sampled"
     samples: checks.Count | None = None
+    factor: ClassVar[float] = 1.0
 
     def on_consolidated(self, model: nn.Module, task: Task) -> None:
         """Takes the anchor and updates the running Fisher information."""
@@ -213,6 +217,9 @@ class SI(Anchored):
     gone. g is the gradient of the loss without the penalty. Then Omega_i += max(omega_i, 0) / (Delta_i^2 + xi). The
     path is made of optimizer steps alone: a consolidation's jumps, in mid-task or at its end, are neither in omega nor
     in Delta. The gradient is that before clipping.
+
+    Mammoth's code takes the gradient with the penalty's in it for g, cuts its entries off at 1, and lets omega_i be
+    negative.
     """
 
     strength: checks.NotNegative = 0.1

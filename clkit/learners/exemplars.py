@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -196,30 +196,37 @@ class BiC(ER):
     Wu et al. 2019 (arXiv 1905.13260). A share `validation` of each class's rows is never trained on. A step minimises
     (1 - lambda) CE + lambda D over the current and the replayed rows. D is the cross entropy between the softened
     outputs (temperature 2) of teacher and model, over the teacher's classes. The teacher is the last network with its
-    own correction; the first task has none. lambda = n_old / (n_old + n_new) counts classes.
+    own correction; the first task has none. lambda = n_old / (n_old + n_new) counts classes, with `weighting` "paper".
+    "mammoth" is what Mammoth's code does, from which CLeWI's tables come: lambda = 1 / t in the t-th task, which falls
+    where the paper's rises, and D times the temperature's square.
 
     Afterwards the logits o of the newest task's classes become a o + b, and all others stay. (a, b) minimise the cross
     entropy over the seen classes on the validation rows kept in memory, equally many of each class. The memory is
     divided as the data are: `validation` of it holds validation rows (one for each class at least, if half of it
     suffices).
 
-    Released code takes a set number of gradient steps from (1, 0). They stop short where validation rows are few and
-    told apart perfectly, so that there is no minimum. Here L-BFGS finds the minimum, from logits computed once, with
+    With `bias_epochs` that many passes of Adam at a rate of 0.001 look for them from (1, 0), 250 in Mammoth's code, in
+    batches of the training's size. They stop short where validation rows are few and told apart perfectly, so that
+    there is no minimum. By default, 0, L-BFGS finds the minimum, from logits computed once, with
     ((a - 1)^2 + b^2) / 2 added to the sum over rows. This is a unit normal prior, which many rows outweigh. It is not
     in the paper. That there is one, and its width, were chosen after looking at test accuracy on scikit-learn's digits:
     BiC's accuracies there may be flattered by it.
 
-    Some ports multiply D by the temperature's square; the paper does not. Rows of a batch that are not trained on have
-    weight 0, though BatchNorm's statistics see their inputs. The teacher's correction is fitted to the weights that
-    training goes on from, that of predictions to the deployed ones. A consolidation that asks for a holdout gets the
-    validation rows, and nothing else is held out. Where classes come again (domain streams), n_old counts a class once
-    for each task that had it. D is then over all earlier classes, and without new classes nothing is corrected.
+    Mammoth's code has no validation memory: from the second task on it draws a share of the memory for validation, and
+    as many of the task's rows; exemplars are the first rows of a task, not random ones. Rows of a batch that are not
+    trained on have weight 0, though BatchNorm's statistics see their inputs. The teacher's correction is fitted to the
+    weights that training goes on from, that of predictions to the deployed ones. A consolidation that asks for a
+    holdout gets the validation rows, and nothing else is held out. Where classes come again (domain streams), n_old
+    counts a class once for each task that had it. D is then over all earlier classes, and without new classes nothing
+    is corrected.
     """
 
     memory: Annotated[int, checks.Range(2, means="an exemplar and a validation row")] = 500
     policy: Policy = field(default="balanced", init=False, repr=False)
     once: bool = field(default=True, init=False, repr=False)
     validation: Annotated[float, checks.Range(0, 1, "both", "of the rows, not trained on")] = 0.1
+    weighting: Literal["paper", "mammoth"] = "paper"
+    bias_epochs: checks.Index = 0
     state: ClassVar[tuple[str, ...]] = ("teacher", "correction", "teacher_correction")
 
     def start(self, setting: Setting) -> None:
@@ -252,9 +259,11 @@ class BiC(ER):
         losses = self.setting.criterion(logits, joined.y, "none")
         if self.teacher:
             taught = self._corrected(outputs(model, self.teacher, joined.x), self.teacher_correction)
-            counts = self.setting.criterion.member.sum(1)
-            share = counts[: batch.task.index].sum() / counts[: batch.task.index + 1].sum()  # lambda
-            losses = (1 - share) * losses + share * self._distillation(logits, taught, batch.task)
+            counts, now = self.setting.criterion.member.sum(1), batch.task.index
+            share, scale = counts[:now].sum() / counts[: now + 1].sum(), 1.0  # lambda
+            if self.weighting == "mammoth":
+                share, scale = 1 / (now + 1), TEMPERATURE**2
+            losses = (1 - share) * losses + share * scale * self._distillation(logits, taught, batch.task)
         return (weight * losses).sum() / weight.sum().clamp(min=1)
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:
@@ -300,29 +309,41 @@ class BiC(ER):
         if rows is None or not old.any() or not new.any():
             return identity
         logits = outputs(model, weights, rows.x)[:, seen].double()
-        ab = fitted_bias(logits, (seen.cumsum(0) - 1)[rows.y], new[seen])
+        y = (seen.cumsum(0) - 1)[rows.y]
+        ab = fitted_bias(logits, y, new[seen], epochs=self.bias_epochs, batch=self.setting.batch)
         return torch.where(new, ab[:, None].float(), identity)
 
 
 @torch.enable_grad()
-def fitted_bias(logits: Tensor, y: Tensor, new: Tensor) -> Tensor:
+def fitted_bias(logits: Tensor, y: Tensor, new: Tensor, epochs: int = 0, batch: int = 32) -> Tensor:
     """The (a, b) for which a o + b in the `new` classes (a mask) has the least cross entropy: (2,), found by L-BFGS.
 
     `logits` are (N, C), `y` (N,), `new` (C,). The loss is convex; ((a - 1)^2 + b^2) / 2 is added to its sum over rows,
-    so that there is exactly one minimum.
+    so that there is exactly one minimum. With `epochs` it is instead what so many passes of Adam come to, in batches in
+    order, without that term.
     """
     identity = torch.tensor([1.0, 0.0], dtype=logits.dtype, device=logits.device)
     ab = identity.clone().requires_grad_()
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(torch.where(new, logits * ab[0] + ab[1], logits), y)
+
+    if epochs:
+        stepper = torch.optim.Adam([ab], lr=1e-3)
+        for part in list(zip(logits.split(batch), y.split(batch), strict=True)) * epochs:
+            stepper.zero_grad()
+            loss(*part).backward()
+            stepper.step()
+        return ab.detach()
     optimizer = torch.optim.LBFGS(
         [ab], max_iter=100, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        corrected = torch.where(new, logits * ab[0] + ab[1], logits)
-        loss = cross_entropy(corrected, y) + (ab - identity).square().sum() / (2 * len(y))
-        loss.backward()
-        return loss
+        total = loss(logits, y) + (ab - identity).square().sum() / (2 * len(y))
+        total.backward()
+        return total
 
     optimizer.step(closure)
     return ab.detach()

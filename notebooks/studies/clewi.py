@@ -35,29 +35,39 @@ CHOSEN = tomllib.loads(Path(__file__).with_name("published").joinpath("clewi.tom
 SMALL = {"convnet 16-32-32": partial(models.convnet, widths=(16, 32, 32))}
 
 
-def rules(memory: int, *, beyond: bool = False, fit_epochs: int = 256, ewc: float = 10.0) -> dict[str, Learner]:
+def chosen(part: str, name: str, dataset: str = "cifar10") -> Any:
+    """What the paper chose for a method on one of DATASETS: its alpha, lr or weight_decay, or its settings by name."""
+    place = DATASETS.index(dataset)
+    found = CHOSEN[part].get(name, {})
+    return {n: values[place] for n, values in found.items()} if part == "settings" else (found or [0.0] * 3)[place]
+
+
+def rules(memory: int, *, dataset: str = "cifar10", beyond: bool = False, **other: Any) -> dict[str, Learner]:
     """The paper's learners by name, with `beyond` more rules; those that keep no memory get one to merge by.
 
-    Strengths are the paper's for CIFAR-10: online EWC 10, SI c = 0.5 and xi = 1, DER++ alpha = 0.2 and beta = 0.5.
+    Strengths and weights are the paper's for one of DATASETS; `other` settings go before: `fit_epochs` of GDumb, and
+    `ewc`, the strength of the EWCs.
     """
-    beside = MemoryOnly(memory)
+    beside, own = MemoryOnly(memory), {name: chosen("settings", name, dataset) for name in CHOSEN["settings"]}
+    ewc = {"strength": other.get("ewc", own["online EWC"]["strength"])}
+    fit = {"fit_epochs": other.get("fit_epochs", own["GDumb"]["fit_epochs"])}
     made = {
         "joint": learners.Joint(),
         "fine-tuning": beside,
-        "online EWC": Sum(beside, learners.OnlineEWC(ewc)),
-        "SI": Sum(beside, learners.SI(0.5, xi=1.0)),
+        "online EWC": Sum(beside, learners.OnlineEWC(**ewc, labels="weighted")),
+        "SI": Sum(beside, learners.SI(**own["SI"])),
         "iCaRL": learners.ICaRL(memory),
-        "GDumb": learners.GDumb(memory, fit_epochs=fit_epochs),
+        "GDumb": learners.GDumb(memory, **fit),
         "ER": ER(memory),
         "A-GEM": AGEM(memory),
         "ER-ACE": learners.ERACE(memory),
         "MIR": learners.MIR(memory, candidates=64),
         "BiC": learners.BiC(memory),
-        "DER++": DERpp(memory, alpha=0.2, beta=0.5),
+        "DER++": DERpp(memory, **own["DER++"]),
     }
     others = {
         "L2": Sum(beside, learners.L2()),
-        "EWC": Sum(beside, learners.EWC(ewc)),
+        "EWC": Sum(beside, learners.EWC(**ewc)),
         "MAS": Sum(beside, learners.MAS()),
         "LwF": Sum(beside, learners.LwF()),
         "GEM": learners.GEM(memory),
@@ -74,15 +84,18 @@ def main(profile: str = "fast", dataset: str | None = None) -> Comparison:
     """
     if profile == "paper":
         name = dataset or "cifar10"
-        place = DATASETS.index(name)
-        made = rules(500, ewc=(10.0, 20.0, 25.0)[place])
+        made = rules(500, dataset=name)
+        del made["joint"]  # which is `joint`, one run
+        made["BiC"] = learners.BiC(500, **chosen("settings", "BiC", name))
         multistep = {"schedule": "multistep", "milestones": (0.7, 0.9)} if name == "cifar100" else {}
         training = Training(epochs=50, batch=32, lr=0.1, **multistep)
-        pairs = {f"{n} + CLeWI": (made[n], CLeWI(CHOSEN["alpha"][n][place])) for n in PAIRS}
-        pairs["DER++ + CLeWI"] = DERpp(500, alpha=0.1, beta=0.1), CLeWI(CHOSEN["alpha"]["DER++"][place])
-        own = {n: replace(training, lr=lr[place]) for n, lr in CHOSEN["lr"].items()}
-        methods = {n: Method(rule, None, own[n]) for n, rule in made.items()}
-        methods |= {n: Method(*pair, own[n]) for n, pair in pairs.items()}
+        pairs = {f"{n} + CLeWI": (made[n], CLeWI(chosen("alpha", n, name))) for n in PAIRS}
+        pairs["DER++ + CLeWI"] = DERpp(500, **chosen("settings", "DER++ + CLeWI", name)), pairs["DER++ + CLeWI"][1]
+        both = {n: (rule, None) for n, rule in made.items()} | pairs
+        methods = {
+            n: Method(*pair, replace(training, lr=chosen("lr", n, name), weight_decay=chosen("weight_decay", n, name)))
+            for n, pair in both.items()
+        }
         return Comparison(stream(name), {"resnet18": models.resnet18}, methods, training, range(43, 48), plasticity)
     methods = {}
     for n, rule in rules(50, beyond=True, fit_epochs=63).items():
@@ -91,6 +104,20 @@ def main(profile: str = "fast", dataset: str | None = None) -> Comparison:
         if rule.remembers:
             methods[f"{n} + search"] = Method(rule, CLeWI("search"), own)
     return replace(small("fast", methods), streams=stream(dataset or "digits"), measure=plasticity)
+
+
+def joint(profile: str = "fast", dataset: str | None = None) -> Comparison:
+    """The tables' joint training: one run from scratch over all classes as one task, so that none is forgotten.
+
+    (`Joint` in the "fast" `main` goes on from task to task, with the data of all so far.)
+    """
+    name = dataset or ("cifar10" if profile == "paper" else "digits")
+    whole = main("paper", name) if profile == "paper" else small("fast", {})
+    lr = chosen("lr", "joint", name) if profile == "paper" else whole.training.lr
+    training = replace(whole.training, lr=lr, schedule="constant")
+    return replace(
+        whole, streams=stream(name, 1), methods={"joint": Method(Learner())}, training=training, measure=None
+    )
 
 
 def small(profile: str, methods: Mapping[str, Method], **changes: Any) -> Comparison:
@@ -112,12 +139,12 @@ def reduced(
     penalty or a projection 0.03, the same with and without CLeWI. `ewc` is the strength of online EWC, whose steps
     grow without bound where it is too large for the learning rate.
     """
-    place, training = int(dataset == "cifar100"), Training(epochs=epochs, batch=32, lr=0.1)
+    published, training = "cifar100" if dataset == "cifar100" else "cifar10", Training(epochs=epochs, batch=32, lr=0.1)
     methods = {}
     for n, rule in rules(memory, fit_epochs=63, ewc=ewc).items():
         methods[n] = Method(rule, None, _gentle(rule, training))
         if n in PAIRS:
-            pair = CLeWI(CHOSEN["alpha"][n][place])
+            pair = CLeWI(chosen("alpha", n, published))
             methods[f"{n} + CLeWI"] = Method(rule, pair, _gentle(rule, training))
     return Comparison(stream(dataset, limit=limit), SMALL, methods, training, seeds)
 

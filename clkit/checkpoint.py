@@ -5,7 +5,6 @@ all that the next task depends on, and the "identity" of the run: a dict of JSON
 A run over more tasks has the same identity but for those.
 """
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,28 +20,12 @@ from clkit.learners import Learner
 LIVE = {"model", "learner"}  # of a result, what no file can hold
 
 
-def writable(path: Path | str) -> Path:
-    """The path, `~` expanded, of a file to be written; its folder is made and tried, and no file is left there.
-
-    Raises ValueError, naming the path, if it cannot be written.
-    """
-    path = Path(path).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
-            raise IsADirectoryError("a folder has that name")
-    except OSError as error:
-        raise ValueError(f"path: {path} cannot be written ({error}); give a file in a folder that can be") from error
-    return path
-
-
 def write(path: Path | str, result: Mapping[str, Any]) -> None:
     """Writes what a result has, by rename, and with what code it was made. TypeError: what a file cannot hold."""
     state = result["state"]
     made = {"identity": _versions() | state["identity"]} if state else {}
     kept = {name: part for name, part in result.items() if name not in LIVE}
-    store.write_tree(writable(path), {**kept, "state": {**state, **made}})
+    store.write_tree(store.writable(path), {**kept, "state": {**state, **made}})
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -50,7 +33,7 @@ def read(path: Path | str) -> dict[str, Any]:
 
     Raises ValueError on a file that is damaged or something else, FileNotFoundError where there is none.
     """
-    path = Path(path).expanduser()
+    path = store.expand(path)
     try:
         found = store.read_tree(path, "cuda" if torch.cuda.is_available() else "cpu")
         if not isinstance(found, dict) or not {"config", "state"} <= found.keys():

@@ -258,6 +258,33 @@ def test_labels_and_inputs_are_taken_as_people_have_them(kind):
     assert torch.equal(made.x, x) and torch.equal(made.y, y) and made.y.dtype == torch.int64
 
 
+@pytest.mark.parametrize("shape", [(6, 5, 3), (28, 28, 1), (8, 9, 4), (1, 6, 5), (3, 6, 5), (4, 4, 3), (64, 3, 3)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_channels_that_come_last_are_refused_where_there_is_no_other_reading(shape, dtype):
+    x, y = images(12, shape).to(dtype) // 2, torch.arange(12) % 4
+    make = lambda: Dataset("x", Examples(x, y), Examples(x, y), tuple("abcd"))  # noqa: E731
+    if shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4, 64):
+        with pytest.raises(ValueError, match=r"dataset 'x': images .* have their channels last; pass x\.permute\(0, 3"):
+            make()
+        task = task_of(toy())
+        with pytest.raises(ValueError, match=r"task 0 .* channels last"):
+            replace(task, train=Examples(x, y), test=Examples(x, y))
+    else:
+        make()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.float64])
+def test_bytes_of_another_dtype_are_refused_unless_they_are_normalised_as_such(dtype):
+    x, y = images(12).to(dtype), torch.arange(12) % 4
+    make = lambda normalize: Dataset("x", Examples(x, y), Examples(x, y), tuple("abcd"), normalize)  # noqa: E731
+    with pytest.raises(ValueError, match=r"dataset 'x': images from 0.* to 255.* are torch\..*; pass bytes as x\.to"):
+        make(Normalize())
+    if dtype.is_floating_point:
+        make(Normalize.of(x))
+        x /= 255
+        make(Normalize())
+
+
 @pytest.mark.parametrize("label", [-1, 4, 10**12])
 def test_labels_out_of_range_are_refused(label: int):
     good = toy()

@@ -4,6 +4,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -228,6 +229,16 @@ def test_what_took_long_is_stored_and_follows_the_files(tmp_path: Path, monkeypa
     assert not same(first, data.folder(root))
 
 
+def test_images_are_read_where_they_cannot_be_kept_and_the_log_says_so(tmp_path: Path, monkeypatch, caplog):
+    root = plant(tmp_path / "tree", *PLAIN)
+    plain = data.folder(root)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLKIT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(decoding, "SLOW", 0.0)
+    assert same(plain, data.folder(root))
+    assert str(tmp_path / "file") in caplog.text and "not kept" in caplog.text
+
+
 def test_bad_folders_are_refused(tmp_path: Path):
     def refuses(message: str, path: Path, **options) -> None:
         with pytest.raises(ValueError, match=message):
@@ -317,6 +328,38 @@ def test_torchvision_sets_are_downloaded_only_if_missing(tmp_path: Path):
     )
     assert same(dataset, data.load("mnist", tmp_path, download=False))
     assert data.load("mnist", tmp_path, size=4).train.x.shape == (20, 1, 4, 4)
+
+
+@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("Error downloading"), KeyboardInterrupt()])
+def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(error, tmp_path: Path, monkeypatch):
+    from torchvision import datasets
+
+    class Broken:
+        """Takes a file for whole where it is there, as most of torchvision's sets do."""
+
+        def __init__(self, root: Path, *, download: bool, train: bool) -> None:
+            if not (root / "MNIST" / "raw" / "half").exists():
+                if not download:
+                    raise RuntimeError("Dataset not found.")
+                (root / "MNIST" / "raw").mkdir(parents=True)
+                (root / "MNIST" / "raw" / "half").write_bytes(b"half")
+                raise error
+
+    monkeypatch.setattr(datasets, "MNIST", Broken)
+    plant(tmp_path / "sets", "other/0.png")
+    for _ in range(2):
+        with pytest.raises((KeyboardInterrupt, ValueError)) as raised:
+            data.load("mnist", tmp_path / "sets")
+        assert [file.name for file in (tmp_path / "sets").rglob("*")] == ["other", "0.png"]
+        wanted = ["name: MNIST cannot be downloaded to", str(tmp_path / "sets"), str(error), "connect", "$CLKIT_DATA"]
+        assert raised.value is error or all(words in str(raised.value) for words in wanted)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_folder_of_downloads_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/.* cannot be written"):
+        data.load("mnist", tmp_path / "file")
 
 
 @pytest.mark.usefixtures("fakes")

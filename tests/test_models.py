@@ -1,4 +1,5 @@
 from functools import partial
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -231,3 +232,15 @@ def test_a_file_gives_all_but_a_head_of_other_size(tmp_path):
     assert torch.equal(other.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     with pytest.raises(ValueError, match="do not fit mobilenet_v2"):
         models.torchvision(stream((3, 32, 32), 9), "mobilenet_v2", tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("invalid hash value")])
+def test_weights_that_cannot_be_downloaded_say_where_they_should_lie(error, monkeypatch):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fails)
+    with pytest.raises(
+        ValueError, match=r"weights: resnet18's 'DEFAULT' cannot be downloaded .* put https://.*pth at /"
+    ):
+        models.torchvision(stream((3, 32, 32)), "resnet18", "DEFAULT")

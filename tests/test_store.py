@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import toys
-from clkit import data, models, store
+from clkit import data, models, modulation, store, weights
 from clkit.consolidation import NoConsolidation
 from clkit.experiments import sweep
 from clkit.learners import ER, Learner
@@ -557,6 +558,86 @@ class TestRecords:
         for thread in work:
             thread.join()
         assert made == [1] and [record["n"] for record in found] == [1] * 8
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+class TestWhatCannotBeWritten:
+    def test_a_store_says_so_before_anything_is_computed(self, tmp_path):
+        (tmp_path / "file").touch()
+        for folder in (tmp_path / "file", tmp_path / "file" / "deep"):
+            with pytest.raises(ValueError, match=r"path: .*file.* cannot be written .*; give a file in a folder"):
+                Records(folder).remember(1, lambda: pytest.fail("computed"))
+
+    @pytest.mark.parametrize("tree", [None, [torch.ones(2)]])
+    def test_what_was_computed_is_given_and_nothing_left_where_the_disk_is_full(
+        self, tree, tmp_path, monkeypatch, caplog
+    ):
+        records, made = Records(tmp_path), []
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", full)
+            for _ in range(2):
+                record = records.remember({"a": 1}, lambda: (made.append(1) or {"found": np.arange(3)}, tree))
+                assert record == {"configuration": {"a": 1}, "found": [0, 1, 2], "tensors": False}
+        assert len(made) == 2 and f"{digest({'a': 1})}" in caplog.text and "is used and not kept" in caplog.text
+        assert not list(tmp_path.iterdir())
+        assert records.remember({"a": 1}, lambda: ({}, tree))["tensors"] == (tree is not None)
+
+    def test_a_sweep_gives_its_table_where_the_disk_is_full(self, tmp_path, monkeypatch):
+        more: dict[str, Any] = {"training": SHORT, "device": "cpu", "progress": False, "jobs": 1, "store": tmp_path}
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", full)
+            table = sweep(toys.stream(2), mlp(), {"m": ER(9)}, **more)
+        again = sweep(toys.stream(2), mlp(), {"m": ER(9)}, **more)
+        assert len(table) and table.equals(again)
+
+    def test_what_is_stored_is_read_where_nothing_can_be_written(self, tmp_path, monkeypatch):
+        records = Records(tmp_path)
+        records.remember(1, lambda: ({"found": 2}, None))
+        monkeypatch.setattr("clkit.store.files.writable", full)
+        assert records.remember(1, lambda: pytest.fail("computed"))["found"] == 2
+
+    @pytest.mark.parametrize("failing", ["replace", "mkdir"])
+    def test_a_file_that_cannot_be_written_is_named_and_leaves_no_half(self, failing, tmp_path, monkeypatch):
+        store.write_tree(tmp_path / "w", [torch.zeros(2)])
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, failing, full)
+            with pytest.raises(OSError, match=r"w cannot be written .*No space left.*; free its disk or give another"):
+                store.write_tree(tmp_path / "w", [torch.ones(2)])
+        assert [p.name for p in tmp_path.iterdir()] == ["w"] and torch.equal(
+            store.read_tree(tmp_path / "w")[0], torch.zeros(2)
+        )
+
+
+@pytest.mark.parametrize("home", ["~", "$HOME", "${HOME}/deep/.."])
+def test_paths_are_expanded_wherever_they_are_taken(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "deep").mkdir()
+    weights.save(f"{home}/new/w.safetensors", {"w": torch.ones(1)})
+    assert weights.load(f"{home}/new/w.safetensors")[0]["w"] == 1
+    assert Records(f"{home}/runs").folder.resolve() == tmp_path / "runs"
+    for name in "ab":
+        (tmp_path / "pack" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (2, 2), i).save(tmp_path / "pack" / name / f"{i}.png")
+    (tmp_path / "own.txt").write_text("one\n\ntwo\n")
+    assert data.folder(f"{home}/pack").name == "pack"
+    assert data.text_file(f"{home}/own.txt", f"{home}/own.txt").name == "own"
+    monkeypatch.setenv("CLKIT_DATA", home)
+    assert data.load("pack").classes == ("a", "b")
+    monkeypatch.setenv("CLKIT_CACHE", f"{home}/cache")
+    assert store.cache_root().resolve() == tmp_path / "cache"
+    for read in (
+        lambda: data.folders(f"{home}/none"),
+        lambda: data.texts("math", path=f"{home}/none"),
+        lambda: data.load("mnist", f"{home}/none", download=False),
+        lambda: modulation.network(f"{home}/none", mlp()),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"{tmp_path}/"):
+            read()
+    assert modulation.listed(f"{home}/new") == []
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

@@ -209,6 +209,81 @@ def test_bad_input_names_itself_and_the_remedy(make, message, tmp_path):
         make(tmp_path)
 
 
+ROW = b'{"question": "1+1", "answer": "2"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "Über\n\nalles".encode("latin-1"), "is no UTF-8 .*; save it as UTF-8"),
+        ("a.txt", "one\n\ntwo".encode("utf-16"), "is no UTF-8"),
+        ("a.txt", "one\n\ntwo".encode("utf-16-le"), "has null bytes, as binary files have; give text"),
+        ("a.bin", bytes(range(256)), "is no UTF-8"),
+        ("a.txt", b"", "has no text"),
+        ("a.txt", b" \n\n \n", "has no text"),
+        ("a.jsonl", b"\n\n", "has no text"),
+        ("a.json", b'[{"text": "one"}]', "is one JSON value; write its documents as rows of a .jsonl file"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"line 2 is no JSON \(.*\); write an object a line"),
+        ("a.JSONL", b'[\n{"text": "one"},\n{"text": "two"}\n]', "line 1 is no JSON"),
+        ("a.jsonl", b'{"text": "one"}\n["two"]\n', r"line 2 is \[\"two\"\]; write an object a line"),
+        ("a.jsonl", b'{"text": "one"}\n{"other": "two"}\n', "has no 'text' in line 2; its rows have other"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": null}\n', "line 2 has None for 'text'; give a text"),
+        ("a.jsonl", b'{"text": ["one", "two"]}\n', r"line 1 has \['one', 'two'\] for 'text'"),
+        ("a.ndjson", "{\"text\": \"Ü\"}".encode("latin-1"), "is no UTF-8"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_text_are_named_with_the_remedy(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.* {message}"):
+        data.text_file(tmp_path / name)
+    (tmp_path / "good.txt").write_text("one\n\ntwo\n")
+    with pytest.raises(ValueError, match=rf"{name}.* {message}"):
+        data.text_file(tmp_path / "good.txt", tmp_path / name)
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is no file; give a text or a .jsonl file"):
+        data.text_file(tmp_path)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_marks_and_ends_of_lines_do_not_count(mark, end, tmp_path):
+    lines = [f"line {i}{'' if i % 2 else end}" for i in range(8)]
+    (tmp_path / "a.txt").write_bytes(mark + end.join(lines).encode())
+    text = data.text_file(tmp_path / "a.txt", tmp_path / "a.txt", context=16)
+    assert (
+        b"".join(pieces(text.train)).replace(b"\n", b" ").split() == b" ".join(b"line %d" % i for i in range(8)).split()
+    )
+    assert not (text.train.x == 13).any() and not (text.train.x > 127).any()
+    if end != "\r":
+        rows = [json.dumps({"text": f"row {i}"}) for i in range(3)]
+        (tmp_path / "a.jsonl").write_bytes(mark + end.join(rows).encode())
+        assert data.text_file(tmp_path / "a.jsonl", tmp_path / "a.jsonl", context=5).decode([97]) == "a"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"gsm8k_train.jsonl": ROW}, "has no gsm8k_test.jsonl"),
+        ({"gsm8k_train.jsonl": ROW, "x/gsm8k_test.jsonl": ROW, "y/gsm8k_test.jsonl": ROW},
+         "has several, x/gsm8k_test.jsonl, y/gsm8k_test.jsonl; give one"),
+        ({"gsm8k_train.jsonl": b'{"question": "1+1"}', "gsm8k_test.jsonl": ROW},
+         "gsm8k_train.jsonl has no 'answer' in line 1"),
+        ({"gsm8k_train.jsonl": ROW, "gsm8k_test.jsonl": ROW + b'{"question": "\xff"}'}, "test.jsonl' is no UTF-8"),
+    ],
+)  # fmt: skip
+def test_real_texts_of_another_kind_are_named(files, message, tmp_path):
+    with ZipFile(tmp_path / "texts.zip", "w") as archive:
+        for name, content in files.items():
+            (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "texts" / name).write_bytes(content)
+            archive.writestr(name, content)
+    for place in (tmp_path / "texts", tmp_path / "texts.zip"):
+        with pytest.raises(ValueError, match=message):
+            data.texts("math", path=place)
+
+
 def test_too_little_text_says_what_to_do(monkeypatch):
     monkeypatch.setattr(reading, "ENOUGH", 10**9)
     with pytest.raises(ValueError, match="a task needs 1000000000; give a folder"):

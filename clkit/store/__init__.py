@@ -2,7 +2,7 @@
 
 from clkit.store.files import (
     attempt, cache_root, canonical, digest, expand, hash_tensor, intact, load_tensors, plain, read_tree, save_tensors,
-    write_atomically, write_json, write_text, write_tree,
+    writable, write_atomically, write_json, write_text, write_tree,
 )  # fmt: skip
 from clkit.store.identity import describe, differences, source_digest
 from clkit.store.files import Records

@@ -82,13 +82,29 @@ def plain(value: Any) -> Any:
     )
 
 
+def writable(path: Path | str) -> Path:
+    """The path, expanded, of a file to be written; its folder is made and tried, and no file is left there.
+
+    Raises ValueError, naming the path, if it cannot be written.
+    """
+    path = expand(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError("a folder has that name")
+    except OSError as error:
+        raise ValueError(f"path: {path} cannot be written ({error}); give a file in a folder that can be") from error
+    return path
+
+
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary neighbour of `path` and renames it: a file is whole or it is not there.
 
     Folders on the way are made. Raises OSError, which names the path, where it cannot be written.
     """
     path = expand(path)
-    with _writing(path):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
@@ -99,13 +115,6 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
             neighbour.replace(path)
         finally:
             neighbour.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Gives the errors of the disk the path that they are about, and the remedy."""
-    try:
-        yield
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written ({error}); free its disk or give another place") from error
 
@@ -185,7 +194,7 @@ def intact(path: Path, read: Callable[[Path], T]) -> T | None:
     """
     try:
         return read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s); it is set aside and its content computed again", path, error)
@@ -267,8 +276,8 @@ class Records:
     reading. One that was cut off, edited or renamed is named in the log and set aside as `<hash>.damaged`. It counts as
     missing, so that it is computed again. Several processes may use one folder at once.
 
-    A folder that cannot be written raises OSError before anything is computed. What was computed before a write fails
-    is given all the same, with a warning in the log.
+    A folder that cannot be written raises ValueError before anything is computed. Where a write fails after
+    it, what was computed is given all the same, with a warning in the log.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -318,11 +327,8 @@ class Records:
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Holds the right to compute a record; others wait. What a process left that died with it is cleared away."""
-        path = self.folder / f"{key}.lock"
-        with _writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = _locked(path)
-        with file:
+        path = writable(self.folder / f"{key}.lock")
+        with _locked(path):
             for unfinished in self.folder.glob(f".{key}.*"):
                 unfinished.unlink(missing_ok=True)
             try:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit import alignment, checks, store
-from clkit.checkpoint import check_same, identify, restore, snapshot, widened, writable
+from clkit.checkpoint import check_same, identify, restore, snapshot, widened
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
 from clkit.data import Stream, Task
 from clkit.data.core import cuts
@@ -111,7 +111,7 @@ def run(
     trial.check_arguments(stream, model, learner, rule, training, resume)
     started = time.perf_counter()
     place, model = find_device(device), unwrapped(model) if isinstance(model, nn.Module) else model
-    path = writable(checkpoint) if checkpoint is not None else None
+    path = store.writable(checkpoint) if checkpoint is not None else None
     begun = path if path is not None and path.exists() else resume
     start = Result.load(begun) if isinstance(begun, Path | str) else begun
     record = {

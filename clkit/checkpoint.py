@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clkit import store
 from clkit.data import Stream
-from clkit.learners import Learner
+from clkit.learners.base import PLAIN, Learner
 
 LIVE = {"model", "learner"}  # of a result, what no file can hold
 
@@ -64,7 +64,7 @@ def identify(stream: Stream, parts: Mapping[str, Any], *, needed: bool) -> dict[
 def check_same(state: Mapping[str, Any], identity: Mapping[str, Any], owner: str) -> None:
     """Raises ValueError, naming what differs, unless a run of this identity can go on from the state of `owner`."""
     if not state:
-        raise ValueError(f"{owner} has no state to go on from: what its learner names in `state` cannot be kept")
+        raise ValueError(f"{owner} has no state to go on from: its learner's state_dict() says why")
     there, tasks = state["identity"], identity["tasks"]
     here = {**identity, "tasks": {number: tasks[number] for number in tasks if number in there.get("tasks", {})}}
     if differ := store.differences(there, here | (_versions() if "code" in there else {})):
@@ -93,7 +93,8 @@ def widened(result: Mapping[str, Any], initial: np.ndarray) -> dict[str, Any]:
 def snapshot(model: nn.Module, learner: Learner, *generators: torch.Generator) -> dict[str, Any]:
     """A copy of the state of a model, a learner, generators, and torch's own generators on the CPU and their device.
 
-    Of a model: parameters and all buffers, which parameters are frozen, and which modules are in evaluation mode.
+    Of a model: parameters and all buffers, which parameters are frozen, and its modules' numbers, texts and flags, such
+    as whether one is in evaluation mode.
     """
     device = generators[0].device
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -101,7 +102,10 @@ def snapshot(model: nn.Module, learner: Learner, *generators: torch.Generator) -
         "model": model.state_dict(),
         "buffers": dict(model.named_buffers()),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
-        "evaluating": [name for name, module in model.named_modules() if not module.training],
+        "plain": {
+            part: {name: value for name, value in vars(module).items() if type(value) in PLAIN}
+            for part, module in model.named_modules()
+        },
         "learner": learner.state_dict(),
         "random": {"own": [g.get_state() for g in generators], "cpu": torch.get_rng_state(), "cuda": cuda},
     }
@@ -120,8 +124,8 @@ def restore(
         buffer.copy_(state["buffers"][name])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in state["frozen"])
-    for name, module in model.named_modules():
-        module.training = name not in state["evaluating"]
+    for part, module in model.named_modules():
+        vars(module).update(state["plain"][part])
     learner.load_state_dict(state["learner"])
     for generator, own in zip(generators, state["random"]["own"], strict=True):
         generator.set_state(own)

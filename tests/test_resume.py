@@ -199,6 +199,36 @@ def test_flags_of_a_model_s_parts_come_back():
         assert not any(m.training for m in model[0].modules()) and not model[0].net.weight.requires_grad
 
 
+class Counting(nn.Module):
+    """A network that scales its answers by the number of its steps, which is in no buffer."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.steps = net, 0
+
+    def forward(self, x):
+        self.steps += self.training
+        return self.net(x) * (1 + 0.01 * self.steps)
+
+
+class Weighing(Learner):
+    """A learner that weighs tasks by their number, which it counts without naming it in `state`."""
+
+    def begin_task(self, model, task):
+        self.begun = getattr(self, "begun", 0) + 1
+
+    def loss(self, model, batch):
+        return super().loss(model, batch) / self.begun
+
+
+def test_plain_attributes_of_modules_and_learners_come_back(tmp_path):
+    def counting(stream, seed):
+        return Counting(models.mlp(stream, seed=seed))
+
+    result, whole = assert_goes_on(toys.stream(4), Weighing(), None, (1, 3), tmp_path / "run", model=counting)
+    assert result.model.steps == whole.model.steps > 9 and result.learner.begun == whole.learner.begun == 4
+
+
 class Judged(Learner):
     """Fine-tuning beside a network of its own with an optimizer of its own, whose answers it adds."""
 
@@ -401,7 +431,7 @@ class TestRefusals:
         result = quick(toys.stream(2), Loose())
         result.save(tmp_path / "run")
         for start in (result, tmp_path / "run"):
-            with pytest.raises(ValueError, match=r"resume: .* has no state to go on from: what its learner names"):
+            with pytest.raises(ValueError, match=r"resume: .* has no state to go on from: .* says why"):
                 quick(toys.stream(2), Loose(), resume=start)
 
     def test_paths_that_cannot_be_written_are_said_before_training(self, tmp_path, monkeypatch):

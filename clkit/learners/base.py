@@ -16,6 +16,7 @@ from clkit.modulation import TaskState
 
 LabelSpace = Literal["all", "seen", "task"]
 CONTEXT_ROWS = 1000
+PLAIN = (bool, int, float, str)
 _KIND = "kind of value"
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (tuple, dict, Examples, TaskState)}
 
@@ -115,6 +116,7 @@ class Learner:
     state: ClassVar[tuple[str, ...]] = ()
     """The attributes that a checkpoint keeps, beside those that the classes it derives from name.
 
+    Numbers and texts are kept unnamed.
     Each is None, a tensor, a number, a text, `Examples`, a `TaskState`, or a list, tuple or dict of such. What `start`
     makes with `state_dict` and `load_state_dict`, a `Memory` or a module for example, is restored in place.
     """
@@ -188,10 +190,10 @@ class Learner:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state and what `state` names, as a tree that a file can hold, with the tensors themselves.
+        """The generator's state, numbers, texts and what `state` names, as a tree that a file can hold.
 
-        The tree is of tensors, numbers, texts, None, lists, and dicts with texts as keys. Raises TypeError on what it
-        cannot hold.
+        The tree is of the learner's own tensors, numbers, texts, None, lists, and dicts with texts as keys. Raises
+        TypeError on what it cannot hold.
         """
         state = {name: _packed(name, getattr(self, name)) for name in self._state_names()}
         return {"generator": self.setting.generator.get_state(), **state}
@@ -202,11 +204,12 @@ class Learner:
         Raises TypeError where an object's state was kept and `start` has made no object to take it.
         """
         self.setting.generator.set_state(state["generator"])
-        for name in self._state_names():
+        for name in state.keys() - {"generator"}:
             setattr(self, name, _unpacked(name, state[name], getattr(self, name, None)))
 
     def _state_names(self) -> list[str]:
-        return [name for kind in reversed(type(self).__mro__) for name in vars(kind).get("state", ())]
+        named = [name for kind in reversed(type(self).__mro__) for name in vars(kind).get("state", ())]
+        return [*named, *(name for name, value in vars(self).items() if type(value) in PLAIN and name not in named)]
 
     def _prepared(self, task: Task, examples: Examples, rows: Tensor | None = None) -> Examples:
         """Examples, or the given rows of them, on the device as a model takes them: normalised and not augmented."""

@@ -23,6 +23,7 @@ from clkit import store
 from clkit.modules import unwrapped
 
 Weights = Mapping[str, Tensor]
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PIECE = 2**18  # entries of a running sum on the CPU: a megabyte, which stays in the cache
 
 
@@ -37,21 +38,19 @@ def floating(name: str, tensor: Any) -> bool:
     Raises ValueError for what would have to belong and cannot: complex and quantised tensors, and those that are
     sparse or have no numbers yet.
     """
-    if isinstance(tensor, Tensor) and tensor.is_floating_point():
-        unfit = is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.itemsize < 2
-    else:
-        unfit = not isinstance(tensor, Tensor) or tensor.is_complex() or tensor.is_quantized
-    if not unfit:
-        return tensor.is_floating_point()
-    kinds = {
-        "no tensor; give floating tensors": not isinstance(tensor, Tensor),
-        "without numbers as yet; load weights, or run the network once, first": is_lazy(tensor) or tensor.is_meta,
-        "complex; hold its real and its imaginary part in two real tensors": tensor.is_complex(),
-    }
-    kind = next(
-        (kind for kind, found in kinds.items() if found), "sparse or quantised; give it dense, in bfloat16 or wider"
-    )
-    raise ValueError(f"{name}: {kind}")
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: {type(tensor).__name__} is no tensor; give floating tensors, or keep it elsewhere")
+    if is_lazy(tensor) or tensor.is_meta:
+        raise ValueError(f"{name}: a tensor without numbers; load weights, or run the network once, first")
+    if tensor.dtype in FLOATING and tensor.layout == torch.strided:
+        return True
+    if tensor.is_complex():
+        raise ValueError(f"{name}: a complex tensor; hold its real and its imaginary part in two real tensors")
+    if tensor.is_floating_point() or tensor.is_quantized:
+        raise ValueError(
+            f"{name}: a tensor that is sparse, quantised or of 8 bits; give it dense, in bfloat16 or wider"
+        )
+    return False
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -165,7 +164,7 @@ def check_finite(weights: Weights, name: str = "weights") -> None:
 
 def wide(*tensors: Tensor) -> torch.dtype:
     """The dtype of sums over tensors: float64 where one of them has it, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
 
 
 def map_weights(fn: Callable[..., Tensor], *ws: Weights) -> dict[str, Tensor]:
@@ -180,8 +179,10 @@ def map_weights(fn: Callable[..., Tensor], *ws: Weights) -> dict[str, Tensor]:
     result = {}
     for name, tensor in ws[0].items():
         parts = [w[name] for w in ws]
-        result[name] = fn(*(part.to(wide(*parts)) for part in parts)).to(tensor.dtype)
-    return _in_range(result, ws)
+        made = fn(*(part.to(wide(*parts)) for part in parts))
+        result[name] = made.to(tensor.dtype) if made.is_floating_point() else made
+    check_range(result, ws)
+    return result
 
 
 @torch.no_grad()
@@ -192,16 +193,20 @@ def lerp(a: Weights, b: Weights, t: float, *, out: Weights | None = None) -> dic
     with many points.
     """
     check_same(a, b)
-    result = _output(a, out)
+    result, rounded = _output(a, out), {}
     for name, total in result.items():
         x, y = a[name], b[name]
+        dtype = wide(x, y)
         if t == 0 or t == 1:
             total.copy_(y if t else x)
-        elif total.dtype == x.dtype == y.dtype == wide(x):
+        elif total.dtype == x.dtype == y.dtype == dtype:
             torch.lerp(x, y, t, out=total)
         else:
-            total.copy_(x.to(wide(x, y)).lerp(y.to(wide(x, y)), t))
-    return _in_range(result, (a, b))
+            total.copy_(x.to(dtype).lerp(y.to(dtype), t))
+        if total.dtype != dtype:
+            rounded[name] = total
+    check_range(rounded, (a, b))
+    return result
 
 
 @torch.no_grad()
@@ -216,7 +221,7 @@ def combine(ws: Sequence[Weights], coefficients: Iterable[float], *, out: Weight
     if len(cs) != len(ws):
         raise ValueError(f"coefficients: {len(cs)} for {len(ws)} weights; give one for each")
     check_same(*ws)
-    result = _output(ws[0], out)
+    result, rounded = _output(ws[0], out), {}
     for name, total in result.items():
         parts = [w[name] for w in ws]
         dtype = wide(*parts)
@@ -225,7 +230,10 @@ def combine(ws: Sequence[Weights], coefficients: Iterable[float], *, out: Weight
                 _add_up(piece[0], piece[1:], cs, dtype)
         else:
             _add_up(total, parts, cs, dtype)
-    return _in_range(result, ws)
+        if total.dtype != dtype:
+            rounded[name] = total
+    check_range(rounded, ws)
+    return result
 
 
 def _output(like: Weights, out: Weights | None) -> dict[str, Tensor]:
@@ -246,16 +254,10 @@ def _add_up(total: Tensor, terms: Sequence[Tensor], coefficients: Sequence[float
         total.copy_(into)
 
 
-def _in_range(result: dict[str, Tensor], ws: Sequence[Weights]) -> dict[str, Tensor]:
-    """The result, unless rounding it made a finite number infinite. Only what was rounded is looked at."""
-    rounded = {n: tensor for n, tensor in result.items() if tensor.dtype != wide(tensor, *(w[n] for w in ws))}
-    if not finite(rounded):
-        check_range(rounded, ws)
-    return result
-
-
 def check_range(result: Weights, ws: Sequence[Weights]) -> None:
     """Raises ValueError that names a tensor of a result with a NaN or an infinity where no input has one."""
+    if finite(result):
+        return
     for name, tensor in result.items():
         if not tensor.isfinite().all() and all(w[name].isfinite().all() for w in ws):
             dtype = str(tensor.dtype).removeprefix("torch.")

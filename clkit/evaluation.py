@@ -52,7 +52,8 @@ def evaluate(
     calls the model. The task is given in the "task" scenario, else None. Batches of token targets are smaller than
     `batch` where their logits would take much memory. The training flags of the model's modules are as before
     afterwards. Inputs come in the model's dtype, and outputs for more classes than the stream has do not count. Raises
-    ValueError for a model with fewer outputs than the stream has classes.
+    ValueError for a model with fewer outputs than the stream has classes. Logits that are not finite raise
+    FloatingPointError that names the task: to mask a class, give it a finite number such as -1e9.
     """
     stream = stream.given(dtype_of(model))
 
@@ -62,14 +63,20 @@ def evaluate(
         return found[..., : len(stream.classes)]
 
     rows = [_means(model, partial(logits, t), t.test, t.classes, len(stream.classes), batch) for t in stream]
-    hits, masked, loss = torch.stack(rows, 1).cpu().numpy()
+    hits, masked, loss, wrong = torch.stack(rows, 1).cpu().numpy()
+    for task, number in zip(stream, wrong, strict=True):
+        _check_logits(number, f"the test data of task {task.index} ({task.name!r})")
     return Evaluation(masked.copy() if stream.scenario == "task" else hits, masked, loss)
 
 
 def score(model: nn.Module, examples: Examples, weights: Weights) -> Score:
-    """Judges weights, written into `model`, by prepared examples on its device, in evaluation mode."""
+    """Judges weights, written into `model`, by prepared examples on its device, in evaluation mode.
+
+    Raises FloatingPointError for logits that are not finite.
+    """
     set_weights(model, weights)
-    accuracy, _, loss = _means(model, model, examples).tolist()
+    accuracy, _, loss, wrong = _means(model, model, examples).tolist()
+    _check_logits(wrong, "the examples to judge by")
     return Score(loss, accuracy)
 
 
@@ -82,10 +89,13 @@ def _means(
     classes: int = 1,
     batch: int = EVALUATION_BATCH,
 ) -> Tensor:
-    """The accuracy, the accuracy among the classes `own`, and the loss, means over all targets: (3,), on the device."""
+    """The accuracy, the accuracy among the classes `own`, and the loss, means over all targets, on the device: (4,).
+
+    The last one is the number of logits, and of sums of losses, that are not finite.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     among = torch.tensor(own, device=device)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     with evaluation_mode(model):
         rows = min(batch, max(1, LOGITS // (examples.y[0].numel() * classes)))
         for start in range(0, len(examples), rows):
@@ -99,8 +109,18 @@ def _means(
             loss = nn.functional.cross_entropy(logits.flatten(0, -2), part.y.flatten(), reduction="sum")
             hits = (logits.argmax(-1) == part.y).sum()
             masked = (among[logits[..., among].argmax(-1)] == part.y).sum()
-            sums += torch.stack([hits, masked, loss, (part.y != IGNORED).sum()]).double()
-    return sums[:3] / sums[3]
+            wrong = (~logits.isfinite()).sum() + ~loss.isfinite()
+            sums += torch.stack([hits, masked, loss, wrong, (part.y != IGNORED).sum()]).double()
+    return torch.cat([sums[:3] / sums[4], sums[3:4]])
+
+
+def _check_logits(wrong: float, where: str) -> None:
+    """Raises FloatingPointError if any logits were not finite: no number is made of them."""
+    if wrong:
+        raise FloatingPointError(
+            f"{where}: logits are NaN or infinite; the weights do not make a network: after a merge "
+            "re-estimate BatchNorm or take a shorter step, and mask a class by a finite number such as -1e9"
+        )
 
 
 @torch.no_grad()
@@ -130,13 +150,15 @@ def continued(model: nn.Module, x: Tensor, length: int, *, context: int, weights
     """The `length` tokens (N, length) by which a model continues prompts `x` (N, L), the likeliest one each time.
 
     The model, tokens (N, L) to logits (N, L, C), sees the last `context` tokens. `weights` on its device take the place
-    of its own. In evaluation mode; the model stays as it is.
+    of its own. In evaluation mode; the model stays as it is. Raises FloatingPointError for logits that are not finite.
     """
-    start, model = x.shape[1], unwrapped(model)
+    start, model, wrong = x.shape[1], unwrapped(model), torch.zeros((), dtype=torch.long, device=x.device)
     with evaluation_mode(model):
         for _ in range(length):
             logits = torch.func.functional_call(model, dict(weights or {}), (x[:, -context:],))
             x = torch.cat([x, logits[:, -1:].argmax(-1)], 1)
+            wrong += (~logits[:, -1].isfinite()).sum()
+    _check_logits(float(wrong), "the continuation of a prompt")
     return x[:, start:]
 
 

@@ -7,7 +7,6 @@ the model, with one scratch copy of it.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -54,9 +53,15 @@ class Curve:
 
 
 def segment(a: Weights, b: Weights) -> Path:
-    """The straight path from `a` (t = 0) to `b` (t = 1)."""
+    """The straight path from `a` (t = 0) to `b` (t = 1); beyond its ends running statistics stay those of the end."""
     weights.check_same(a, b)
-    return partial(weights.lerp, a, b)
+    old, new = weights.statistics(a), weights.statistics(b)
+
+    def at(t: float) -> dict[str, Tensor]:
+        point = weights.lerp(a, b, t)
+        return point if 0 <= t <= 1 else point | weights.lerp(old, new, float(t > 1))
+
+    return at
 
 
 @checks.arguments
@@ -182,15 +187,18 @@ def plane(
 ) -> Plane:
     """Loss and accuracy on the plane through three weights (a, b, c), `points` by `points`, in true proportions.
 
-    a is the origin, b lies on the x axis; distances are those in weight space. The grid reaches `margin` times its
-    extent beyond the corners (Garipov et al., arXiv 1802.10026, figure 1). Other options as for `curve`. Raises
-    ValueError unless there are three corners that do not lie on one line.
+    a is the origin, b lies on the x axis; distances are those of parameters. The grid reaches `margin` times its extent
+    beyond the corners (Garipov et al., arXiv 1802.10026, figure 1). Running statistics are averaged: a corner weighs as
+    much as it makes up of the point, and nothing where the point lies beyond the other two. Other options as for
+    `curve`. Raises ValueError unless there are three corners that do not lie on one line.
     """
     if len(corners) != 3:
         raise ValueError(f"corners: {len(corners)} weights were given; a plane goes through three")
     device = next(model.parameters()).device
     stream = _first(stream, seen).to(device)
-    a, b, c = (_on(device, corner) for corner in corners)
+    corners = [_on(device, corner) for corner in corners]
+    running = [weights.statistics(corner) for corner in corners]
+    a, b, c = ({name: t for name, t in corner.items() if not weights.is_statistic(name)} for corner in corners)
     to_b, to_c = weights.sub(b, a), weights.sub(c, a)
     width = weights.norm(to_b)
     along = weights.dot(to_b, to_c) / width if width else 0.0
@@ -206,7 +214,9 @@ def plane(
     loss, accuracy = np.empty((points, points)), np.empty((points, points))
     for i, j in np.ndindex(points, points):
         x, y = xs[j] / width, ys[i] / height
-        spot = weights.combine([a, to_b, aside], [1.0, x, y])
+        part_b = x - y * along / width
+        parts = np.clip([1 - part_b - y, part_b, y], 0, None)
+        spot = weights.combine([a, to_b, aside], [1.0, x, y]) | weights.combine(running, (parts / parts.sum()).tolist())
         losses, accuracies = _measure(scratch, spot, stream, inputs, predict, batch)
         loss[i, j], accuracy[i, j] = losses.mean(), accuracies.mean()
     return Plane(xs, ys, loss, accuracy, flat)

@@ -32,6 +32,11 @@ def is_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
+def statistics(weights: Weights) -> dict[str, Tensor]:
+    """The running statistics among weights; not copied."""
+    return {name: tensor for name, tensor in weights.items() if is_statistic(name)}
+
+
 def floating(name: str, tensor: Any) -> bool:
     """Whether an entry belongs to weights: a floating tensor does, a counter does not.
 

@@ -33,7 +33,7 @@ from clkit.learners import ER, Learner
 from clkit.merging import MERGES, Merge
 from clkit.store import describe
 from clkit.training import Result, Training
-from clkit.weights import equal, get_weights, is_statistic, lerp
+from clkit.weights import equal, get_weights, is_statistic, lerp, statistics
 from toys import quick
 
 pytestmark = pytest.mark.usefixtures("one_symmetry")
@@ -137,9 +137,32 @@ class TestContract:
         assert all(equal(a, b) for a, b in zip(resumed.weights, whole.weights, strict=True))
         assert resumed.reports == whole.reports and not equal(whole.weights[1], whole.weights[2])
 
+    def test_variances_stay_positive(self, name):
+        for w in ran(SETTINGS[name]).weights:
+            assert all((t > 0).all() for n, t in w.items() if n.endswith("running_var"))
+
     def test_a_report_can_be_written_as_json(self, name):
         for report in ran(SETTINGS[name]).reports:
             assert json.loads(json.dumps(report)) == report
+
+
+AVERAGES = [
+    *(Merging(name, refresh=False) for name, row in MERGES.items() if row.needs is None),
+    Merging("task_arithmetic", {"scale": 2.0}, "independent", refresh=False),
+    WiSEFT(0.3), WiSEFT(0.6, old="base"), SFA(p=1.0), SFA(p=1.0, anchor=(0.7, 0.3)), SFA(p=1.0, anchor="uniform"),
+    SFA(p=1.0, beta="equal", include_base=True, anchor="recency"), CLeWI(0.3, align=None, refresh=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", AVERAGES, ids=repr)
+def test_statistics_lie_between_those_that_were_trained_or_deployed(rule):
+    result = ran(rule)
+    for t, deployed in enumerate(result.weights):
+        inputs = [get_weights(toys.small_convnet(toys.images())), *result.trained[: t + 1], *result.weights[:t]]
+        for name in statistics(deployed):
+            low, high = (end(torch.stack([w[name] for w in inputs]), 0) for end in (torch.amin, torch.amax))
+            slack = 1e-6 * (high - low) + 1e-7
+            assert (deployed[name] >= low - slack).all() and (deployed[name] <= high + slack).all()
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,26 @@ def test_a_plane_goes_through_its_corners(stream, net, ends):
     assert plane.loss.shape == plane.accuracy.shape == (3, 3)
 
 
+def test_statistics_are_averaged_on_paths_and_planes_and_go_no_further_than_their_ends(stream, net, ends):
+    """Variances so far apart that a straight line beyond an end leads below zero, where logits are NaN."""
+    a, b, c = ({**w, **{k: t * f for k, t in W.statistics(w).items() if k.endswith("var")}} for w, f in
+               zip((*ends, W.get_weights(net)), (1.0, 50.0, 1e-3), strict=True))  # fmt: skip
+    path = landscape.segment(a, b)
+    for t, end in ((-0.5, a), (3.0, b)):
+        assert W.equal(W.statistics(path(t)), W.statistics(end))
+        assert torch.equal(path(t)["linear.weight"], W.lerp(a, b, t)["linear.weight"])
+    assert np.isfinite(landscape.curve(net, (a, b), stream, [-1, 0, 1, 2]).loss).all()
+    plane = landscape.plane(net, (a, b, c), stream, 5, margin=1)
+    assert np.isfinite(plane.loss).all()
+    origin, to_b, to_c = (plane.corners[i] - plane.corners[0] for i in range(3))
+    middle = landscape.plane(net, (a, b, c), stream, 2, margin=0)  # its corners are those of the box
+    assert (origin == 0).all() and middle.loss[0, 0] == pytest.approx(
+        landscape.curve(net, (a, b), stream, [0]).loss.mean()
+    )
+    assert middle.loss[0, 1] == pytest.approx(landscape.curve(net, (a, b), stream, [1]).loss.mean(), rel=1e-3)
+    assert to_b[1] == 0 and to_c[1] > 0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -92,7 +92,7 @@ def slerp(ws: Sequence[Weights], *, t: Share = 0.5, whole: bool = False) -> dict
     tensor by tensor, too.
     """
     a, b = ws
-    merged = weights.lerp({n: x for n, x in a.items() if is_statistic(n)}, {n: b[n] for n in a if is_statistic(n)}, t)
+    merged = weights.lerp(weights.statistics(a), weights.statistics(b), t)
     turned = [name for name in a if name not in merged]
     for names in [turned] if whole and turned else [[name] for name in turned]:
         from_a, from_b = _arc(_angle(a, b, names), t)

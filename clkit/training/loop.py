@@ -407,7 +407,10 @@ class _Loop:
     def evaluate(self) -> Evaluation:
         """Tests the live model on every task, the way the learner predicts."""
         with self.autocast():
-            return evaluate(self.model, self.stream, predict=self.learner.predict)
+            try:
+                return evaluate(self.model, self.stream, predict=self.learner.predict)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{self.learner!r} with {self.consolidation!r}, {error}") from error
 
 
 def find_device(device: torch.device | str) -> torch.device:

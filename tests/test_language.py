@@ -1,5 +1,6 @@
 """Language models: what they are measured by, how they learn a stream of texts, and Hugging Face's in their place."""
 
+import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -194,6 +195,20 @@ def folder(request, transformers, tmp_path_factory):
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
+
+
+def test_code_of_a_folder_is_neither_run_nor_asked_about(transformers, tmp_path, monkeypatch):
+    own = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own", "AutoTokenizer": ["code.Own", "code.Own"]}
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "own", "tokenizer_class": "Own", "auto_map": own}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: ...\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    stream = data.domains({"math": data.texts("math", limit=2, test_limit=2)})
+    with pytest.raises(ValueError, match=r"path: .* has no causal language model"):
+        models.huggingface(stream, tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer: .* has no tokenizer"):
+        data.texts("math", tokenizer=tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -284,17 +284,15 @@ def _json_rows(content: bytes, source: str, fields: Sequence[str]) -> list[dict[
     for number, line in enumerate(_utf8(content, source).split("\n"), 1):  # strings may hold other ends of lines
         if not line.strip():
             continue
+        where = f"{source}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"path: {source!r}, line {number} is no JSON ({error}); write an object a line") from error
+        except ValueError:
+            row = None
         if not isinstance(row, dict):
-            raise ValueError(f"path: {source!r}, line {number} is {line:.40}; write an object a line")
-        for field in fields:
-            if field not in row:
-                raise ValueError(f"fields: {source} has no {field!r} in line {number}; its rows have {', '.join(row)}")
-            if not isinstance(row[field], str | int | float):
-                raise ValueError(f"fields: {source}, line {number} has {row[field]!r:.40} for {field!r}; give a text")
+            raise ValueError(f"path: {where} is no JSON object ({line:.40}); write one a line")
+        if lacking := [field for field in fields if not isinstance(row.get(field), str | int | float)]:
+            raise ValueError(f"fields: {where} has no text in {lacking}; its rows have {', '.join(row)}")
         rows.append(row)
     return rows
 

@@ -48,8 +48,8 @@ def find(names: Sequence[str] = (), root: Path | None = None) -> list[Path]:
     for name in names or [""]:
         stem = name.removesuffix(".ipynb").rpartition("/")[2]
         found = [path for known_name, path in known.items() if known_name.startswith(stem)]
-        if name.endswith(".ipynb") and Path(name).is_file():
-            found = [Path(name).resolve()]
+        if name.endswith(".ipynb") and expand(name).is_file():
+            found = [expand(name).resolve()]
         elif not known:
             raise FileNotFoundError(f"{folder} holds no notebooks; give the path of one, or go to clkit's repository")
         elif not found:

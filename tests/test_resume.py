@@ -133,6 +133,18 @@ def test_in_every_scenario(stream, model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "longer", [data.permuted, lambda dataset, tasks: data.rotated(dataset, range(0, 9 * tasks, 9))]
+)
+def test_a_longer_stream_may_be_made_anew(longer, digits):
+    few = replace(digits, train=digits.train[:60], test=digits.test[:40])
+    more = {"learner": ER(memory=9), "model": dropped_mlp, "training": SHORT}
+    result, whole = quick(longer(few, 2), **more), quick(longer(few, 4), **more)
+    again = quick(longer(few, 4), resume=result, **more)
+    assert same(again.weights, whole.weights) and np.array_equal(again.accuracy[1:], whole.accuracy[1:])
+    assert again.config == whole.config != result.config
+
+
+@pytest.mark.parametrize(
     ("learner", "consolidation", "model"),
     [
         (Learner(), HCMM(importance="fisher", correction="none"), linearised_mlp),
@@ -448,7 +460,7 @@ class TestRefusals:
         def full(**where):
             raise PermissionError(13, "Permission denied", str(where["dir"]))
 
-        monkeypatch.setattr("clkit.checkpoint.tempfile.TemporaryFile", full)
+        monkeypatch.setattr("clkit.store.files.tempfile.TemporaryFile", full)
         with pytest.raises(ValueError, match=r"run cannot be written \(.*Permission denied.*give a file in a folder"):
             quick(toys.stream(2), checkpoint=tmp_path / "run")
         assert sorted(tmp_path.rglob("*")) == before

@@ -116,9 +116,9 @@ class Learner:
     state: ClassVar[tuple[str, ...]] = ()
     """The attributes that a checkpoint keeps, beside those that the classes it derives from name.
 
-    Numbers and texts are kept unnamed.
     Each is None, a tensor, a number, a text, `Examples`, a `TaskState`, or a list, tuple or dict of such. What `start`
     makes with `state_dict` and `load_state_dict`, a `Memory` or a module for example, is restored in place.
+    Attributes that are numbers or texts are kept without being named.
     """
     remembers: ClassVar[bool] = False
     """Whether a memory is kept, a part of which can be held out of replay."""

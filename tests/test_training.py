@@ -488,3 +488,19 @@ def test_examples_of_a_task_without_a_memory_are_evenly_spaced(toy):
     learner = quick(Stream("s", (task,), ("a",)), training=Training(0)).learner
     rows = learner.examples(task).x[:, 0]
     assert len(rows) == 1000 and rows[0] == 0 and rows[-1] == 2499
+
+
+@pytest.mark.parametrize("steps", [40, 500, 800])
+def test_a_warm_up_of_so_many_steps_is_the_released_one(steps):
+    training = Training(schedule="cosine", warmup=500)
+    for step in range(steps):
+        after = 0.5 * (1 + np.cos(np.pi * (step - 500) / max(1, steps - 500)))
+        assert training.rate(step, steps) == pytest.approx((step + 1) / 500 if step < 500 else after)
+
+
+def test_a_warm_up_is_a_share_or_a_number_of_steps():
+    assert Training(warmup=0.25).rate(0, 8) == pytest.approx(1 / 3) and Training(warmup=2).rate(0, 8) == 0.5
+    assert [Training(warmup=w).rate(2, 8) for w in (0.25, 2)] == [1, 1]
+    for bad in (1, 1.5, -2, True):
+        with pytest.raises((ValueError, TypeError), match="warmup"):
+            Training(warmup=bad)

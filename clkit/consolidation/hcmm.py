@@ -18,10 +18,12 @@ from clkit.consolidation.base import Alpha, Context, Merged, Progress
 from clkit.merging import check_importances
 from clkit.weights import Weights, check_same, evaluation_mode, hooked, set_weights
 
-Loss = Literal["squared", "cosine"]
+Loss = Literal["squared", "absolute", "cosine"]
+By = Literal["steps", "pass", "ridge"]
 Layer = nn.Linear | nn.Conv2d
 Targets = Sequence[tuple[float, Tensor]]
 READ_BATCH = 256
+PASS_BATCH = 128
 ROWS = 8192  # of features that a correction looks at, evenly spaced among all
 
 
@@ -54,17 +56,23 @@ class HCMM:
     Correction: one weight matrix moves so that its layer's outputs on those inputs, the features, come closer to the
     parents'. It changes nothing else, the layer's bias and the importances among them.
 
-    - `correction`: "steps", `correction_steps` of Adam at a constant `correction_lr` (released); "ridge", least squares
-      in closed form, with `ridge` times the mean eigenvalue of the layer's Gram matrix as the penalty on the change; or
-      "none"
+    - `correction`: "steps", `correction_steps` of Adam at a constant `correction_lr`, each of which sees all inputs;
+      "pass" (released), one pass of AdamW at that rate in random batches of 128 rows, with a weight decay of 0.01 and
+      the gradient clipped to norm 1; "ridge", least squares in closed form, with `ridge` times the mean eigenvalue of
+      the layer's Gram matrix as the penalty on the change; or "none"
     - `target`: the features of the "previous" network, as released, which takes back a part of the new task; or of
       "both" parents, the current one's weighing alpha
-    - `loss`: the "squared" difference (released), or the "cosine" for a head that normalises, which takes "steps"
+    - `loss`: the "squared" or the "absolute" difference (both released), or the "cosine" for a head that normalises;
+      the last two have no "ridge"
     - `projection`: the weight's name, or a pattern (`*.proj.weight`) that fits one linear layer or convolution; None is
       the last one before the head. For a linearised model the features are linearised, and affine in the weight.
 
-    The released code takes a pass in random batches at a rate of 1e-7, which moves weights of 1e-2 by about 1e-6; here
-    every step sees all inputs (of more than 8,192 rows of features, as many evenly spaced ones), and nothing is drawn.
+    The released rate is 1e-7, which moves weights of 1e-2 by about 1e-6, and its pass is over the whole task. Here it
+    is over what the learner shows; of more than 8,192 rows of features as many evenly spaced ones count. The released
+    whole is `HCMM(importance="raw", correction="pass", correction_lr=1e-7)` after `Training(optimizer="adamw", lr=1e-5,
+    weight_decay=0.1, batch=128, schedule="cosine", warmup=500, clip=1.0)`. Most of its tasks have fewer than 500 steps,
+    and end in the warm-up.
+
     The report has the mean `share` of the new weights over the numbers with an importance, and the `mismatch` before
     and after the correction.
 
@@ -75,7 +83,7 @@ class HCMM:
     alpha: Alpha = 0.4
     importance: Literal["corrected", "raw", "normalised", "fisher", "none"] = "corrected"
     accumulate: Literal["ema", "sum"] = "ema"
-    correction: Literal["steps", "ridge", "none"] = "steps"
+    correction: Literal[By, "none"] = "steps"
     target: Literal["previous", "both"] = "previous"
     loss: Loss = "squared"
     ridge: checks.Positive = 100.0
@@ -86,8 +94,8 @@ class HCMM:
 
     def __post_init__(self) -> None:
         checks.fields(self)
-        if self.loss == "cosine" and self.correction == "ridge":
-            raise ValueError('loss: "cosine" has no closed form; use correction="steps", or loss="squared"')
+        if self.loss != "squared" and self.correction == "ridge":
+            raise ValueError(f'loss: "{self.loss}" has no closed form; use correction="steps", or loss="squared"')
 
     @property
     def uses_moments(self) -> bool:
@@ -216,7 +224,7 @@ def correct(
     parents: Sequence[tuple[float, Weights]],
     inputs: Tensor,
     *,
-    by: Literal["steps", "ridge"] = "steps",
+    by: By = "steps",
     loss: Loss = "squared",
     strength: checks.Positive = 100.0,
     steps: checks.Count = 10,
@@ -227,20 +235,22 @@ def correct(
 
     The last stage of holistic merging (arXiv 2509.23592) by itself; `consolidation.HCMM` has what each setting does.
     `model` is a scratch copy, which is overwritten; `parents` are shares and weights; `inputs` (N, ...) are prepared.
-    `by` is "steps" of Adam at `lr` on the `loss`, or "ridge" regression of a `strength`; `name` is the weight's, a
-    pattern, or None for the last one before the head. Gives the corrected weights, and the mismatch before and after.
-    Raises ValueError for no inputs, and where `name` is not one weight.
+    `by` is "steps" of Adam at `lr` on the `loss`, a "pass" of AdamW, or "ridge" regression of a `strength`; `name` is
+    the weight's, a pattern, or None for the last one before the head. Gives the corrected weights, and the mismatch
+    before and after. Raises ValueError for no inputs, and where `name` is not one weight.
     """
     full, layer = projection(model, inputs, name)
     targets = [(part, _read(model, parent, inputs, layer)[1]) for part, parent in parents]
     design, features = _read(model, merged, inputs, layer)
-    if by == "ridge":
+    weight = merged[full]
+    if by == "pass":
+        move = one_pass(design, features, targets, loss, weight.double().flatten(1).T, lr=lr)
+    elif by == "ridge":
         wanted = torch.stack([part * target for part, target in targets]).sum(0)
         move = curvature.ridge(design, wanted - features, strength)
     else:
         move = descend(design, features, targets, loss, lr=lr, steps=steps)
     both = [feature_loss(f, targets, loss) for f in (features, features + design @ move)]
-    weight = merged[full]
     moved = weight.double() + move.T.view_as(weight)
     return {**merged, full: moved.to(weight.dtype)}, torch.stack(both).tolist()
 
@@ -248,13 +258,15 @@ def correct(
 def feature_loss(features: Tensor, targets: Targets, loss: Loss) -> Tensor:
     """How far features (N, F) are from each of the targets (N, F), times the target's share, added up: a scalar.
 
-    "squared" is the mean squared difference, "cosine" the mean over rows of 1 - the cosine, which is half the squared
-    distance at unit length.
+    "squared" is the mean squared difference, "absolute" that of absolute ones, "cosine" the mean over rows of 1 - the
+    cosine, which is half the squared distance at unit length.
     """
 
     def apart(target: Tensor) -> Tensor:
         if loss == "squared":
             return (features - target).square().mean()
+        if loss == "absolute":
+            return (features - target).abs().mean()
         return (F.normalize(features, dim=1) - F.normalize(target, dim=1)).square().sum(1).mean() / 2
 
     return torch.stack([part * apart(target) for part, target in targets]).sum()
@@ -272,6 +284,22 @@ def descend(design: Tensor, features: Tensor, targets: Targets, loss: Loss, *, l
         feature_loss(features + design @ move, targets, loss).backward()
         optimizer.step()
     return move.detach()
+
+
+def one_pass(design: Tensor, features: Tensor, targets: Targets, loss: Loss, weight: Tensor, *, lr: float) -> Tensor:
+    """The change (in, out) of a weight (in, out) that one pass of AdamW over the rows comes to, in random batches.
+
+    The rest is as in `descend`. The order is drawn from torch's global generator.
+    """
+    live = weight.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([live], lr=lr)
+    for rows in torch.randperm(len(design)).to(design.device).split(PASS_BATCH):
+        optimizer.zero_grad()
+        moved = features[rows] + design[rows] @ (live - weight)
+        feature_loss(moved, [(part, target[rows]) for part, target in targets], loss).backward()
+        nn.utils.clip_grad_norm_([live], 1.0)
+        optimizer.step()
+    return live.detach() - weight
 
 
 def projection(model: nn.Module, inputs: Tensor, wanted: str | None) -> tuple[str, Layer]:

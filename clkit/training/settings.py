@@ -24,7 +24,8 @@ class Training:
     - `epochs`, `batch` (rows of the task a step; a last row that would be alone joins the batch before), `lr`
     - `optimizer` "sgd" or "adamw", with `momentum` (SGD) and `weight_decay`
     - `schedule` of the learning rate within each task: "constant"; "cosine" or "linear" to zero; "multistep", times
-      0.1 at each of the `milestones` (shares of the task's steps); it first rises for `warmup`, a share of the steps
+      0.1 at each of the `milestones` (shares of the task's steps); it first rises for `warmup`: a share
+      of the steps below 1, or so many steps, a whole number from 2 on, the last of them at the full rate
     - `clip`: the largest norm of the gradient, None for any; `label_smoothing`
     - `labels`: the label space of a step's loss: "all" classes, those "seen" so far, or the row's own "task"
     - `augment`: use the stream's augmentation
@@ -40,7 +41,7 @@ class Training:
     weight_decay: checks.NotNegative = 0.0
     schedule: Literal["constant", "cosine", "linear", "multistep"] = "constant"
     milestones: tuple[Annotated[float, checks.Range(0, 1, "both", "shares of a task's steps")], ...] = (0.7, 0.9)
-    warmup: checks.Part = 0.0
+    warmup: checks.Part | Annotated[int, checks.Range(2, means="steps")] = 0.0
     clip: checks.Positive | None = None
     label_smoothing: checks.Part = 0.0
     labels: LabelSpace = "all"
@@ -52,9 +53,10 @@ class Training:
 
     def rate(self, step: int, steps: int) -> float:
         """The factor on the learning rate in step `step` of `steps`."""
-        rise = self.warmup * steps
+        counted = self.warmup > 1
+        rise = self.warmup if counted else self.warmup * steps
         if step < rise:
-            return (step + 1) / (rise + 1)
+            return (step + 1) / (rise if counted else rise + 1)
         share = (step - rise) / max(1.0, steps - rise)
         if self.schedule == "cosine":
             return 0.5 * (1 + float(np.cos(np.pi * share)))

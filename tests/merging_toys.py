@@ -4,10 +4,9 @@ import inspect
 
 import torch
 
-from clkit import checks
 from clkit import weights as W
 from clkit.checks import Positive
-from clkit.merging import MERGES, Merge, TaskVectors
+from clkit.merging import MERGES, Merge, TaskVectors, opcm
 
 PARAMETERS = {"conv.weight": (4, 3, 3, 3), "norm.weight": (4,), "linear.weight": (2, 4), "scalar": ()}
 STATISTICS = {"norm.running_mean": (4,), "a.b.norm.running_var": (4,)}
@@ -20,7 +19,10 @@ def median(ws, *, base, scale: Positive = 1.0):
     return TaskVectors(ws, base).merge(lambda piece, part: part.median(0).values, scale)
 
 
-MINE = {"median": Merge(checks.arguments(median), "our own")}
+MINE = {
+    "median": Merge(median, "our own"),
+    "opcm, released": Merge(opcm, symmetric=False, exact=None, defaults={"projection": "released", "alpha": 1.0}),
+}
 
 
 def weights(seed, dtype=torch.float64, shapes=SHAPES):

@@ -441,27 +441,33 @@ class TestSpectral:
         a[0, 1], b[2, 3] = 2.0, 5.0
         close(M.tsv([{"w": a}, {"w": b}], base={"w": a * 0}), {"w": a + b})
 
-    def test_opcm_is_its_twin(self):
+    @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
+    @pytest.mark.parametrize("projection", ["paper", "released"])
+    def test_opcm_is_its_twin(self, projection, alpha):
         """With full bases, entry by entry of the projected coefficients."""
         merged, factor, lengths = {k: BASE[k] * 0 for k in BASE}, 0.0, []
         for t, w in enumerate(TASKS):
             tau = W.sub(w, BASE)
             lengths.append(W.norm(tau))
             for name, new in tau.items():
-                if t and new.ndim > 1:
+                if t and new.ndim > 1 and (projection == "paper" or new.ndim == 2):
                     u, s, vt = np.linalg.svd(merged[name].flatten(1).numpy())
                     c = u.T @ new.flatten(1).numpy() @ vt.T
-                    r = int((np.cumsum(s) <= 0.5 * s.sum()).sum())
-                    c[:r], c[:, :r] = 0, 0
-                    for i in range(len(s)):
-                        c[i, i] = 0
+                    r = int((np.cumsum(s) <= alpha * s.sum()).sum())
+                    if projection == "released":
+                        c[:r, :r] = 0
+                    else:
+                        c[:r], c[:, :r] = 0, 0
+                        for i in range(len(s)):
+                            c[i, i] = 0
                     new = torch.from_numpy(u @ c @ vt).view_as(new)
                 merged[name] = factor * merged[name] + new
             factor = W.norm(merged) / np.mean(lengths)
             merged = W.scale(merged, 1 / factor)
-        close(M.opcm(TASKS, base=BASE), W.add(BASE, merged))
+        options = {"alpha": alpha, "projection": projection}
+        close(M.opcm(TASKS, base=BASE, **options), W.add(BASE, merged))
         assert W.norm(merged) == pytest.approx(np.mean(lengths))
-        close(M.opcm(TASKS[:1], base=BASE), TASKS[0])
+        close(M.opcm(TASKS[:1], base=BASE, **options), TASKS[0])
 
     def test_float32_and_float64_weights_take_different_paths_to_one_result(self):
         ws, base = several(MERGES["iso_c"], 4, torch.float32)

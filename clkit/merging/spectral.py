@@ -8,6 +8,7 @@ are rounding below 1e-5 or so. Weights in float64 are decomposed directly.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -95,7 +96,13 @@ def tsv(
 
 
 @on_parameters()
-def opcm(ws: Sequence[Weights], *, base: Weights, alpha: checks.Share = 0.5) -> dict[str, Tensor]:
+def opcm(
+    ws: Sequence[Weights],
+    *,
+    base: Weights,
+    alpha: checks.Share = 0.5,
+    projection: Literal["paper", "released"] = "paper",
+) -> dict[str, Tensor]:
     """Takes the weights in one after another, each time only what is orthogonal to what is merged already.
 
     T is the task's matrix (out, in), M the one merged so far, with singular vectors u_i, v_i. The leading directions
@@ -104,8 +111,10 @@ def opcm(ws: Sequence[Weights], *, base: Weights, alpha: checks.Share = 0.5) -> 
     the merged task vector is the mean length of those so far. Other tensors add up without a projection. Order matters.
     Memory is constant: only the merged weights and two numbers have to be kept.
 
-    alpha = 0.5 is the paper's. Its code takes out only what both begins and ends in leading directions. It decomposes
-    into full bases, whose part beyond the rank of M is arbitrary; here that part has no diagonal to take out.
+    alpha = 0.5 is the paper's. It decomposes into full bases, whose part beyond the rank of M is arbitrary; here that
+    part has no diagonal to take out. The published numbers come from the `projection` "released", that of the code: of
+    tensors of two axes it takes out only what both begins and ends in leading directions. Its line for the other u_i
+    v_i^T empties a copy of the diagonal, so these stay.
 
     Ref: Tang et al., Merging models on the fly without retraining (OPCM), arXiv 2501.09522, eq. 5 to 8.
     """
@@ -119,8 +128,8 @@ def opcm(ws: Sequence[Weights], *, base: Weights, alpha: checks.Share = 0.5) -> 
         for name, total in merged.items():
             vector = w[name].to(dtype) - base[name].to(dtype)
             own.append(vector.double().square().sum().cpu())
-            if t and vector.ndim > 1:
-                vector = _orthogonal(vector.flatten(1), total.flatten(1), alpha).view_as(vector)
+            if t and (vector.ndim == 2 or (vector.ndim > 2 and projection == "paper")):
+                vector = _orthogonal(vector.flatten(1), total.flatten(1), alpha, projection).view_as(vector)
             total.mul_(factor).add_(vector)
             squares.append(total.double().square().sum().cpu())
         mean += (float(torch.stack(own).sum()) ** 0.5 - mean) / (t + 1) if own else 0.0
@@ -131,12 +140,14 @@ def opcm(ws: Sequence[Weights], *, base: Weights, alpha: checks.Share = 0.5) -> 
     return {name: (base[name].to(dtype) + merged[name]).to(base[name].dtype) for name in vectors.names}
 
 
-def _orthogonal(matrix: Tensor, merged: Tensor, alpha: float) -> Tensor:
+def _orthogonal(matrix: Tensor, merged: Tensor, alpha: float, projection: str) -> Tensor:
     """What is left of a task matrix beside the merged one: the projection of `opcm`."""
     u, s, v = decompose(merged)
     leading = int((s.cumsum(0) <= alpha * s.sum()).sum())
     own = matrix.double()
     first, last = u[:, :leading], v[:, :leading]
+    if projection == "released":
+        return (own - first @ (first.T @ own @ last) @ last.T).to(matrix.dtype)
     own = own - first @ (first.T @ own)
     own = own - (own @ last) @ last.T
     u, v = u[:, leading:], v[:, leading:]

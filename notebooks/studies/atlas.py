@@ -40,7 +40,8 @@ TRAININGS = ("independent", "sequential")
 STARTS = ("pretrained", "random", "apart")
 SEEDS = range(5)
 MASKED = "emr, masked"  # EMR as its paper deploys it: a network for each task, made of one vector and a mask
-NAMES = (*MERGES, MASKED)
+RELEASED = "opcm, released"  # OPCM with the projection of its released code, from which its published numbers come
+NAMES = (*MERGES, MASKED, RELEASED)
 COUNTED = ("average", "task_arithmetic", "model_stock", "ties", "magmax", "regmean", "iso_c", "tsv", MASKED)
 PER_CLASS, HELD_OUT = 80, 16  # training examples of a character, and how many of them options are chosen on
 ADAM = Training(6, 32, 0.001, optimizer="adamw", labels="task", augment=False)
@@ -90,6 +91,7 @@ SEARCHED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "iso_c": _each(scale=(*MEANS, 2.5, 3.0, 3.5, 4.0, 5.0)),
     "tsv": _each(scale=(*MEANS, 2.5, 3.0)),
     "opcm": _each(alpha=(0.0, 0.2, 0.5, 0.8)),
+    RELEASED: _each(alpha=(0.0, 0.2, 0.5, 0.8)),
 }
 
 
@@ -126,6 +128,8 @@ class Zoo:
         ws = [self.networks[training][i] for i in chosen]
         if name == MASKED:
             return [MERGES["emr"](ws, base=self.base, task=i) for i in range(len(ws))]
+        if name == RELEASED:
+            name, options = "opcm", options | {"projection": "released"}
         row = MERGES[name]
         if row.needs == "score":
             options["score"] = lambda w: self.accuracy([w] * len(ws), chosen, held_out=True).mean()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from math import log
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from clkit import checks
 from clkit.data import Examples, Problem, Stream, Task, Text
-from clkit.data.core import IGNORED
+from clkit.data.core import IGNORED, cuts
 from clkit.modules import dtype_of, unwrapped
 from clkit.weights import Weights, check_same, evaluation_mode, live_tensors, set_weights
 
@@ -98,8 +99,8 @@ def _means(
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     with evaluation_mode(model):
         rows = min(batch, max(1, LOGITS // (examples.y[0].numel() * classes)))
-        for start in range(0, len(examples), rows):
-            part = examples[start : start + rows].to(device)
+        for start, end in pairwise([0, *cuts(len(examples), rows), len(examples)]):
+            part = examples[start:end].to(device)
             logits = logits_of(part.x).float()
             if logits.shape[-1] < classes:
                 raise ValueError(

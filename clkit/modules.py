@@ -15,10 +15,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     All tensors are shared. Of the modules, those with a wrapper within are copies; a model without any is returned.
     """
-    inner = model._modules.get("_orig_mod") or (model._modules["module"] if isinstance(model, WRAPPERS) else None)
+    inner = model._modules.get("module" if isinstance(model, WRAPPERS) else "_orig_mod")
     if inner is not None:
         return unwrapped(inner)
-    plain = {name: child and unwrapped(child) for name, child in model._modules.items()}
+    plain = {name: child if child is None else unwrapped(child) for name, child in model._modules.items()}
     if all(plain[name] is child for name, child in model._modules.items()):
         return model
     model = copy.copy(model)

@@ -95,11 +95,12 @@ def attempt(loop: Any) -> None:
     """
     stream, task = loop.stream, loop.stream[0]
     some, one = (task.batch(slice(0, count), device=loop.device) for count in (2, 1))
-    if check_outputs(loop.model, some, len(stream.classes)) > len(stream.classes):
+    tested = one if any(len(task.test) == 1 for task in stream) else some
+    if check_outputs(loop.model, tested, len(stream.classes)) > len(stream.classes):
         for model in {loop.model, loop.scratch}:
             model.register_forward_hook(partial(_cut, len(stream.classes)))
-    alone = loop.training.batch == 1 or any(len(task.train) == 1 for task in stream)
-    check_step(loop.model, one if alone else some, loop.criterion)
+    trained = one if loop.training.batch == 1 or any(len(task.train) == 1 for task in stream) else some
+    check_step(loop.model, trained, loop.criterion)
     loop.learner.check(loop.scratch, some.x)
     if len(stream) > 1:
         check_consolidation(loop.consolidation, loop.scratch, some.x, lambda: loop.symmetry)

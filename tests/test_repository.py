@@ -1,6 +1,7 @@
 """What a reader of the repository meets: the README's example runs, the notebooks hold the outputs they should."""
 
 import ast
+import csv
 import io
 import json
 import os
@@ -18,8 +19,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def cells(path: Path, kind: str = "code") -> list[dict]:
-    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+def cells(path: Path, *kinds: str) -> list[dict]:
+    """The cells of these kinds, of code if none is named."""
+    book = json.loads(path.read_text(encoding="utf-8"))
+    return [cell for cell in book["cells"] if cell["cell_type"] in (kinds or ("code",))]
 
 
 def text(cell: dict) -> str:
@@ -100,6 +103,29 @@ def test_every_figure_of_the_text_is_there():
             assert (folder / link).exists(), link
 
 
+def test_one_run_has_one_result_in_all_figures():
+    """Runs of equal settings give equal numbers, whichever notebook they were made for."""
+    results, files = {}, {}
+    for path in sorted((ROOT / "figures").glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("hash") and row.get("acc"):
+                    results.setdefault(row["hash"], set()).add((row["acc"], row.get("forgetting")))
+                    files.setdefault(row["hash"], set()).add(path.name)
+    shared = [files[key] for key, found in results.items() if len(files[key]) > 1]
+    assert any({"00-start-here-methods.csv", "03-clewi-alpha.csv"} <= names for names in shared)
+    assert not {key: (found, files[key]) for key, found in results.items() if len(found) > 1}
+
+
+def test_the_first_and_the_clewi_notebook_show_one_run():
+    """ER and CLeWI on digits, alone and over seeds: one configuration, one code, one number."""
+    first, then = (
+        json.loads((ROOT / "figures" / f"{n}-matrices.json").read_text()) for n in ("00-start-here", "03-clewi")
+    )
+    assert first["config"] == then["config"]
+    assert [first["data"][name] for name in ("ER", "ER + CLeWI")] == [then["data"][name] for name in ("ER", "CLeWI")]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestNotebook:
     def test_it_is_stored_as_executed(self, path):
@@ -119,14 +145,29 @@ class TestNotebook:
             assert isinstance(statement, ast.Assign)
             ast.literal_eval(statement.value)
 
+    def test_its_page_knows_its_parameters(self, path):
+        """With these values the claims were recorded; a notebook with others only reports."""
+        [parameters] = [text(cell) for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+        values: dict = {}
+        exec(parameters, values)
+        del values["__builtins__"]
+        [opened] = [text(cell) for cell in cells(path) if "experiments.page(" in text(cell)]
+        passed = ", ".join(f"{name}={name}" for name in values)
+        assert f'page = experiments.page("{path.stem}", {passed})' in opened
+        assert f"{', '.join(values)} = page.parameters.values()" in opened
+        record = json.loads((ROOT / "figures" / f"{path.stem}-claims.json").read_text(encoding="utf-8"))
+        assert record["parameters"] == values
+
     def test_it_takes_no_number_out_of_a_name(self, path):
         parsing = r"\.str\.(split|r?partition|extract|extractall|removeprefix|removesuffix|replace|match|fullmatch)\("
         parsing += r"|\.filter\((like|regex)=|\.remove(prefix|suffix)\(|method\.astype\(float\)|2\.776"
         assert not [line for cell in cells(path) for line in text(cell).splitlines() if re.search(parsing, line)]
 
     def test_it_reads_well(self, path):
-        lines = [code_lines(text(cell)) for cell in cells(path)]
+        lines = {cell["id"]: code_lines(text(cell)) for cell in cells(path)}
         assert path.stat().st_size < 300_000
-        assert statistics.median(lines) <= 8 and max(lines) <= 18 and sum(lines) <= 260  # grids of methods are shown
+        assert statistics.median(lines.values()) <= 8 and max(lines.values()) <= 18
+        asked = [cell["id"] for cell in cells(path) if "exercise" in cell["metadata"].get("tags", [])]
+        assert sum(n for cell, n in lines.items() if cell not in asked) <= 255  # grids of methods are shown
         definitions = sum(text(cell).count("\ndef ") + text(cell).startswith("def ") for cell in cells(path))
         assert definitions <= 3

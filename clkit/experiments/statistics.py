@@ -1,7 +1,7 @@
 """Means, spreads and paired differences over the rows of a table of runs, with Student's confidence interval."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -60,10 +60,10 @@ def summarise(
 
     by = [by] if isinstance(by, str) else list(by)
     _check_columns(table, *by, value)
-    rows = []
-    for place, part in table.groupby(by, sort=False, dropna=False)[value]:
+    rows, groups, none = [], cast(Any, table.groupby(by, sort=False, dropna=False)[value]), float("nan")
+    for place, part in groups:
         numbers = part.dropna()
-        found = difference(numbers, level) if len(numbers) else Difference(*[float("nan")] * 3, 0)
+        found = difference(numbers, level) if len(numbers) else Difference(none, none, none, 0)
         rows.append((*place, *found[:3], numbers.std(), found.n))
     return pd.DataFrame(rows, columns=[*by, "mean", "lower", "upper", "std", "n"])
 

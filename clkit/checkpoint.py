@@ -64,7 +64,7 @@ def identify(stream: Stream, parts: Mapping[str, Any], *, needed: bool) -> dict[
 def check_same(state: Mapping[str, Any], identity: Mapping[str, Any], owner: str) -> None:
     """Raises ValueError, naming what differs, unless a run of this identity can go on from the state of `owner`."""
     if not state:
-        raise ValueError(f"{owner} has no state to go on from: its learner's state_dict() says why")
+        raise ValueError(f"{owner} has no state: it was taken out, or its learner's state_dict() fails")
     there, tasks = state["identity"], identity["tasks"]
     here = {**identity, "tasks": {number: tasks[number] for number in tasks if number in there.get("tasks", {})}}
     if differ := store.differences(there, here | (_versions() if "code" in there else {})):

@@ -119,6 +119,7 @@ class Result:
     def save(self, path: Path | str) -> None:
         """Writes all but `model` and `learner` to a file, by rename, as a checkpoint of `run` does.
 
+        With `result.state = {}` before, the file is smaller and can only be read.
         Raises ValueError if the path cannot be written, TypeError on reports that a file cannot hold.
         """
         checkpoint.write(path, vars(self))

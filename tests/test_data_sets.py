@@ -244,9 +244,13 @@ def test_bad_folders_are_refused(tmp_path: Path):
         with pytest.raises(ValueError, match=message):
             data.folder(path, **options)
 
-    refuses("does not exist; pass a directory or a zip", tmp_path / "none")
+    refuses("does not exist; pass a directory or a whole zip", tmp_path / "none")
     (tmp_path / "text.zip").write_text("no zip")
     refuses("neither a directory nor a zip", tmp_path / "text.zip")
+    whole = zipped(plant(tmp_path / "whole", *PLAIN), tmp_path / "whole.zip").read_bytes()
+    for i, content in enumerate((b"", whole[:-30], whole[40:], whole[:60] + whole[200:])):
+        (tmp_path / f"half{i}.zip").write_bytes(content)
+        refuses(rf"half{i}\.zip.*(neither a directory nor a zip .*; pass|cannot be read)", tmp_path / f"half{i}.zip")
     (tmp_path / "empty").mkdir()
     refuses("has no images; expected CLASS/image", tmp_path / "empty")
     refuses("one class", plant(tmp_path / "one", "a/1.png", "a/2.png"))

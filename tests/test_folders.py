@@ -381,7 +381,7 @@ WORDS = [
 ]
 LEFT = (
     ".DS_Store", "Thumbs.db", "README", "extra/", "__MACOSX/a/0.png", "notes/x.txt",
-    "stray.png", "unlabeled/0.png", "extra/a/0.png", "Train/a/7.png",
+    "stray.png", "unlabeled/0.png", "extra/a/0.png", "tRain/a/7.png",
 )  # fmt: skip
 LAYOUT = ("{c}", "{p}/{c}", "{c}/{p}", "{d}/{c}", "{d}/{p}/{c}", "{p}/{d}/{c}", "pack/{p}/{c}")
 NAMED = st.lists(st.sampled_from(["a", "b", "Train", "test", "10", "9"]), min_size=2, max_size=4, unique=True)

@@ -188,7 +188,7 @@ def test_the_real_pack(packs):
         (lambda path: data.texts("math", context=0), "context: 0; give a whole number, at least 1"),
         (lambda path: data.texts("math", limit=0), "limit: 0; give a whole number, at least 1"),
         (lambda path: data.texts("math", path=path), r"has no gsm8k_train.jsonl; .* text_file\(\)"),
-        (lambda path: data.texts("math", path=path / "none"), "does not exist; pass a directory or a zip"),
+        (lambda path: data.texts("math", path=path / "none"), "does not exist; pass a directory or a whole zip"),
         (lambda path: data.texts("math", tokenizer=path / "none"), "is no folder; .* nothing is downloaded"),
         (lambda path: data.text_file(path / "none"), "is no file"),
         (lambda path: data.text_file(path / "one.txt"), "has 1 documents"),

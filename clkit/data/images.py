@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -274,10 +274,11 @@ def files(path: str | Path) -> dict[str, File]:
         except OSError as error:
             raise ValueError(f"path: {error.filename} cannot be read ({error}); mend or remove it") from error
         return dict(sorted(found.items()))
-    if not path.exists() or not is_zipfile(path):
-        what = "is neither a directory nor a zip" if path.exists() else "does not exist"
-        raise ValueError(f"path: {str(path)!r} {what}; pass a directory or a zip")
-    archive = ZipFile(path)
+    try:
+        archive = ZipFile(path)
+    except (OSError, BadZipFile) as error:
+        what = f"is neither a directory nor a zip ({error})" if path.exists() else "does not exist"
+        raise ValueError(f"path: {str(path)!r} {what}; pass a directory or a whole zip") from error
     for info in archive.infolist():
         names = [name for name in info.filename.replace("\\", "/").split("/") if name not in ("", ".")]
         shown = list(takewhile(_shown, names))

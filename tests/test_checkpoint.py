@@ -263,7 +263,7 @@ class TestTree:
         def fail(*args, **kwargs):
             raise OSError("the disk is full")
 
-        monkeypatch.setattr("safetensors.torch.save_file", fail)
+        monkeypatch.setattr("clkit.store.files.save_file", fail)
         with pytest.raises(OSError, match="full"):
             store.write_tree(tmp_path / "tree", tree)
         assert store.read_tree(tmp_path / "tree") == [1]

@@ -40,22 +40,19 @@ def statistics(weights: Weights) -> dict[str, Tensor]:
 def floating(name: str, tensor: Any) -> bool:
     """Whether an entry belongs to weights: a floating tensor does, a counter does not.
 
-    Raises ValueError for what would have to belong and cannot: complex and quantised tensors, and those that are
-    sparse or have no numbers yet.
+    Raises ValueError for what would have to belong and cannot: complex, quantised and sparse tensors, and those that
+    have no numbers yet.
     """
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: {type(tensor).__name__} is no tensor; give floating tensors, or keep it elsewhere")
-    if is_lazy(tensor) or tensor.is_meta:
-        raise ValueError(f"{name}: a tensor without numbers; load weights, or run the network once, first")
-    if tensor.dtype in FLOATING and tensor.layout == torch.strided:
-        return True
-    if tensor.is_complex():
-        raise ValueError(f"{name}: a complex tensor; hold its real and its imaginary part in two real tensors")
-    if tensor.is_floating_point() or tensor.is_quantized:
-        raise ValueError(
-            f"{name}: a tensor that is sparse, quantised or of 8 bits; give it dense, in bfloat16 or wider"
-        )
-    return False
+    if isinstance(tensor, Tensor) and not is_lazy(tensor) and not tensor.is_meta:
+        if tensor.dtype in FLOATING and tensor.layout == torch.strided:
+            return True
+        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized):
+            return False
+    kind = getattr(tensor, "dtype", type(tensor).__name__)
+    raise ValueError(
+        f"{name}: {kind} is no dense tensor of real numbers in 16 bits or more; hold a complex one as two real ones, "
+        "load the numbers of one on the meta device first, and give others dense and in floating point"
+    )
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:

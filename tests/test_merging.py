@@ -464,6 +464,27 @@ def test_options_are_checked_before_any_work():
         MERGES["median"].check({"scale": -1})
 
 
+@pytest.mark.parametrize("merge_", ["ties", "average", partial(merging.ties, density=0.5)])
+@pytest.mark.parametrize("name", ["ws", "base", "out"])
+def test_what_a_merge_is_given_anyway_is_no_option(merge_, name):
+    with pytest.raises(ValueError, match=f"options: '{name}' is (given by whoever calls|unknown)"):
+        Merging(merge_, {name: {}})
+
+
+def test_a_partial_merge_is_checked_as_the_whole_and_keeps_its_weights():
+    for bad in (
+        lambda: Merging(partial(merging.ties), {"density": 2}),
+        lambda: Merging(partial(merging.ties, density=2)),
+    ):
+        with pytest.raises(ValueError, match="density: 2; give a number in"):
+            bad()
+    w, v = weights(1), weights(2)
+    held = Merge(partial(merging.average, coefficients=(3, 1)))
+    close(held([w, v]), W.lerp(w, v, 0.25))
+    with pytest.raises(ValueError, match=r"ws\[0\]: str is no mapping"):
+        merge("average", w)
+
+
 def test_a_row_reads_the_functions_signature():
     def mine(ws, factor, *, base=None, seed=0, **rest):
         return W.scale(ws[0], factor)

@@ -41,6 +41,64 @@ def test_every_storage_appears_once_and_counters_do_not():
     }  # fmt: skip
 
 
+class Holds(nn.Module):
+    """A network and a tensor beside it."""
+
+    def __init__(self, tensor) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.register_buffer("held", tensor)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(2, dtype=torch.complex64), torch.ones(2).to_sparse(), torch.ones(2, device="meta"),
+     torch.ones(2).to(torch.float8_e4m3fn)],
+    ids=["complex", "sparse", "meta", "float8"],
+)  # fmt: skip
+def test_what_weights_cannot_carry_is_named_so_that_nothing_acts_on_a_part(tensor):
+    for call in (get_weights, lambda net: set_weights(net, {})):
+        with pytest.raises(ValueError, match=r"^held: torch\.\w+ is no dense tensor of real numbers"):
+            call(Holds(tensor))
+    with pytest.raises(ValueError, match=r"weight: torch\.float32 is no dense tensor .* meta device"):
+        get_weights(nn.LazyLinear(2))
+
+
+@pytest.mark.parametrize("mask", [torch.full((2, 2), -torch.inf).triu(1), torch.tensor(torch.inf)])
+def test_a_buffer_that_holds_an_infinity_is_a_mask_and_no_weight(mask):
+    assert (
+        get_weights(Holds(mask)).keys()
+        == get_weights(Holds(None)).keys()
+        == get_weights(Holds(torch.ones(2).long())).keys()
+    )
+    assert "held" in get_weights(Holds(torch.tensor(torch.nan))) and "held" in get_weights(Holds(torch.zeros(2)))
+    norm = nn.BatchNorm1d(1)
+    norm.running_var.fill_(torch.inf)
+    assert "running_var" in get_weights(norm)
+
+
+@pytest.mark.parametrize("call", [lambda a, b: lerp(a, b, 0.25), lambda a, b: combine([a, b], [0.75, 0.25]), add, sub,
+                                  lambda a, b: weights.map_weights(torch.maximum, a, b)])  # fmt: skip
+@pytest.mark.parametrize("first", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("second", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_result_has_the_first_dtype_and_is_rounded_once(call, first, second):
+    a, b = ({n: t.to(d) for n, t in some(i).items()} for i, d in ((0, first), (1, second)))
+    exact = call(*({n: t.double() for n, t in w.items()} for w in (a, b)))
+    result = call(a, {n: t.requires_grad_() for n, t in b.items()})
+    assert all(t.dtype == first for t in result.values())
+    eps = max(torch.finfo(first).eps / 2, torch.finfo(torch.float32).eps)
+    assert all(torch.allclose(result[n].double(), t, rtol=1.01 * eps, atol=1e-6) for n, t in exact.items())
+
+
+def test_what_a_dtype_cannot_hold_is_named():
+    big = {"w": torch.full((2,), 50_000.0, dtype=torch.float16)}
+    far, calls = {"w": torch.full((2,), 1e6)}, [lambda: add(big, big), lambda: scale(big, 2)]
+    calls += [lambda: lerp(big, scale(big, -1), -1.0), lambda: lerp(big, far, 1)]
+    for call in [*calls, lambda: weights.map_weights(torch.add, big, big)]:
+        with pytest.raises(ValueError, match="w: too large for float16; give weights of a wider dtype"):
+            call()
+
+
 def test_get_after_set_is_what_was_set_and_parameters_stay_the_same_objects():
     model = Tied()
     parameters = list(model.parameters())

@@ -56,10 +56,10 @@ def on_parameters(
             given |= {name: options[name] for name in ("base", "out") if options.get(name) is not None}
             given = {label: _floating(label, w) for label, w in given.items()}
             check_same(*given.values(), names=list(given))
-            constants: dict[str, Tensor] = {}
+            constants: Weights = {}
             while True:
                 try:
-                    return _merged(checked, len(ws), given, options, constants, statistics)
+                    return _merged(checked, given, options, constants, statistics)
                 except Exception:
                     if constants or not (constants := _constants([w for label, w in given.items() if label != "out"])):
                         raise
@@ -71,27 +71,23 @@ def on_parameters(
 
 
 def _merged(
-    function: Callable[..., Any],
-    number: int,
-    given: Mapping[str, Weights],
-    options: Mapping[str, Any],
-    constants: dict[str, Tensor],
-    statistics: bool,
+    function: Callable, given: Mapping[str, Weights], options: Mapping, constants: Weights, statistics: bool
 ) -> dict[str, Tensor]:
     """Lets the function merge what is neither constant nor to be averaged, and adds the rest."""
+    number = len(given.keys() - {"base", "out"})
     whole = list(given.values())[:number]
     like = given.get("out", given.get("base", whole[0]))
     averaged = [name for name in whole[0] if is_statistic(name) and name not in constants and not statistics]
     place = {name: like[name] if "out" in given else torch.empty_like(like[name]) for name in averaged}
-    rest = combine([{n: w[n] for n in averaged} for w in whole], [1 / number] * number, out=place) | constants
+    rest = combine([{n: w[n] for n in averaged} for w in whole], [1 / number] * number, out=place)
+    rest |= constants
     parts = {label: {name: t for name, t in w.items() if name not in rest} for label, w in given.items()}
     ws = [parts.pop(f"ws[{i}]") for i in range(number)]
     asked = {"score": lambda w: options["score"]({**w, **rest})} if "score" in options else {}
     merged = function(ws, **{**options, **parts, **asked})
     label = getattr(checks.innermost(function), "__qualname__", "the merge")
-    if not isinstance(merged, Mapping) or not all(
-        isinstance(t, Tensor) and t.is_floating_point() for t in merged.values()
-    ):
+    tensors = merged.values() if isinstance(merged, Mapping) else [merged]
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors) or not isinstance(merged, Mapping):
         raise ValueError(f"{label}: it gave {merged!r:.80}; a merge gives a mapping of names to floating tensors")
     check_same(ws[0], merged, names=("ws[0]", f"what {label} gave"))
     result = {name: (merged if name in merged else rest)[name].detach() for name in whole[0]}
@@ -106,9 +102,7 @@ def _merged(
 def _floating(label: str, w: Weights) -> Weights:
     """The floating tensors of weights, without the history of a gradient."""
     if not isinstance(w, Mapping):
-        raise ValueError(
-            f"{label}: {type(w).__name__} is no mapping of names to tensors; give weights.get_weights(net)"
-        )
+        raise ValueError(f"{label}: {type(w).__name__} is no mapping of names to tensors; give get_weights(model)")
     return {name: tensor.detach() for name, tensor in w.items() if floating(f"{label}: {name!r}", tensor)}
 
 

@@ -57,16 +57,9 @@ def figures(argv: Sequence[str]) -> int:
         description="Execute notebooks, which write figures and check their claims. The notebooks themselves stay as "
         "they are, unless --write is given.",
     )
-    parser.add_argument(
-        "names", nargs="*", help="paths of notebooks, or how the repository's begin (03); default: all its"
-    )
+    parser.add_argument("names", nargs="*", help="paths, or how names in the repository begin (03); default: all there")
     parser.add_argument("--profile", choices=("fast", "paper"), default="fast", help="scale; default: %(default)s")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="where figures go; default: figures/ of the repository, or else beside",
-    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where figures go; default: figures/")
     parser.add_argument("--write", action="store_true", help="store outputs and parameters, normalised")
     parser.add_argument(
         "--check", action="store_true", help="keep nothing; fail where claims and laws print other than what is stored"

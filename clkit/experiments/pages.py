@@ -173,15 +173,6 @@ class Page:
 
         return whole.complete(self.results(bare, whole.config, f"{name}-runs", commit=True))
 
-    def published(self, name: str = "results") -> Any:
-        """The committed results of the paper profile, whichever profile is on; FileNotFoundError if there are none."""
-        file = f"{self.name}-{name}-paper.json"
-        if not (content := self._read(file)):
-            raise FileNotFoundError(
-                f"{file} is not among the figures; make it with clkit figures {self.name} --profile paper"
-            )
-        return _unpacked(content["data"])
-
     def show(self, thing: Any) -> None:
         """Displays the library's own source of a class or function."""
         from IPython.core.display_functions import display

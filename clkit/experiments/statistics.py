@@ -60,11 +60,11 @@ def summarise(
 
     by = [by] if isinstance(by, str) else list(by)
     _check_columns(table, *by, value)
-    rows, groups, none = [], cast(Any, table.groupby(by, sort=False, dropna=False)[value]), float("nan")
+    rows, groups = [], cast(Any, table.groupby(by, sort=False, dropna=False)[value])
     for place, part in groups:
         numbers = part.dropna()
-        found = difference(numbers, level) if len(numbers) else Difference(none, none, none, 0)
-        rows.append((*place, *found[:3], numbers.std(), found.n))
+        mean, lower, upper, _ = difference(numbers if len(numbers) else [np.nan], level)
+        rows.append((*place, mean, lower, upper, numbers.std(), len(numbers)))
     return pd.DataFrame(rows, columns=[*by, "mean", "lower", "upper", "std", "n"])
 
 

@@ -6,6 +6,7 @@ entry for each parameter that wants a gradient, named as `get_weights` names it.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -200,7 +201,9 @@ def _mean_slopes(
 
     slopes = torch.func.vmap(torch.func.grad(value), in_dims=(None, *[0] * len(rows)))
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # the attention that can be batched over examples
+    # the attention that can be batched over examples; what torch batches by a loop of its own is no news
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
         for part in zip(*(t.split(chunk) for t in rows), strict=True):
             try:
                 found = slopes(parameters, *part)

@@ -138,8 +138,8 @@ class TaskVectors:
     Iterating gives (piece, vectors); the vectors' memory is the caller's. `rows` makes pieces of whole rows: of 2 and
     more axes, those along the first; a tensor of 0 or 1 axis is one row.
 
-    Raises ValueError at once for no weights, and for names or shapes that differ. A NaN or an infinity in an input
-    raises one when its tensor has been read for the first time.
+    Raises ValueError at once for names or shapes that differ. A NaN or an infinity in an input raises one when its
+    tensor has been read for the first time.
     """
 
     def __init__(self, ws: Sequence[Weights], base: Weights, *, rows: bool = False) -> None:

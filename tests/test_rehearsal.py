@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toys
-from clkit.consolidation import CLeWI
+from clkit.consolidation import CLeWI, Merged, NoConsolidation
 from clkit.data import Examples, Stream
-from clkit.learners import AGEM, DER, ER, ERACE, GEM, MIR, DERpp, Joint, Learner, MemoryOnly, Setting
+from clkit.learners import AGEM, DER, ER, ERACE, GEM, MIR, BiC, DERpp, GDumb, Joint, Learner, MemoryOnly, Setting
 from clkit.learners.base import Criterion
 from clkit.learners.projection import flat_gradient, projected, projected_on_all, set_gradient
 from clkit.weights import equal
@@ -121,6 +121,24 @@ class TestAGEM:
     def test_the_newest_task_is_in_the_memory_when_weights_are_combined(self, toy):
         result = quick(toy, AGEM(memory=1000))
         assert [len(x) for x in result.inputs] == [21, 42, 63]
+
+    def test_the_released_memory_is_one_batch_a_task_after_the_merge(self, toy):
+        """As in CLeWI's code: matching and statistics see earlier tasks alone."""
+        shown = []
+
+        class Noting(NoConsolidation):
+            def due(self, progress):
+                return progress.end
+
+            def __call__(self, context):
+                shown.append(len(context.inputs))
+                return Merged(context.current, context.current)
+
+        for learner in (AGEM(memory=1000, fill="batch"), GEM(memory=1000, fill="batch")):
+            result = quick(toy, learner, Noting())
+            assert shown == [0, 8, 16] and len(result.learner.store) == 24
+            assert torch.bincount(result.learner.store.all()["y"] // 2).tolist() == [8] * 3
+            shown.clear()
 
     def test_gradients_survive_the_way_through_one_vector(self, toy):
         net = toys.models.mlp(toy)
@@ -365,3 +383,14 @@ def test_herded_exemplars_are_the_nearest_to_their_class_mean():
     result = quick(stream, ER(memory=6, policy="herding"), model=toys.small_convnet, training=QUICK)
     kept = result.learner.store.all()
     assert torch.bincount(kept["y"]).tolist() == [1] * 6
+
+
+@pytest.mark.parametrize("learner", [ER(policy="balanced"), MIR(policy="ring"), BiC(), GDumb(), AGEM(policy="herding")])
+def test_labels_that_a_memory_cannot_sort_by_are_refused_before_any_work(learner):
+    def never(stream, *, seed):
+        net = toys.small_reader(stream, seed=seed)
+        net.register_forward_pre_hook(lambda *_: pytest.fail("it was run"))
+        return net
+
+    with pytest.raises(ValueError, match="keeps rows by class"):
+        quick(toys.tokens(), learner, model=never)

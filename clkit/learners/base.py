@@ -38,6 +38,7 @@ class Criterion:
             member[task.index, list(task.classes)] = True
         self.member = member.to(device)
         self.first_task = member.to(torch.uint8).argmax(0).to(device)
+        self.labelled = stream[0].train.y[:1]  # one row's labels, to see of what kind they are
         self.task = 0
 
     def begin_task(self, task: Task) -> None:

@@ -90,7 +90,8 @@ class LwF(Learner):
 
     The paper gives each task a head of its own and sums the distances of all old heads: so it is with
     `Training(labels="task")`, a softmax over each earlier task's classes. In the other label spaces it is one softmax
-    over all earlier classes. The paper's warm-up, in which only a new head is trained, is left out.
+    over all earlier classes. The paper's warm-up, in which only a new head is trained, is left out. CLeWI's code has
+    it, takes the teacher's answers once, on rows that are not augmented, and has no factor T^2.
     """
 
     strength: checks.NotNegative = 1.0

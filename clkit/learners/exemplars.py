@@ -15,7 +15,7 @@ from clkit.data.core import cuts
 from clkit.evaluation import outputs
 from clkit.learners.base import Learner, Setting
 from clkit.learners.rehearsal import ER
-from clkit.memory import Memory, Policy
+from clkit.memory import Memory, Policy, check_policy
 from clkit.models import features
 from clkit.weights import Weights, get_weights, set_weights
 
@@ -103,7 +103,7 @@ class GDumb(ER):
     arXiv 1905.04899): a box of each image is replaced by another image's, and the loss shared out by area. There is one
     box a batch, its area
     uniform in [0, 1] but for the border. The paper fits once, for the last task; here after each, so that there is an
-    accuracy for each.
+    accuracy for each. CLeWI's code fills a reservoir in every epoch instead, and does not clip.
     """
 
     policy: Policy = field(default="balanced", init=False, repr=False)
@@ -232,6 +232,7 @@ class BiC(ER):
     def start(self, setting: Setting) -> None:
         """Begins with two empty memories, without a teacher and with corrections that change nothing."""
         Learner.start(self, setting)
+        check_policy(self.policy, setting.criterion.labelled)
         few = max(1, round(self.memory * self.validation))
         apart = min(max(few, min(setting.classes, self.memory // 2)), self.memory - 1)
         self.store = Memory(self.memory - apart, self.policy)

@@ -1,6 +1,7 @@
 """Rules that project the gradient so that a step does not raise the loss on a memory of earlier tasks."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,11 +22,16 @@ class AGEM(MemoryOnly):
 
     A-GEM, Chaudhry et al. 2019 (arXiv 1812.00420), equation 11: g <- g - min(0, g.r / r.r) r, so that g.r >= 0. Here g
     is the gradient of the current batch and r that of a batch from the memory. Nothing is replayed. While a task is
-    learned the memory holds earlier ones only, so the first task is fine-tuning. Its rows are offered when its training
-    ends, before any consolidation, which sees them too (CLeWI's released code merges before it stores the newest task).
+    learned the memory holds earlier ones only, so the first task is fine-tuning. Which of a task's rows are
+    offered, and when, is `fill`:
+
+    - "task": all of them when its training ends, before any consolidation, which sees them too
+    - "batch", Mammoth's and CLeWI's code: one random batch of them (of the training's size), after a consolidation,
+      which sees earlier tasks alone. The newest classes are then lost by merging.
     """
 
     once: bool = field(default=True, init=False, repr=False)
+    fill: Literal["task", "batch"] = "task"
 
     def adjust_gradients(self, model: nn.Module, batch: Batch) -> None:
         """Takes out of the gradient what points against the memory's."""
@@ -39,8 +45,16 @@ class AGEM(MemoryOnly):
         """Offers nothing yet."""
 
     def after_training(self, model: nn.Module, task: Task) -> None:
-        """Offers the task's rows to the memory."""
-        self.offer(task, self._herded(model, task) if self.policy == "herding" else None)
+        """Offers the task's rows to the memory, if it is filled by tasks."""
+        if self.fill == "task":
+            self.offer(task, self._herded(model, task) if self.policy == "herding" else None)
+
+    def on_consolidated(self, model: nn.Module, task: Task) -> None:
+        """Offers a batch of the task's rows to the memory, if it is filled by batches."""
+        if self.fill == "batch":
+            generator = self.setting.generator
+            order = torch.randperm(len(task.train), generator=generator, device=generator.device)
+            self.offer(task, order[: self.setting.batch])
 
 
 @dataclass
@@ -52,7 +66,7 @@ class GEM(AGEM):
     The dual quadratic programme finds it, with one variable a task; `margin` (gamma) is the least value of each and
     favours earlier tasks. Every step takes a backward pass for each earlier task, over all its stored rows, and waits
     for the device to solve the programme. The paper gives each task an equal part of the memory and keeps its last
-    examples: the policy "ring", by task and class.
+    examples: the policy "ring", by task and class. CLeWI's code keeps one batch a task, as of A-GEM.
     """
 
     policy: StepPolicy = "ring"  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -45,8 +45,12 @@ class ER(Learner):
     state: ClassVar[tuple[str, ...]] = ("store", "reserve", "apart")
 
     def start(self, setting: Setting) -> None:
-        """Begins with an empty memory. Raises ValueError where less than one example would be held out of it."""
+        """Begins with an empty memory.
+
+        Raises ValueError where less than one example would be held out of it, and for labels that it cannot sort by.
+        """
         super().start(setting)
+        check_policy(self.policy, setting.criterion.labelled)
         held = int(self.memory * setting.holdout)
         if setting.holdout and not held:
             few = f"{setting.holdout!r} of {self.memory} is less than one example"
@@ -61,8 +65,7 @@ class ER(Learner):
             features(model, x)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        """Refuses labels that the memory cannot sort by, and draws the rows that may be held out, as a mask `apart`."""
-        check_policy(self.policy, task.train.y)
+        """Draws the rows that may be held out, as a mask `apart`."""
         if self.reserve is not None:
             self.apart = self._drawn_apart(task)
 

@@ -83,6 +83,7 @@ class Moving(Net):
         super().train(mode)
 
 
+LATE = ("memory: in task", "inputs: ")  # what a memory holds is known when it holds it
 NORMS = ["none", "batch", "batch", "batch without statistics", "batch without affine", "layer", "group"]
 FREEZE = {
     "nothing": lambda net: net,
@@ -267,7 +268,7 @@ def check(data):
         event(f"refused: {str(error)[:60]}")
         if not is_ours(error):
             raise
-        assert not seen or isinstance(error, FloatingPointError), error
+        assert not seen or isinstance(error, FloatingPointError) or str(error).startswith(LATE), error
         return
     event(f"ran {name}")
     count = len(stream)

@@ -343,6 +343,13 @@ class TestTrial:
             assert equal(quick(toy, EWC(), SFA(refresh=True), model=kind()).weights[-1], plain.weights[-1])
 
 
+def test_a_memory_that_gives_batchnorm_one_row_is_named(toy):
+    with pytest.raises(ValueError, match="memory: in task 0 one row of it alone went through BatchNorm"):
+        quick(toy, LEARNERS["GDumb"](memory=1, fit_epochs=1), model=Net())
+    with pytest.raises(ValueError, match="memory: in task 1 one row of it alone went through BatchNorm"):
+        quick(toy, LEARNERS["GEM"](memory=1), model=Net())
+
+
 class TestInputs:
     @pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32])
     @pytest.mark.parametrize("own", [torch.float32, torch.float64])

@@ -200,7 +200,8 @@ class _Loop:
         ) as bar:
             for task in self.stream.tasks[done:]:
                 bar.set_description(f"task {task.index + 1} of {len(self.stream)}")
-                self.learn(task, bar.update)
+                with trial.explained(task):
+                    self.learn(task, bar.update)
                 result.seconds = time.perf_counter() - self.started
                 if path is not None:
                     result.state = self.state()

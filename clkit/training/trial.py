@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.consolidation import Merged
-from clkit.data import Batch, Stream
+from clkit.data import Batch, Stream, Task
 from clkit.evaluation import side_pass
 from clkit.learners import Criterion, Learner
 from clkit.modules import unwrapped
@@ -166,6 +167,20 @@ def checked(merged: Any, current: Weights, rule: Any) -> Merged:
         if weights is not current:
             check_same(current, weights, names=("the model", f"consolidation: {name} of {rule!r}"))
     return merged
+
+
+@contextmanager
+def explained(task: Task) -> Iterator[None]:
+    """Says in our words what no trial shows: that a memory gave BatchNorm one row alone in training."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error) or "model: " in str(error):
+            raise
+        raise ValueError(
+            f"memory: in task {task.index} one row of it alone went through BatchNorm in training, which takes two "
+            f"({error}); give a larger memory or batch, or a network without BatchNorm"
+        ) from error
 
 
 def _tried(mode: str, batch: Batch, call: Callable[[], Any]) -> Any:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,6 +129,25 @@ def check_images(owner: str, x: Tensor, normalize: Normalize) -> None:
     alike = x.is_floating_point() and channels in (1, 3, 4) and max(normalize.std) <= 1
     if whole or (alike and x.min() >= 0 and 127 < x.max() < 256):
         raise ValueError(f"{owner}: images from {x.min()} to {x.max()} are {x.dtype}; pass bytes as x.to(torch.uint8)")
+
+
+def as_tensor(name: str, values: Any) -> Tensor:
+    """Rows as people have them, an array or nested lists of numbers, as a tensor; TypeError for anything else."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.asarray(values)
+        return torch.from_numpy(np.array(array, np.int32 if array.dtype == np.uint16 else None))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: {values!r:.80} is no tensor or array of numbers ({error}); pass one") from error
+
+
+def as_labels(y: Tensor) -> Tensor:
+    """Whole numbers of any type as int64; TypeError for others."""
+    whole = y if y.dtype == torch.int64 else y.long()
+    if y.is_complex() or (whole is not y and not torch.equal(whole.to(y.dtype), y)):
+        raise TypeError(f"y: it holds numbers that are not whole, {y.dtype}; labels count classes from 0")
+    return whole
 
 
 BYTES = Normalize()

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clkit import checks, store
-from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize, check_images
+from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize, as_labels, as_tensor, check_images
 
 Scenario = Literal["class", "domain", "task"]
 Rows = Tensor | slice | list[int]
@@ -36,14 +35,8 @@ class Examples:
     y: Tensor
 
     def __post_init__(self) -> None:
-        x, y = (value if isinstance(value, Tensor) else _tensor(n, value) for n, value in vars(self).items())
-        if y.dtype != torch.int64:
-            whole = y.long()
-            if y.is_complex() or not torch.equal(whole.to(y.dtype), y):
-                raise TypeError(f"y: it holds numbers that are not whole, {y.dtype}; labels count classes from 0")
-            y = whole
-        object.__setattr__(self, "x", x)
-        object.__setattr__(self, "y", y)
+        object.__setattr__(self, "x", as_tensor("x", self.x))
+        object.__setattr__(self, "y", as_labels(as_tensor("y", self.y)))
         if self.x.ndim < 2:
             raise ValueError(f"x: the shape is {tuple(self.x.shape)}; it needs a row per example, so pass x[:, None]")
         if self.y.shape[:1] != self.x.shape[:1]:
@@ -291,15 +284,6 @@ Owner = TypeVar("Owner", Dataset, Task)
 def changed(owner: Owner, change: Callable[[Examples], Examples], **others: Any) -> Owner:
     """Change the training and test examples of a dataset or task alike, and replace its fields named in `others`."""
     return replace(owner, train=change(owner.train), test=change(owner.test), **others)
-
-
-def _tensor(name: str, values: Any) -> Tensor:
-    """An array or nested lists of numbers as a tensor; TypeError for anything else."""
-    try:
-        array = np.asarray(values)
-        return torch.from_numpy(np.array(array, np.int32 if array.dtype == np.uint16 else None))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: {values!r:.80} is no tensor or array of numbers ({error}); pass one") from error
 
 
 def check_examples(owner: str, data: Dataset | Task, classes: tuple[int, ...]) -> None:

@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clkit import checks
 from clkit.checks import Count
 from clkit.data.core import IGNORED, cuts
-from clkit.modules import unwrapped
-from clkit.weights import Weights, hooked, set_weights
+from clkit.modules import hooked, unwrapped
+from clkit.weights import Weights, set_weights
 
 FisherLabels = Literal["sampled", "true", "exact", "weighted"]
 LARGEST_CHUNK = 512

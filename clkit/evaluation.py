@@ -3,19 +3,16 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from math import log
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from clkit import checks
-from clkit.data import Examples, Problem, Stream, Task, Text
+from clkit.data import Examples, Stream, Task
 from clkit.data.core import IGNORED, cuts
-from clkit.modules import dtype_of, unwrapped
-from clkit.weights import Weights, check_same, evaluation_mode, live_tensors, set_weights
+from clkit.modules import dtype_of, evaluation_mode, unwrapped
+from clkit.weights import Weights, set_weights
 
 EVALUATION_BATCH = 1024
 LOGITS = 2**24  # numbers that the logits of a batch may have, where a row has many targets
@@ -66,7 +63,7 @@ def evaluate(
     rows = [_means(model, partial(logits, t), t.test, t.classes, len(stream.classes), batch) for t in stream]
     hits, masked, loss, wrong = torch.stack(rows, 1).cpu().numpy()
     for task, number in zip(stream, wrong, strict=True):
-        _check_logits(number, f"the test data of task {task.index} ({task.name!r})")
+        check_logits(number, f"the test data of task {task.index} ({task.name!r})")
     return Evaluation(masked.copy() if stream.scenario == "task" else hits, masked, loss)
 
 
@@ -77,7 +74,7 @@ def score(model: nn.Module, examples: Examples, weights: Weights) -> Score:
     """
     set_weights(model, weights)
     accuracy, _, loss, wrong = _means(model, model, examples).tolist()
-    _check_logits(wrong, "the examples to judge by")
+    check_logits(wrong, "the examples to judge by")
     return Score(loss, accuracy)
 
 
@@ -115,7 +112,7 @@ def _means(
     return torch.cat([sums[:3] / sums[4], sums[3:4]])
 
 
-def _check_logits(wrong: float, where: str) -> None:
+def check_logits(wrong: float, where: str) -> None:
     """Raises FloatingPointError if any logits were not finite: no number is made of them."""
     if wrong:
         raise FloatingPointError(
@@ -144,73 +141,3 @@ def side_pass(model: nn.Module, x: Tensor) -> Tensor:
     model = unwrapped(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return torch.func.functional_call(model, buffers, (x,))
-
-
-@torch.no_grad()
-def continued(model: nn.Module, x: Tensor, length: int, *, context: int, weights: Weights | None = None) -> Tensor:
-    """The `length` tokens (N, length) by which a model continues prompts `x` (N, L), the likeliest one each time.
-
-    The model, tokens (N, L) to logits (N, L, C), sees the last `context` tokens. `weights` on its device take the place
-    of its own. In evaluation mode; the model stays as it is. Raises FloatingPointError for logits that are not finite.
-    """
-    start, model, wrong = x.shape[1], unwrapped(model), torch.zeros((), dtype=torch.long, device=x.device)
-    with evaluation_mode(model):
-        for _ in range(length):
-            logits = torch.func.functional_call(model, dict(weights or {}), (x[:, -context:],))
-            x = torch.cat([x, logits[:, -1:].argmax(-1)], 1)
-            wrong += (~logits[:, -1].isfinite()).sum()
-    _check_logits(float(wrong), "the continuation of a prompt")
-    return x[:, start:]
-
-
-def bits_per_byte(losses: ArrayLike, bytes_per_token: float | Sequence[float] = 1.0) -> np.ndarray:
-    """Test losses in nats per token as bits per byte of the text: loss / (ln 2 * bytes_per_token), elementwise.
-
-    `losses` (..., tasks), such as the matrix `result.losses` of a run. `bytes_per_token` is 1 where tokens are bytes,
-    else one number for each task: `[text.bytes_per_token for text in datasets]`. Makes models comparable that read
-    the same text in other tokens. One that knows nothing of bytes has 8. Raises ValueError for numbers not above 0.
-    """
-    width = np.asarray(bytes_per_token, dtype=np.float64)
-    if not (width > 0).all():
-        raise ValueError(f"bytes_per_token: {bytes_per_token} must be positive; use 1 for bytes, else the texts' own")
-    return np.asarray(losses, dtype=np.float64) / (log(2) * width)
-
-
-@checks.arguments
-def exact_match(
-    model: nn.Module,
-    text: Text,
-    *,
-    weights: Weights | None = None,
-    limit: checks.Count | None = None,
-    batch: checks.Count = EVALUATION_BATCH,
-) -> float:
-    """The share, in [0, 1], of a text's held-out problems that a model answers exactly, by greedy decoding.
-
-    A model, tokens (N, L) to logits (N, L, C), is shown a prompt. It goes on for as many tokens as the longest of the
-    solutions has, as in `continued`; it sees as many of the last tokens as the text's windows have. Its answer is the
-    rest of the line behind the first marker; a line that does not end is no answer. Steps before the marker are not
-    judged. Prompts of equal length go through together, `batch` at a time, without padding. `weights` take the place of
-    the model's own; `limit` asks about the first so many problems. The model stays as it is. Raises ValueError for a
-    text without problems, and for weights of another model.
-    """
-    if not text.problems:
-        raise ValueError(f"text: {text.name!r} has no problems to answer; use data.texts('math')")
-    if weights is not None:
-        check_same(live_tensors(model), weights, names=("the model", "weights"))
-    problems = text.problems[:limit]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    own = {name: tensor.to(device) for name, tensor in (weights or {}).items()}
-    length = max(len(text.encode(problem.solution)) for problem in problems)
-    groups: dict[int, list[tuple[Problem, list[int]]]] = {}
-    for problem in problems:
-        prompt = text.encode(problem.prompt)
-        groups.setdefault(len(prompt), []).append((problem, prompt))
-    right = 0
-    for group in groups.values():
-        for start in range(0, len(group), batch):
-            asked, prompts = zip(*group[start : start + batch], strict=True)
-            x = torch.tensor(prompts, device=device)
-            found = continued(model, x, length, context=text.train.x.shape[1], weights=own).tolist()
-            right += sum(p.answer_in(text.decode(f)) == p.answer for p, f in zip(asked, found, strict=True))
-    return right / len(problems)

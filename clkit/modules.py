@@ -1,7 +1,10 @@
-"""Modules as people bring them: in wrappers, and with frozen parts."""
+"""Modules as people bring them: in wrappers, and with frozen parts; how they are put in a mode and listened to."""
 
 import copy
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,3 +66,31 @@ def frozen_tensors(model: nn.Module) -> set[str]:
 
 def _trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode and gives every module's training flag back as it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False) -> Iterator[None]:
+    """Calls each module's own hook whenever the module runs, as torch calls forward hooks, and takes all away again.
+
+    A hook is called as `hook(module, inputs, output)`, with `before` as `hook(module, inputs)` before the module runs.
+    What it returns, if not None, takes the place of the output (or of the inputs).
+    """
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            add = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.enter_context(add(hook))
+        if "torch._dynamo" in sys.modules:  # compiled code does not call hooks that come later
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield

@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit import checks
 from clkit.checks import Range, Share
-from clkit.modules import frozen_modules, frozen_tensors, unwrapped
-from clkit.weights import Weights, check_same, evaluation_mode, hooked, live_tensors
+from clkit.modules import evaluation_mode, frozen_modules, frozen_tensors, hooked, unwrapped
+from clkit.weights import Weights, check_same, live_tensors
 
 REPAIRED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 Chunk = Annotated[int, Range(2, means="so that there is a variance; 256 is usual")]

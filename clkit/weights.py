@@ -1,17 +1,15 @@
 """Weights are values: mappings from a name to a floating tensor, and the algebra on them.
 
-The algebra is pure, unless a result is to be written into `out`. `set_weights` writes into a model; the two context
-managers change one and give it back. This is the one place that checks keys and shapes, and that closes the traps of
-`state_dict`. Integer counters (BatchNorm's `num_batches_tracked`) are dropped. A tensor that a model holds under
-several names (tied weights, a module registered twice) appears once, under its first name.
+The algebra is pure, unless a result is to be written into `out`. `set_weights` writes into a model. This is the one
+place that checks keys and shapes, and that closes the traps of `state_dict`. Integer counters (BatchNorm's
+`num_batches_tracked`) are dropped. A tensor that a model holds under several names (tied weights, a module registered
+twice) appears once, under its first name.
 
 Sums are made in float32, or in float64 where an input is, and have the dtype of the first weights: halves are rounded
 once, at the end. A number that is finite before it is rounded and infinite afterwards raises ValueError.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,34 +71,6 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
             if not isinstance(tensor, nn.Parameter) and not is_statistic(name):
                 buffers[name] = tensor.isinf().any()
     return {name: tensor for name, tensor in live.items() if name not in buffers or not buffers[name]}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode and gives every module's training flag back as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextmanager
-def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False) -> Iterator[None]:
-    """Calls each module's own hook whenever the module runs, as torch calls forward hooks, and takes all away again.
-
-    A hook is called as `hook(module, inputs, output)`, with `before` as `hook(module, inputs)` before the module runs.
-    What it returns, if not None, takes the place of the output (or of the inputs).
-    """
-    with ExitStack() as stack:
-        for module, hook in hooks:
-            add = module.register_forward_pre_hook if before else module.register_forward_hook
-            stack.enter_context(add(hook))
-        if "torch._dynamo" in sys.modules:  # compiled code does not call hooks that come later
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
 
 
 def get_weights(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:

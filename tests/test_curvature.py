@@ -9,7 +9,8 @@ from torch import nn
 import toys
 from clkit import curvature, models
 from clkit.curvature import diagonal_trace, fisher, grams, sensitivity
-from clkit.weights import equal, evaluation_mode, get_weights, set_weights
+from clkit.modules import evaluation_mode
+from clkit.weights import equal, get_weights, set_weights
 
 
 def loop(model, x, objective, size):

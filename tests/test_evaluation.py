@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import toys
 from clkit import landscape, models
 from clkit.consolidation import Merged
-from clkit.evaluation import continued, evaluate, score
+from clkit.evaluation import evaluate, score
+from clkit.language import continued
 from clkit.weights import get_weights
 
 

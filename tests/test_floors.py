@@ -13,7 +13,7 @@ FLOORS = [
     {"weights", "data", "memory", "metrics"},
     {"models", "symmetry", "alignment", "merging"}
     | {"normalization", "curvature", "tangent", "modulation", "evaluation"},
-    {"learners", "consolidation", "checkpoint"},
+    {"learners", "consolidation", "checkpoint", "language"},
     {"training", "landscape", "representation"},
     {"experiments", "plotting"},
     {"interact", "cli", "benchmarks"},

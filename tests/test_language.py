@@ -16,7 +16,8 @@ from clkit import data, merging, models, run
 from clkit.consolidation import CLeWI
 from clkit.data import Examples, Stream, Task
 from clkit.data.core import IGNORED
-from clkit.evaluation import bits_per_byte, evaluate, exact_match
+from clkit.evaluation import evaluate
+from clkit.language import bits_per_byte, exact_match
 from clkit.learners import ER, Learner
 from clkit.training import Training
 from clkit.weights import equal, get_weights, lerp
@@ -78,7 +79,7 @@ class TestEvaluate:
         monkeypatch.setattr("clkit.evaluation.LOGITS", 5 * 32 * 256)
         model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
         parts = evaluate(model, stream)
-        assert max(sizes) == 5
+        assert max(sizes) in (5, 6)  # with a last row that would be alone
         for a, b in zip(whole, parts, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 

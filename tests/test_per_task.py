@@ -16,9 +16,10 @@ from clkit.consolidation import WiSEFT
 from clkit.data import Examples, Normalize, Stream, Task
 from clkit.learners import Learner, PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, load, modulated, save
+from clkit.modules import evaluation_mode
 from clkit.training import Result, Training, run
 from clkit.training.loop import _Loop
-from clkit.weights import equal, evaluation_mode
+from clkit.weights import equal
 from test_checkpoint import Interrupted, assert_same_run, interrupted
 
 SHORT = Training(epochs=3, batch=8, lr=0.03, optimizer="adamw")

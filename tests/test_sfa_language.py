@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from clkit import data, models, plotting, run
-from clkit.evaluation import exact_match
 from clkit.experiments import Comparison, Method
+from clkit.language import exact_match
 from clkit.learners import Learner
 from clkit.training import Training
 from clkit.weights import equal, get_weights

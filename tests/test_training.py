@@ -14,9 +14,10 @@ from clkit.consolidation import EMA, CLeWI, Merged, Progress
 from clkit.data import Examples, Normalize, Stream, Task
 from clkit.evaluation import evaluate, score
 from clkit.learners import ER, Learner
+from clkit.modules import hooked
 from clkit.training import Training, label, run
 from clkit.training.loop import _Loop
-from clkit.weights import equal, get_weights, hooked
+from clkit.weights import equal, get_weights
 from toys import quick
 
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clkit import store, weights
+from clkit import modules, store, weights
 from clkit.weights import add, combine, dot, equal, get_weights, lerp, norm, scale, set_weights, sub
 
 laws = settings(max_examples=25, deadline=None)
@@ -245,9 +245,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_hooks_are_called_and_taken_away_even_after_an_error():
     net, seen = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), []
-    with weights.hooked([(net[0], lambda _, __, out: seen.append(out.shape)), (net[1], lambda _, __, out: out + 1)]):
+    with modules.hooked([(net[0], lambda _, __, out: seen.append(out.shape)), (net[1], lambda _, __, out: out + 1)]):
         doubled = net(torch.ones(4, 2))
     assert seen == [(4, 3)] and torch.equal(doubled, net(torch.ones(4, 2)) + 1)
-    with pytest.raises(RuntimeError), weights.hooked([(net[0], lambda _, args: seen.append(args))], before=True):
+    with pytest.raises(RuntimeError), modules.hooked([(net[0], lambda _, args: seen.append(args))], before=True):
         net(torch.ones(4, 5))
     assert len(seen) == 2 and not net[0]._forward_hooks and not net[0]._forward_pre_hooks

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from clkit import checks, curvature, normalization, tangent
 from clkit.consolidation.base import Alpha, Context, Merged, Progress
 from clkit.merging import check_importances
-from clkit.weights import Weights, check_same, evaluation_mode, hooked, set_weights
+from clkit.modules import evaluation_mode, hooked
+from clkit.weights import Weights, check_same, set_weights
 
 Loss = Literal["squared", "absolute", "cosine"]
 By = Literal["steps", "pass", "ridge"]

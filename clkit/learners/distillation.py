@@ -13,6 +13,7 @@ from clkit.evaluation import EVALUATION_BATCH, outputs, side_pass
 from clkit.learners.base import Learner, Setting
 from clkit.learners.rehearsal import ER
 from clkit.memory import StepPolicy
+from clkit.modules import evaluation_mode
 
 
 @dataclass
@@ -63,7 +64,7 @@ class DERpp(ER):
         """With `refresh`, takes the stored logits anew if the weights are not those just trained."""
         if self.refresh and not weights.equal(self.trained or {}, weights.live_tensors(model)):
             rows = {name: tensor[: len(self.store)] for name, tensor in self.store.rows.items()}
-            with weights.evaluation_mode(model):
+            with evaluation_mode(model):
                 fresh = [model(task.prepare(x)) for x in rows["x"].split(EVALUATION_BATCH)]
             rows["logits"].copy_(torch.cat(fresh))
         self.trained = None

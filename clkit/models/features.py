@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from clkit import checks, tangent
 from clkit.checks import Count
-from clkit.modules import unwrapped
-from clkit.weights import Weights, evaluation_mode, hooked, set_weights
+from clkit.modules import evaluation_mode, hooked, unwrapped
+from clkit.weights import Weights, set_weights
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from clkit import checks
 from clkit.checks import Count
 from clkit.data import Stream
-from clkit.weights import evaluation_mode
+from clkit.modules import evaluation_mode
 
 
 @contextmanager

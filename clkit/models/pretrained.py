@@ -17,7 +17,7 @@ from clkit import checks, store
 from clkit.data import Stream
 from clkit.data.text import local_only
 from clkit.models.networks import context_length, image_shape, seeded, take_grey, with_prototypes
-from clkit.weights import evaluation_mode
+from clkit.modules import evaluation_mode
 
 TEMPLATES = ("a photo of a {}.",)
 PROMPTS = 256  # that CLIP's text tower reads at once

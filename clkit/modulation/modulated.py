@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from clkit import checks, store
 from clkit.data import Stream
 from clkit.modulation.rules import Modulation, Own, Rule, Tensors
-from clkit.modules import unwrapped
-from clkit.weights import Weights, hooked, live_tensors, set_weights
+from clkit.modules import hooked, unwrapped
+from clkit.weights import Weights, live_tensors, set_weights
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

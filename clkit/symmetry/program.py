@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clkit.weights import Weights, evaluation_mode, live_tensors
+from clkit.modules import evaluation_mode
+from clkit.weights import Weights, live_tensors
 
 VIEWS = frozenset(
     "alias as_strided chunk contiguous detach diagonal expand expand_as flatten mT narrow numpy_T permute reshape "

@@ -15,9 +15,9 @@ from clkit.consolidation import Merged
 from clkit.data import Batch, Stream, Task
 from clkit.evaluation import side_pass
 from clkit.learners import Criterion, Learner
-from clkit.modules import unwrapped
+from clkit.modules import evaluation_mode, unwrapped
 from clkit.training.settings import Result, Training
-from clkit.weights import Weights, check_finite, check_same, evaluation_mode, get_weights
+from clkit.weights import Weights, check_finite, check_same, get_weights
 
 ROWS_AT_ONCE = 4096
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from clkit import alignment, data, landscape, models, weights
 from clkit.data import Examples, Stream, Text
-from clkit.evaluation import bits_per_byte, continued, exact_match
 from clkit.experiments import Comparison
+from clkit.language import bits_per_byte, continued, exact_match
 from clkit.training import Result, Training, run
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from clkit.learners.distillation import DER, DERpp, LwF
 from clkit.learners.exemplars import BiC, GDumb, ICaRL
 from clkit.learners.per_task import PerTask
 from clkit.learners.projection import AGEM, GEM
-from clkit.learners.rehearsal import ER, ERACE, MIR, DataBuffer, Joint, MemoryOnly
+from clkit.learners.joint import DataBuffer, Joint
+from clkit.learners.rehearsal import ER, ERACE, MIR, MemoryOnly
 
 LEARNERS: dict[str, type[Learner]] = {
     "fine-tuning": Learner, "joint": Joint, "data buffer": DataBuffer, "memory only": MemoryOnly,

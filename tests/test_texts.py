@@ -188,9 +188,9 @@ def test_the_real_pack(packs):
         (lambda path: data.texts("math", context=0), "context: 0; give a whole number, at least 1"),
         (lambda path: data.texts("math", limit=0), "limit: 0; give a whole number, at least 1"),
         (lambda path: data.texts("math", path=path), r"has no gsm8k_train.jsonl; .* text_file\(\)"),
-        (lambda path: data.texts("math", path=path / "none"), "does not exist; pass a directory or a whole zip"),
+        (lambda path: data.texts("math", path=path / "none"), "cannot be read .*; give a directory or zip that can be"),
         (lambda path: data.texts("math", tokenizer=path / "none"), "is no folder; .* nothing is downloaded"),
-        (lambda path: data.text_file(path / "none"), "is no file"),
+        (lambda path: data.text_file(path / "none"), "none' is no UTF-8 text to be read .*No such file"),
         (lambda path: data.text_file(path / "one.txt"), "has 1 documents"),
         (
             lambda path: data.text_file(path / "row.jsonl", fields=("b",)),
@@ -220,7 +220,7 @@ ROW = b'{"question": "1+1", "answer": "2"}\n'
     [
         ("a.txt", "Über\n\nalles".encode("latin-1"), "is no UTF-8 .*; save it as UTF-8"),
         ("a.txt", "one\n\ntwo".encode("utf-16"), "is no UTF-8"),
-        ("a.txt", "one\n\ntwo".encode("utf-16-le"), "has null bytes, as binary files have; give text"),
+        ("a.txt", "one\n\ntwo".encode("utf-16-le"), "is no UTF-8 .*null bytes, as binary files have.*; save it"),
         ("a.bin", bytes(range(256)), "is no UTF-8"),
         ("a.txt", b"", "has no text"),
         ("a.txt", b" \n\n \n", "has no text"),
@@ -245,7 +245,7 @@ def test_files_that_are_no_text_are_named_with_the_remedy(name, content, message
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"is no file; give a text or a .jsonl file"):
+    with pytest.raises(ValueError, match=r"is no UTF-8 text to be read .*Is a directory"):
         data.text_file(tmp_path)
 
 
@@ -285,6 +285,16 @@ def test_real_texts_of_another_kind_are_named(files, message, tmp_path):
     for place in (tmp_path / "texts", tmp_path / "texts.zip"):
         with pytest.raises(ValueError, match=message):
             data.texts("math", path=place)
+
+
+def test_a_damaged_zip_of_texts_is_named(tmp_path):
+    with ZipFile(tmp_path / "texts.zip", "w") as archive:
+        for part in ("train", "test"):
+            archive.writestr(f"gsm8k_{part}.jsonl", ROW)
+    content = (tmp_path / "texts.zip").read_bytes()
+    (tmp_path / "texts.zip").write_bytes(content.replace(b"1+1", b"1+2"))
+    with pytest.raises(ValueError, match=r"gsm8k_train.jsonl' is no UTF-8 text to be read \(Bad CRC"):
+        data.texts("math", path=tmp_path / "texts.zip")
 
 
 def test_too_little_text_says_what_to_do(monkeypatch):

@@ -2,8 +2,7 @@
 
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -12,10 +11,11 @@ from io import BytesIO
 from itertools import takewhile
 from operator import contains
 from pathlib import Path
+from statistics import multimode
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from unicodedata import normalize
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from clkit import checks, store
 from clkit.data.augment import NO_AUGMENT, Augment, Normalize
 from clkit.data.core import Dataset, Examples
 
+T = TypeVar("T")
 SLOW = 20.0  # seconds of decoding that are worth a file
 THREADS_PAY = 20_000  # bytes per image from which threads gain; below, they wait for the interpreter
 SUFFIXES = (
@@ -123,11 +124,10 @@ def load(
     size = size or (64 if source.large else None)
     usual = replace(source.augment, crop=size // 8) if source.large and size else source.augment
     augment = usual if augment is None else augment
-    pack, _, domain = name.partition("/")
-    places = [store.expand(os.environ.get("CLKIT_DATA", "")) / found for found in (f"{pack}.zip", pack)]
-    path = next((place for place in places if os.environ.get("CLKIT_DATA") and place.exists()), None)
-    if path is not None and root is None:
-        return folder(path, domain=domain or None, size=size, limit=limit, augment=augment)
+    packs, (pack, _, domain) = os.environ.get("CLKIT_DATA", ""), name.partition("/")
+    for place in (f"{pack}.zip", pack) if packs and root is None else ():
+        if (path := store.expand(packs) / place).exists():
+            return folder(path, domain=domain or None, size=size, limit=limit, augment=augment)
     if name not in TORCHVISION:
         raise checks.unknown("name", name, TORCHVISION, others=["a pack in $CLKIT_DATA"])
     root = store.expand(root) if root is not None else store.cache_root() / "torchvision"
@@ -181,14 +181,12 @@ def folder(
     path = store.expand(path)
     tree = files(path)
     by_domain = _survey(path, tree)
-    images = by_domain[checks.choice("domain", domain and normalize("NFC", domain), by_domain)]
+    parts = by_domain[checks.choice("domain", domain and normalize("NFC", domain), by_domain)]
     name = path.stem if domain is None else f"{path.stem}-{domain}"
-    found = {image.part for image in images}
-    held = next((part for part in ("test", "val", "dev") if part in found), None)
-    train = [image for image in images if image.part in (None, "train")]
-    test = [image for image in images if image.part == held] if held else train
-    if not train:
-        raise ValueError(f"path: {name} has no images in a folder 'train', only in {sorted(map(str, found))}; add it")
+    if "train" not in parts:
+        raise ValueError(f"path: {name} has no images in a folder 'train', only in {sorted(parts)}; add it")
+    held = next((part for part in ("test", "val", "dev") if part in parts), "train")
+    train, test = parts["train"], parts[held]
     classes = sorted({image.label for image in train}, key=_natural)
     if other := {image.label for image in test} ^ set(classes):
         raise ValueError(
@@ -200,45 +198,33 @@ def folder(
     def labels(part: Sequence[_Image]) -> Tensor:
         return torch.tensor([classes.index(image.label) for image in part])
 
-    if not held:
+    if held == "train":
         train, test = ([train[i] for i in rows] for rows in held_out(labels(train), classes, seed))
     if limit is not None:
         train, test = ([part[i] for i in first_of_each(labels(part), limit)] for part in (train, test))
     chosen, cut = train + test, len(train)
-    threads = (os.cpu_count() or 1) if sum(image.size for image in chosen) > THREADS_PAY * len(chosen) else 1
 
     def read(image: _Image) -> Image.Image:
-        return Image.open(BytesIO(tree[image.inside].read()))
+        return Image.open(BytesIO(image.file.read()))
 
-    def make() -> dict[str, Tensor]:
-        sources = {str(path / image.inside): partial(read, image) for image in chosen}
-        return {"x": decode(sources, size=size, grey=grey, ground=ground, threads=threads)}
-
-    x = _kept((path.resolve(), chosen, size, grey, ground), make)["x"]
+    sources = {str(path / image.inside): partial(read, image) for image in chosen}
+    pays = sum(image.file.size for image in chosen) > THREADS_PAY * len(chosen)
+    key = (path.resolve(), [(image.inside, *image.file[:2]) for image in chosen], size, grey, ground)
+    x = _kept(key, lambda: decode(sources, size=size, grey=grey, ground=ground, threaded=pays))
     every = Examples(x, labels(chosen))
     return Dataset(name, every[:cut], every[cut:], tuple(classes), Normalize.of(x[:cut]), augment)
 
 
-def folders(
-    path: str | Path,
-    *,
-    size: int | None = None,
-    limit: int | None = None,
-    grey: bool | None = None,
-    ground: Ground = "white",
-    augment: Augment = NO_AUGMENT,
-    seed: int = 0,
-) -> dict[str, Dataset]:
+def folders(path: str | Path, **options: Any) -> dict[str, Dataset]:
     """Read a directory or zip of domains, DOMAIN/CLASS/image or DOMAIN/train/CLASS/image, as one dataset each.
 
-    The arguments and errors are those of `folder`, and ValueError where there are no domains; `domains(folders(path))`
+    The options and errors are those of `folder`, and ValueError where there are no domains; `domains(folders(path))`
     is the stream.
     """
-    read = partial(folder, path, size=size, limit=limit, grey=grey, ground=ground, augment=augment, seed=seed)
     names = _survey(store.expand(path), files(path))
     if None in names:
         raise ValueError(f"path: {str(path)!r} has no folders of domains; use folder()")
-    return {name: read(domain=name) for name in names if name is not None}
+    return {name: folder(path, domain=name, **options) for name in names if name is not None}
 
 
 class File(NamedTuple):
@@ -258,35 +244,34 @@ def files(path: str | Path) -> dict[str, File]:
     A folder is an empty file whose path ends in a slash. What is hidden is left out. Raises ValueError where `path` is
     neither, and where a folder or file cannot be looked at.
     """
-    path, found = store.expand(path), dict[str, File]()
-    if path.is_dir():
-
-        def fail(error: OSError) -> None:
-            raise error
-
-        try:
-            for root, inner, names in os.walk(path, onerror=fail, followlinks=True):
-                inner[:] = filter(_shown, inner)
-                found |= {f"{Path(root, name).relative_to(path).as_posix()}/": File() for name in inner}
-                for place in (Path(root, name) for name in names if _shown(name)):
-                    stat = place.stat()
-                    found[place.relative_to(path).as_posix()] = File(stat.st_size, stat.st_mtime, place.read_bytes)
-        except OSError as error:
-            raise ValueError(f"path: {error.filename} cannot be read ({error}); mend or remove it") from error
-        return dict(sorted(found.items()))
+    path = store.expand(path)
     try:
-        archive = ZipFile(path)
-    except (OSError, BadZipFile) as error:
-        what = f"is neither a directory nor a zip ({error})" if path.exists() else "does not exist"
-        raise ValueError(f"path: {str(path)!r} {what}; pass a directory or a whole zip") from error
+        found = dict(_below(path) if path.is_dir() else _zipped(path))
+    except Exception as error:  # whatever zips raise
+        place = str(getattr(error, "filename", None) or path)
+        raise ValueError(f"path: {place!r} cannot be read ({error}); give a directory or zip that can be") from error
+    return dict(sorted(found.items()))
+
+
+def _below(folder: Path | str, inside: str = "") -> Iterator[tuple[str, File]]:
+    for entry in [entry for entry in os.scandir(folder) if _shown(entry.name)]:
+        if entry.is_dir():
+            yield f"{inside}{entry.name}/", File()
+            yield from _below(entry.path, f"{inside}{entry.name}/")
+        else:
+            stat = entry.stat()
+            yield f"{inside}{entry.name}", File(stat.st_size, stat.st_mtime, Path(entry.path).read_bytes)
+
+
+def _zipped(path: Path) -> Iterator[tuple[str, File]]:
+    archive = ZipFile(path)
     for info in archive.infolist():
         names = [name for name in info.filename.replace("\\", "/").split("/") if name not in ("", ".")]
         shown = list(takewhile(_shown, names))
         if info.is_dir() or len(shown) < len(names):
-            found["/".join([*shown, ""])] = File()
+            yield "/".join([*shown, ""]), File()
         else:
-            found["/".join(shown)] = File(info.file_size, float(info.CRC), partial(archive.read, info))
-    return dict(sorted(found.items()))
+            yield "/".join(shown), File(info.file_size, float(info.CRC), partial(archive.read, info))
 
 
 def _shown(name: str) -> bool:
@@ -294,27 +279,27 @@ def _shown(name: str) -> bool:
 
 
 class _Image(NamedTuple):
-    """An image: its path inside the directory or zip, what its folders say, and its file's size and stamp."""
+    """An image: its path inside the directory or zip, its class, and its file."""
 
     inside: str
-    part: str | None
     label: str
-    size: int
-    stamp: float
+    file: File
 
 
-def _survey(path: Path, tree: Mapping[str, File]) -> dict[str | None, list[_Image]]:
-    """Find the images of each domain, in natural order, and read the layout off the names of folders (see `folder`)."""
-    where, names = f"path: {str(path)!r}", {inside: normalize("NFC", inside).split("/") for inside in tree}
+def _survey(path: Path, tree: Mapping[str, File]) -> dict[str | None, dict[str, list[_Image]]]:
+    """Read the layout off the names of folders (see `folder`): the images of each part of each domain, in their order.
+
+    Without folders of parts, all images are the part "train".
+    """
+    where, names = f"path: {str(path)!r}", {inside: (*normalize("NFC", inside).split("/"),) for inside in tree}
     found = {inside: parts[:-1] for inside, parts in names.items() if inside.lower().endswith(SUFFIXES)}
     if not found:
         raise ValueError(f"{where} has no images; expected {LAYOUTS}")
-    count = Counter(map(len, found.values()))
-    depth = max(count, key=lambda length: (count[length], length))
+    depth = max(multimode(map(len, found.values())))
     odd = [inside for inside, parts in found.items() if len(parts) != depth]
-    levels = [{parts[i] for parts in found.values() if i < len(parts)} for i in range(depth)]
+    levels = [set(level) for level in zip(*found.values(), strict=False)]
     parted = [i for i, level in enumerate(levels) if all(name.lower() in PARTS for name in level)]
-    others = [i for i in range(depth) if i not in parted]
+    others = [i for i in range(len(levels)) if i not in parted]
     while len(others) > 1 and len(levels[others[0]]) == 1:
         del others[0]  # a folder around it all, as many zips have
     if odd or len(parted) > 1 or len(others) not in (1, 2):
@@ -324,23 +309,23 @@ def _survey(path: Path, tree: Mapping[str, File]) -> dict[str | None, list[_Imag
         if words and (i != others[-1] or {PARTS[word.lower()] for word in words} > {"train"}):
             beside = sorted(levels[i] - words)[:5]
             raise ValueError(f"{where} has {sorted(words)} beside {beside}, parts or not; remove or rename either")
-    full = {tuple(parts[:i]) for parts in found.values() for i in range(depth + 1)}
-    every = {tuple(parts[:i]) for parts in names.values() for i in range(1, len(parts))}
+    full = {parts[:i] for parts in found.values() for i in range(depth + 1)}
+    every = {parts[:i] for parts in names.values() for i in range(1, len(parts))}
     for *above, name in sorted(every - full):
         known = len(above) == others[-1] or (len(above) in parted and name.lower() in PARTS)
         if known and all(map(contains, levels, above)):
             raise ValueError(f"{where} has no images in {'/'.join([*above, name])!r}; add readable ones or remove it")
-    images: dict[str | None, list[_Image]] = {}
+    images: dict[str | None, dict[str, list[_Image]]] = {}
     spelled: dict[tuple[str, ...], str] = {}
-    order = {inside: [_natural(parts[i]) for i in others] for inside, parts in found.items()}
-    for inside in sorted(found, key=lambda inside: [*order[inside], _natural("/".join(names[inside]))]):
-        parts, part = found[inside], None
+    order = {inside: [*(parts[i] for i in others), "/".join(names[inside])] for inside, parts in found.items()}
+    for inside in sorted(found, key=lambda inside: [*map(_natural, order[inside])]):
+        parts, part = found[inside], "train"
         for i in parted:
             part = PARTS[parts[i].lower()]
             if (other := spelled.setdefault((*parts[:i], part), parts[i])) != parts[i]:
                 raise ValueError(f"{where} has {other!r} and {parts[i]!r} for its {part} part; join or rename them")
-        image = _Image(inside, part, parts[others[-1]], tree[inside].size, tree[inside].stamp)
-        images.setdefault(parts[others[0]] if len(others) == 2 else None, []).append(image)
+        domain = images.setdefault(parts[others[0]] if len(others) == 2 else None, {})
+        domain.setdefault(part, []).append(_Image(inside, parts[others[-1]], tree[inside]))
     return images
 
 
@@ -356,7 +341,7 @@ def decode(
     size: int | None = None,
     grey: bool | None = None,
     ground: Ground = "white",
-    threads: int = 1,
+    threaded: bool = True,
 ) -> Tensor:
     """Read images, by names that errors give them, into one uint8 tensor (N, 1 or 3, H, W).
 
@@ -372,8 +357,8 @@ def decode(
         except Exception as error:
             raise ValueError(f"{name} cannot be read as an image ({error}); mend or remove it") from error
 
-    with ThreadPoolExecutor(threads) as pool:
-        arrays = list(pool.map(pixels, sources) if threads > 1 else map(pixels, sources))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # it starts no thread before it is given work
+        arrays = list((pool.map if threaded else map)(pixels, sources))
     sizes = {f"{array.shape[1]}x{array.shape[0]}": name for name, array in zip(sources, arrays, strict=True)}
     if len(sizes) > 1:
         (one, first), (other, second), *_ = sizes.items()
@@ -393,7 +378,9 @@ def _pixels(image: Image.Image, size: int | None, grey: bool | None, ground: str
     if size is not None:
         image.draft(None, (size, size))  # lets a JPEG decode at a fraction of its size
     mode = "L" if grey or (grey is None and image.mode in ("1", "L", "LA", "La")) else "RGB"
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # what some formats say of an image, its orientation for one, is at their end
+    if image.info:
+        ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         seen = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
@@ -448,9 +435,8 @@ def _open(source: _Source, root: Path, part: bool | str | None, download: bool) 
                 place.rmdir() if place.is_dir() and not place.is_symlink() else place.unlink()
             if not isinstance(error, Exception):
                 raise
-            raise ValueError(
-                f"name: {source.kind} cannot be downloaded to {str(root)!r} ({error}); connect, {remedy}"
-            ) from error
+            where = f"name: {source.kind} cannot be downloaded to {str(root)!r}"
+            raise ValueError(f"{where} ({error}); connect, {remedy}") from error
 
 
 def _examples(dataset: Any, key: tuple[object, ...], large: bool, size: int | None) -> Examples:
@@ -465,7 +451,7 @@ def _examples(dataset: Any, key: tuple[object, ...], large: bool, size: int | No
                 return image
 
             sources = {f"{type(dataset).__name__} image {i}": partial(read, i) for i in range(len(dataset))}
-            return {"x": decode(sources, size=size, grey=False, threads=os.cpu_count() or 1), "y": labels}
+            return {"x": decode(sources, size=size, grey=False), "y": labels}
 
         return Examples(**_kept((*key, len(dataset), size), make))
     x = torch.as_tensor(dataset.data)
@@ -477,7 +463,7 @@ def _examples(dataset: Any, key: tuple[object, ...], large: bool, size: int | No
     return Examples(x.contiguous(), y)
 
 
-def _kept(key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _kept(key: object, make: Callable[[], T]) -> T:
     """Make tensors, or read those that an earlier process made for the same key; kept if making took 20 s or more."""
     path = store.cache_root() / "data" / f"{store.digest(repr(key))}.safetensors"
     found = store.intact(path, store.read_tree)

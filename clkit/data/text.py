@@ -116,8 +116,8 @@ def texts(
 
     Raises ValueError for an unknown name, a path without the files, and where a machine has too little to embed.
     """
-    embedded, real = TEXTS[checks.choice("name", name, TEXTS)]
-    corpus = embedded() if path is None else real(path)
+    embedded, marker, train, test = TEXTS[checks.choice("name", name, TEXTS)]
+    corpus = embedded() if path is None else _real(path, marker, train, test)
     return _dataset(name, corpus, context, limit, test_limit, tokenizer)
 
 
@@ -239,19 +239,17 @@ def _names(path: str) -> tuple[str, ...]:
 
 def _documents(path: str | Path, fields: Sequence[str]) -> tuple[str, ...]:
     place = store.expand(path)
-    if not place.is_file():
-        raise ValueError(f"path: {str(path)!r} is no file; give a text or a .jsonl file")
-    if place.suffix.lower() in (".jsonl", ".ndjson"):
-        rows = _json_rows(place.read_bytes(), str(path), fields)
-        found = tuple("\n".join(str(row[field]) for field in fields) for row in rows)
-    elif place.suffix.lower() == ".json":
+    if place.suffix.lower() == ".json":
         raise ValueError(f"path: {str(path)!r} is one JSON value; write its documents as rows of a .jsonl file")
+    if place.suffix.lower() in (".jsonl", ".ndjson"):
+        rows = _json_rows(place.read_bytes, str(path), fields)
+        found = ["\n".join(str(row[field]) for field in fields) for row in rows]
     else:
-        text = re.sub("\r\n?", "\n", _utf8(place.read_bytes(), str(path)))
-        found = tuple(filter(None, (document.strip("\n") for document in re.split(r"\n\s*\n", text))))
-    if not any(map(str.strip, found)):
+        found = re.split(r"\n\s*\n", re.sub("\r\n?", "\n", _utf8(place.read_bytes, str(path))))
+    documents = tuple(document.strip("\n") for document in found if document.strip())
+    if not documents:
         raise ValueError(f"path: {str(path)!r} has no text; give a file with documents")
-    return found
+    return documents
 
 
 def _parted(documents: Iterable[str], source: str) -> Corpus:
@@ -267,21 +265,21 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _utf8(content: bytes, source: str) -> str:
+def _utf8(read: Callable[[], bytes], source: str) -> str:
     """The text of a file, without the mark that some editors put before it."""
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"path: {source!r} is no UTF-8 ({error}); save it as UTF-8") from error
-    if "\0" in text:
-        raise ValueError(f"path: {source!r} has null bytes, as binary files have; give text, saved as UTF-8")
+        text = read().decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it has null bytes, as binary files have")
+    except Exception as error:  # whatever zips raise
+        raise ValueError(f"path: {source!r} is no UTF-8 text to be read ({error}); save it as UTF-8") from error
     return text
 
 
-def _json_rows(content: bytes, source: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+def _json_rows(read: Callable[[], bytes], source: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of JSON lines, each with all `fields`."""
     rows = []
-    for number, line in enumerate(_utf8(content, source).split("\n"), 1):  # strings may hold other ends of lines
+    for number, line in enumerate(_utf8(read, source).split("\n"), 1):  # strings may hold other ends of lines
         if not line.strip():
             continue
         where = f"{source}, line {number}"
@@ -297,15 +295,20 @@ def _json_rows(content: bytes, source: str, fields: Sequence[str]) -> list[dict[
     return rows
 
 
-def _rows(path: str | Path, **wanted: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """The rows of JSON-lines files with their fields, wherever the files are in a folder or a zip."""
-    tree = files(path)
-    found = {name: [inside for inside in tree if f"/{inside}".endswith(f"/{name}.jsonl")] for name in wanted}
-    for name, places in found.items():
+def _real(path: str | Path, marker: str, *sources: tuple[str, str, str]) -> Corpus:
+    """Documents of two of `TEXTS`' files, wherever they are in a folder or a zip; problems if answers have a marker."""
+    tree, parts = files(path), []
+    for name, prompt, solution in sources:
+        places = [inside for inside in tree if f"/{inside}".endswith(f"/{name}.jsonl")]
         if len(places) != 1:
             have = f"several, {', '.join(places)}" if places else f"no {name}.jsonl"
             raise ValueError(f"path: {str(path)!r} has {have}; give one, or your own files to text_file()")
-    return [_json_rows(tree[found[name][0]].read(), found[name][0], fields) for name, fields in wanted.items()]
+        rows = _json_rows(tree[places[0]].read, places[0], re.findall(r"{(\w+)}", prompt + solution))
+        texts = ([text.format_map(row).replace("\r\n", "\n") for text in (prompt, solution)] for row in rows)
+        notes = "<<.*?>>" if marker else "(?!)"  # of GSM8K's calculator; (?!) is found nowhere
+        parts.append(tuple(Problem(asked, re.sub(notes, "", solved), marker) for asked, solved in texts))
+    corpus = _solved(*parts)
+    return corpus if marker else corpus._replace(problems=())
 
 
 @lru_cache(maxsize=1)
@@ -388,30 +391,10 @@ def _embedded(name: str, documents: list[str]) -> Corpus:
     return _parted(documents, name)
 
 
-def _gsm8k(path: str | Path) -> Corpus:
-    def problems(rows: list[dict[str, Any]]) -> tuple[Problem, ...]:
-        return tuple(Problem(f"{r['question']}\n", re.sub("<<.*?>>", "", r["answer"]) + "\n", "####") for r in rows)
-
-    fields = ("question", "answer")
-    train, test = (problems(rows) for rows in _rows(path, gsm8k_train=fields, gsm8k_test=fields))
-    return _solved(train, test)
-
-
-def _uscode(path: str | Path) -> Corpus:
-    fields = ("heading", "text")
-    parts = _rows(path, uscode_train=fields, uscode_test=fields)
-    train, test = (tuple(f"{row['heading']}\n{row['text']}" for row in rows) for rows in parts)
-    return Corpus(train, test)
-
-
-def _programs(path: str | Path) -> Corpus:
-    train, test = _rows(path, mbpp=("text", "code"), humaneval=("prompt", "canonical_solution"))
-    learned = (f'"""{row["text"]}"""\n{row["code"]}'.replace("\r\n", "\n") for row in train)
-    return Corpus(tuple(learned), tuple(row["prompt"] + row["canonical_solution"] for row in test))
-
-
-TEXTS: dict[str, tuple[Callable[[], Corpus], Callable[[str | Path], Corpus]]] = {
-    "math": (_sums, _gsm8k),
-    "law": (_licences, _uscode),
-    "code": (_modules, _programs),
+_GSM8K = ("{question}\n", "{answer}\n")
+# What is embedded; what stands before answers; the files to train and to test on, with what is shown and its solution.
+TEXTS: dict[str, tuple[Callable[[], Corpus], str, tuple[str, str, str], tuple[str, str, str]]] = {
+    "math": (_sums, "####", ("gsm8k_train", *_GSM8K), ("gsm8k_test", *_GSM8K)),
+    "law": (_licences, "", ("uscode_train", "{heading}\n", "{text}"), ("uscode_test", "{heading}\n", "{text}")),
+    "code": (_modules, "", ("mbpp", '"""{text}"""\n', "{code}"), ("humaneval", "{prompt}", "{canonical_solution}")),
 }

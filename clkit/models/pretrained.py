@@ -48,14 +48,14 @@ def torchvision(
         own["image_size"] = height
     elif name.startswith("maxvit"):
         own["input_size"] = (height, width)
-    if decided := sorted(own.keys() & options.keys()):
-        raise TypeError(f"options: {decided} are set here; leave them out, {name} takes {_options(name, own)}")
     try:
         with seeded(seed):
             model = zoo.get_model(name, **own, **options)
         _check_takes(model, (3, height, width))
     except TypeError as error:
-        known = _options(name, own)
+        with seeded(seed):
+            taken = inspect.signature(type(zoo.get_model(name, **own))).parameters.values()
+        known = [p.name for p in taken if p.default is not p.empty and p.name not in own]
         raise TypeError(f"options: {options} do not make a {name} ({error}); torchvision takes {known}") from error
     except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
         made = f"{name} with {options}" if options else name
@@ -65,15 +65,6 @@ def torchvision(
     if channels == 1:
         take_grey(model)
     return model
-
-
-def _options(name: str, own: Mapping[str, Any]) -> list[str]:
-    """The names of the options that torchvision's constructor of a model takes, apart from our `own`."""
-    import torchvision.models as zoo
-
-    with seeded(0):
-        parameters = inspect.signature(type(zoo.get_model(name, **own))).parameters.values()
-    return [p.name for p in parameters if p.default is not p.empty and p.name not in own]
 
 
 def _pretrained(name: str, weights: Path | str) -> dict[str, Tensor]:

@@ -5,21 +5,17 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two processes at once may then compute the same record twice
-    fcntl = None
 
 T = TypeVar("T")
 MARK = "tensor of this file"
@@ -283,9 +279,9 @@ class Records:
     def __init__(self, folder: Path | str) -> None:
         self.folder = expand(folder)
 
-    def path(self, key: str) -> Path:
-        """The file of a record."""
-        return self.folder / f"{key}.json"
+    def path(self, key: str, suffix: str = ".json") -> Path:
+        """The file of a record; that of its tensors ends in ".safetensors"."""
+        return self.folder / f"{key}{suffix}"
 
     def read(self, key: str, *, tensors: bool = False) -> dict[str, Any] | None:
         """The record under a hash; None if there is no whole one or, with `tensors`, none with whole tensors."""
@@ -301,7 +297,7 @@ class Records:
     def write(self, key: str, record: Mapping[str, Any], tensors: Any = None) -> None:
         """Stores a record whose configuration hashes to `key`, with a tree of tensors if there is one."""
         if tensors is not None:
-            write_tree(self._tree(key), {"key": key, "tensors": tensors})
+            write_tree(self.path(key, ".safetensors"), {"key": key, "tensors": tensors})
         record = {**plain(record), "tensors": tensors is not None}
         write_json(self.path(key), {"checksum": digest(record), "record": record})
 
@@ -327,17 +323,14 @@ class Records:
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Holds the right to compute a record; others wait. What a process left that died with it is cleared away."""
-        path = writable(self.folder / f"{key}.lock")
-        with _locked(path):
+        path = writable(self.path(key, ".lock"))
+        with FileLock(path):
             for unfinished in self.folder.glob(f".{key}.*"):
                 unfinished.unlink(missing_ok=True)
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
-
-    def _tree(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
 
     def _read(self, key: str, tensors: bool) -> tuple[dict[str, Any] | None, Any]:
         def checked(path: Path) -> tuple[dict[str, Any], Any] | None:
@@ -347,24 +340,12 @@ class Records:
                 raise ValueError("its checksum does not fit its content, or it holds another configuration's record")
             if not tensors or not record["tensors"]:
                 return None if tensors else (record, None)
-            if not self._tree(key).is_file():
+            place = self.path(key, ".safetensors")
+            if not place.is_file():
                 raise ValueError("its tensors are missing")
-            tree = read_tree(self._tree(key))
+            tree = read_tree(place)
             if tree["key"] != key:
                 raise ValueError("its tensors are another record's")
             return record, tree["tensors"]
 
         return intact(self.path(key), checked) or (None, None)
-
-
-def _locked(path: Path) -> IO[str]:
-    """The file, open and locked; who held it before may have deleted the one that was waited for."""
-    while True:
-        file = path.open("w")
-        if fcntl is None:
-            return file
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()

@@ -59,11 +59,9 @@ def hash_tensor(tensor: Tensor) -> str:
 
 def plain(value: Any) -> Any:
     """Turns arrays, tensors, numpy's numbers, tuples and paths into what JSON knows; else raises TypeError."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, int | float):
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
         return value.as_posix()
@@ -71,8 +69,6 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | range):
         return [plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
     raise TypeError(
         f"{type(value).__name__} {value!r:.60} cannot be stored; give numbers, text, lists, arrays or dicts"
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+FROZEN = "_names_of_frozen_modules"
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
@@ -39,12 +40,23 @@ def frozen_modules(model: nn.Module) -> set[nn.Module]:
 
     They are those in evaluation mode within a model in training mode. A model that is itself in evaluation mode, as
     most code leaves one, is trained as a whole but for modules whose parameters are all frozen, and what is within
-    them. If there is nothing else, nothing is frozen: the model is no part of another.
+    them. If there is nothing else, nothing is frozen: the model is no part of another. What `scratch_copy` gives has
+    the frozen modules of the original.
     """
+    if (names := vars(model).get(FROZEN)) is not None:
+        return {model.get_submodule(name) for name in names}
     if model.training:
         return {m for m in model.modules() if not m.training}
     frozen = [m for m in model.modules() if any(True for _ in m.parameters()) and not _trained(m)]
     return {inner for m in frozen for inner in m.modules()} if _trained(model) else set()
+
+
+def scratch_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, to try weights in, that knows which modules of the original are frozen."""
+    frozen, scratch = frozen_modules(model), copy.deepcopy(model)
+    scratch.eval()
+    vars(scratch)[FROZEN] = [name for name, m in model.named_modules() if m in frozen]
+    return scratch
 
 
 def training_mode(model: nn.Module, frozen: Iterable[nn.Module]) -> None:

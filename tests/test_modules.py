@@ -1,5 +1,6 @@
 """Networks as people bring them: frozen parts, wrappers, ways of their own, and what is tried before training."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from clkit.data import Examples
 from clkit.evaluation import evaluate, outputs, side_pass
 from clkit.learners import ER as Replay
 from clkit.learners import EWC, LEARNERS, MAS, ICaRL, Learner
-from clkit.modules import frozen_modules, frozen_tensors, training_mode, unwrapped
+from clkit.modules import frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
 from clkit.normalization import batchnorms, refresh, repair
 from clkit.tangent import Linearized
 from clkit.training import Training
@@ -111,6 +112,15 @@ class TestFrozen:
         other = {n: t + 0.1 if n.startswith(("neck", "head")) else t for n, t in before.items()}
         repaired = repair(net, lerp(before, other, 0.5), ends=(before, other), t=0.5, inputs=x)
         assert all(torch.equal(repaired[n], before[n]) for n in before if n.startswith("body"))
+
+    def test_a_scratch_copy_is_in_evaluation_mode_and_knows_what_is_frozen(self):
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+        net[2].eval()
+        copied = copy.deepcopy(scratch_copy(net))
+        assert not any(m.training for m in copied.modules()) and frozen_modules(copied) == {copied[2]}
+        assert batchnorms(copied) == batchnorms(net) == ("1",)
+        frozen = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).requires_grad_(False))  # in training mode: it moves
+        assert batchnorms(scratch_copy(frozen)) == ("1",)
 
     def test_units_that_a_frozen_tensor_holds_stay_and_others_move(self):
         with torch.random.fork_rng([]):

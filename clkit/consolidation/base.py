@@ -29,8 +29,7 @@ class Context:
     attributes are given. Raises AttributeError for one that is neither, and for one that is first asked for when the
     consolidation has returned.
 
-    - `model`: a scratch copy on the training device, free to be overwritten, in the modes of training: put it in
-      `evaluation_mode` for a pass
+    - `model`: a scratch copy on the training device, in evaluation mode, free to be overwritten
     - `base`: the weights before the first task; `previous`: those deployed after the last one; `current`: those being
       trained; `history`: those trained on each earlier task, if the consolidation's `uses_history` is true
     - `inputs` (N, ...): prepared inputs that the learner lets it see

@@ -42,7 +42,7 @@ from clkit.data import Stream, Task
 from clkit.data.core import cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
-from clkit.modules import dtype_of, frozen_modules, frozen_tensors, training_mode, unwrapped
+from clkit.modules import dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
 from clkit.training import trial
 from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, get_weights, set_weights
@@ -180,7 +180,7 @@ class _Loop:
         self.memo: Any = None
         self.report: dict[str, Any] = {}
         self.trace = torch.zeros(0, device=device)
-        self.scratch = copy.deepcopy(model) if not isinstance(self.consolidation, NoConsolidation) else model
+        self.scratch = scratch_copy(model) if not isinstance(self.consolidation, NoConsolidation) else model
         with _reproducible(self.seed, device), self.autocast():
             trial.attempt(self)
         if training.compile:

@@ -93,8 +93,8 @@ def widened(result: Mapping[str, Any], initial: np.ndarray) -> dict[str, Any]:
 def snapshot(model: nn.Module, learner: Learner, *generators: torch.Generator) -> dict[str, Any]:
     """A copy of the state of a model, a learner, generators, and torch's own generators on the CPU and their device.
 
-    Of a model: parameters and all buffers, which parameters are frozen, and its modules' numbers, texts and flags, such
-    as whether one is in evaluation mode.
+    Of a model: parameters and all buffers, which parameters are frozen, and its modules' numbers, texts, flags and
+    Nones, such as whether one is in evaluation mode, and BatchNorm's momentum.
     """
     device = generators[0].device
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -103,7 +103,7 @@ def snapshot(model: nn.Module, learner: Learner, *generators: torch.Generator) -
         "buffers": dict(model.named_buffers()),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "plain": {
-            part: {name: value for name, value in vars(module).items() if type(value) in PLAIN}
+            part: {name: value for name, value in vars(module).items() if value is None or type(value) in PLAIN}
             for part, module in model.named_modules()
         },
         "learner": learner.state_dict(),

@@ -1,17 +1,31 @@
-"""ER, ER-ACE, online EWC and BiC against the rule of the code that CLeWI's tables come from, step by step.
+"""Learners against the rule of the code that CLeWI's tables come from, and what released code does otherwise.
+
+ER, ER-ACE, online EWC and BiC go step by step. Of each switch for the behaviour of released code there is a test of
+what differs, and in which direction.
 
 A run is recorded: the rows of every step, those replayed beside them, and the weights after it. The twin starts at the
 same weights and sees the same rows. Its loss is written out row by row and class by class, its step by hand.
 """
 
 import copy
+from dataclasses import replace
+from functools import partial
 
+import pytest
 import torch
+from torch import nn
 
 import toys
-from clkit.learners import ER, ERACE, BiC, OnlineEWC
+from clkit import merging, models, weights
+from clkit.consolidation import CLeWI, Context
+from clkit.data import Stream
+from clkit.evaluation import outputs
+from clkit.learners import AGEM, ER, ERACE, BiC, OnlineEWC
+from clkit.modules import hooked
 from clkit.training import Training
 from clkit.weights import get_weights
+from studies import clewi
+from test_resume import assert_goes_on
 
 LR = 0.05
 
@@ -171,3 +185,120 @@ def test_bic():
 
     follow(steps, stream, loss, end)
     assert abs(state["ab"][0] - 1) > 1e-3
+
+
+def pictures() -> Stream:
+    """The toy's images at the 8 x 8 pixels that a ResNet takes."""
+    source = toys.images()
+    parts = (replace(t, train=larger(t.train), test=larger(t.test)) for t in source)
+    return Stream("pictures", tuple(parts), source.classes)
+
+
+def larger(part):
+    return replace(part, x=nn.functional.pad(part.x, (1, 1, 1, 1)))
+
+
+class TestDroppedJunctures:
+    net = partial(models.resnet18, width=4)
+
+    def context(self, seed=1) -> Context:
+        """Two networks that began apart (or one, of seed 0), on the rows of the first task."""
+        stream = pictures()
+        old, new = (toys.quick(replace(stream, tasks=stream.tasks[:1]), model=self.net, seed=s) for s in (0, seed))
+        x = stream[0].prepare(stream[0].train.x)
+        given = {"model": old.model, "previous": old.weights[0], "current": new.weights[0], "inputs": x}
+        return Context(**given)
+
+    def test_the_old_networks_function_is_kept_with_the_juncture_and_changes_without(self):
+        context = self.context()
+        before = copy.deepcopy(get_weights(context.model))
+        moved, report = clewi.DroppedJunctures().aligned(context)
+        assert weights.equal(get_weights(context.model), before) and list(moved) == list(context.previous)
+        assert report["kept"] < 1e-5 and report["dropped"] > 0.05
+        logits, dropped = (outputs(context.model, w, context.inputs) for w in (context.previous, moved))
+        change = (dropped - logits).abs().max() / (logits.max() - logits.min())
+        assert float(change) == pytest.approx(report["dropped"], abs=1e-5)
+
+    def test_nothing_is_dropped_where_both_ends_are_permuted_alike(self):
+        moved, report = clewi.DroppedJunctures().aligned(self.context(seed=0))
+        assert report["identity"] == 1.0 and report["dropped"] < 1e-5
+        assert weights.equal(moved, self.context().previous)
+
+    def test_it_is_part_of_a_run_on_its_network_alone(self):
+        rule, training = clewi.DroppedJunctures(0.3), Training(epochs=1, batch=12)
+        stream = replace(pictures(), tasks=pictures().tasks[:2])
+        result = toys.quick(stream, ER(memory=9), rule, model=self.net, training=training)
+        assert result.reports[0] == {} and {"kept", "dropped", "alpha"} <= result.reports[1].keys()
+        for model in (toys.small_convnet, models.vit):
+            with pytest.raises(ValueError, match="no stem before an identity shortcut"):
+                toys.quick(pictures(), ER(memory=9), rule, model=model)
+
+
+class TestCumulative:
+    def noted(self, kind) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """BatchNorm's running means after the first merge, means of each batch since, and running means in the end."""
+        start, batches, end = [], [], []
+
+        class Noted(kind):
+            def on_consolidated(self, model, task):
+                super().on_consolidated(model, task)
+                if task.index == 1:
+                    start.append(model.norm1.running_mean.clone())
+
+            def loss(self, model, batch):
+                with hooked([(model.norm1, lambda norm, x, out: batches.append(x[0].detach().mean((0, 2, 3))))]):
+                    return super().loss(model, batch)
+
+            def after_training(self, model, task):
+                super().after_training(model, task)
+                end[:] = [model.norm1.running_mean.clone()]
+
+        training = Training(epochs=2, batch=8)
+        toys.quick(toys.images(), Noted(memory=40), CLeWI(0.3), model=toys.small_convnet, training=training)
+        return start[0], torch.stack(batches[-6:]), end[0]
+
+    def test_statistics_are_means_of_the_memory_and_all_batches_since(self):
+        start, batches, end = self.noted(clewi.Cumulative)
+        assert torch.allclose(end, (2 * start + batches.sum(0)) / 8, atol=1e-5), "a memory of 40 is two batches"
+
+    def test_by_default_they_follow_the_last_batches(self):
+        start, batches, end = self.noted(ER)
+        for batch in batches:
+            start = 0.9 * start + 0.1 * batch
+        assert torch.allclose(end, start, atol=1e-5)
+
+    def test_the_first_task_is_that_of_er_and_a_resumed_run_goes_on_without_momentum(self, tmp_path):
+        more = {"model": toys.small_convnet, "training": Training(epochs=2, batch=8)}
+        result, _ = assert_goes_on(
+            toys.images(4), clewi.Cumulative(memory=9), CLeWI(0.3), (1, 3), tmp_path / "run", **more
+        )
+        plain = toys.quick(toys.images(4), ER(memory=9), CLeWI(0.3), **more)
+        assert weights.equal(result.trained[1], plain.trained[1])
+        assert not weights.equal(result.trained[2], plain.trained[2])
+        assert result.model.norm1.momentum is None and plain.model.norm1.momentum == 0.1
+
+
+def test_a_gem_whose_memory_is_filled_by_a_batch_merges_blind_to_the_newest_task():
+    """The merge sees rows of earlier tasks alone, and loses more of the newest one."""
+    last = {}
+    for fill in ("task", "batch"):
+        learner = AGEM(memory=40, fill=fill)
+        last[fill] = toys.quick(toys.images(), learner, CLeWI(0.5), model=toys.small_convnet).losses[-1, -1]
+    assert last["batch"] > last["task"]
+
+
+def test_opcm_as_released_keeps_what_only_begins_or_only_ends_in_leading_directions():
+    base, first = {"w": torch.zeros(2, 2)}, {"w": torch.diag(torch.tensor([3.0, 1.0]))}
+    then = {"w": torch.tensor([[0.0, 2.0], [0.0, 1.0]])}
+    paper, released = (
+        merging.opcm([first, then], base=base, alpha=0.8, projection=kind)["w"] for kind in ("paper", "released")
+    )
+    whole = first["w"] + then["w"]
+    assert torch.allclose(paper / paper.norm(), first["w"] / first["w"].norm(), atol=1e-6), "all of it is taken out"
+    assert torch.allclose(released / released.norm(), whole / whole.norm(), atol=1e-6), "all of it stays"
+    inside = {"w": torch.tensor([[2.0, 0.0], [0.0, 0.0]])}
+    for kind in ("paper", "released"):
+        merged = merging.opcm([first, inside], base=base, alpha=0.8, projection=kind)["w"]
+        assert torch.allclose(merged / merged.norm(), first["w"] / first["w"].norm(), atol=1e-6), (
+            "begins and ends there"
+        )

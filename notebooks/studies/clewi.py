@@ -10,18 +10,19 @@ clewi.gains(table)                          # what CLeWI adds to each learner, b
 import copy
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clkit import alignment, curvature, data, landscape, learners, models, weights
-from clkit.consolidation import CLeWI
+from clkit import alignment, curvature, data, evaluation, landscape, learners, models, normalization, weights
+from clkit.consolidation import CLeWI, Context
 from clkit.experiments import Comparison, Method, contrasts
 from clkit.learners import AGEM, ER, DERpp, Learner, MemoryOnly, Sum
 from clkit.training import Result, Training, run
+from clkit.weights import Weights
 from studies.named import stream
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ PAIRS = ("ER", "A-GEM", "ER-ACE", "MIR", "BiC", "DER++")
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # of ten classes each, in bytes
 GENTLE = 0.03  # the learning rate, at a laptop's scale, of rules with a penalty or a projection; of others it is 0.1
 CHOSEN = tomllib.loads(Path(__file__).with_name("published").joinpath("clewi.toml").read_text())
+JUNCTURE = "stage1.0.shortcut.weight"
 SMALL = {"convnet 16-32-32": partial(models.convnet, widths=(16, 32, 32))}
 
 
@@ -217,6 +219,107 @@ def released() -> "pd.DataFrame":
 
     table = pd.read_csv(Path(__file__).with_name("published") / "clewi.csv").set_index(["dataset", "method"])
     return table / 100
+
+
+@dataclass(frozen=True)
+class DroppedJunctures(CLeWI):
+    """CLeWI with the matching of its released code, which changes the old network's function on the way.
+
+    The stem's channels and the first stage's, two ends of one residual stream, are matched apart. A juncture, a 1x1
+    convolution in the place of the first block's identity shortcut, would connect them. After the permutation P2 P0^T
+    of the two stands in it; the code overwrites it with the identity. The report has `dropped`: the largest change of
+    the old network's logits on the memory, as a share of their range; and `kept`, the change with the juncture in.
+
+    Of `models.resnet18` alone; its later stages have convolutions where the shape changes, and need no juncture.
+    """
+
+    def check(self, model: torch.nn.Module, x: torch.Tensor) -> None:
+        """Refuses other networks than `models.resnet18`."""
+        joined(model)
+
+    def aligned(self, context: Context) -> tuple[Weights, dict[str, Any]]:
+        """The previous weights, permuted with a juncture that is dropped then, and a report on the matching."""
+        net, x = joined(context.model), context.inputs
+        juncture = {JUNCTURE: net.get_parameter(JUNCTURE).detach()}
+        before, current = {**context.previous, **juncture}, {**context.current, **juncture}
+        symmetry = alignment.symmetry(net, x[:2])
+        given = {"model": net, "previous": before, "current": current, "inputs": x, "symmetry": lambda: symmetry}
+        moved, report = super().aligned(Context(**given))
+        logits, *others = (evaluation.outputs(net, w, x) for w in (before, moved, {**moved, **juncture}))
+        changes = [float((z - logits).abs().max() / (logits.max() - logits.min())) for z in others]
+        report |= dict(zip(("kept", "dropped"), changes, strict=True))
+        return {name: moved[name] for name in context.previous}, report
+
+
+def joined(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a `models.resnet18` with a juncture: a 1x1 convolution, the identity, for the first block's shortcut.
+
+    Raises ValueError for another network.
+    """
+    block: Any = getattr(model, "stage1", [None])[0]
+    if not isinstance(block, models.BasicBlock) or len(list(block.shortcut.children())):
+        raise ValueError(f"model: {type(model).__name__} has no stem before an identity shortcut; use models.resnet18")
+    net: Any = copy.deepcopy(model)
+    like = net.conv.weight
+    conv = torch.nn.Conv2d(len(like), len(like), 1, bias=False, device=like.device, dtype=like.dtype)
+    torch.nn.init.dirac_(conv.weight)
+    net.stage1[0].shortcut = conv
+    return net
+
+
+class Cumulative(ER):
+    """ER after whose merges BatchNorm's momentum stays None, as CLeWI's released code leaves it.
+
+    Running statistics are then means over all batches since, at first those of the memory that they were re-estimated
+    on (32 rows each in the code): later steps move them less and less, where the usual momentum of 0.1 forgets.
+    """
+
+    def on_consolidated(self, model: torch.nn.Module, task: data.Task) -> None:
+        """Switches the momentum off in the network that training goes on with, unless nothing was merged yet."""
+        super().on_consolidated(model, task)
+        for name in normalization.batchnorms(model) if task.index else ():
+            norm: Any = model.get_submodule(name)
+            norm.momentum = None
+            norm.num_batches_tracked.fill_(-(-len(self.store) // 32))
+
+
+def published(seed: int) -> list[dict[str, Any]]:
+    """CLeWI as it should be, and with what its released code does otherwise, one thing at a time, on digits.
+
+    Columns: method; what is otherwise; acc, forgetting and last, as in a run's summary; changed, how far permuting
+    moves the old network's logits, as a share of their range, at most over the merges. In a stream the stem keeps its
+    channels, so "two beginnings" permutes one network towards another of the same task: acc is then its own.
+    """
+    [tasks], [whole] = ([made(seed) for made in stream("digits", n).values()] for n in (5, 1))
+    convnet, small = models.convnet, partial(models.resnet18, width=8)
+    er, agem, usual, strong = ER(50), AGEM(50), CLeWI(0.3), CLeWI(0.5)
+    long, gentle, short = Training(5, 32, 0.1), Training(5, 32, GENTLE), Training(2, 32, 0.1)
+    runs = [
+        ("ER", "", convnet, er, None, long),
+        ("ER + CLeWI", "", convnet, er, usual, long),
+        ("ER + CLeWI", "momentum None", convnet, Cumulative(50), usual, long),
+        ("ER + CLeWI", "released statistic", convnet, er, replace(usual, statistic="clewi2024"), long),
+        ("A-GEM", "", convnet, agem, None, gentle),
+        ("A-GEM + CLeWI", "", convnet, agem, strong, gentle),
+        ("A-GEM + CLeWI", "one batch a task", convnet, replace(agem, fill="batch"), strong, gentle),
+        ("ER + CLeWI, ResNet-18", "", small, er, usual, short),
+        ("ER + CLeWI, ResNet-18", "dropped junctures", small, er, DroppedJunctures(0.3), short),
+    ]
+    rows = []
+    for method, what, net, rule, merge, training in runs:
+        result = run(tasks, net, rule, merge, training, seed=seed, progress=False)
+        facts, moved = result.summary(), [report.get("dropped", 0.0) for report in result.reports if report]
+        rows.append({"method": method, "what": what, **{n: facts[n] for n in ("acc", "forgetting", "last")}})
+        rows[-1]["changed"] = max(moved, default=0.0)
+    one, other = (run(whole, small, training=short, seed=s, progress=False) for s in (seed, seed + 1000))
+    old, test = one.weights[0], whole[0].test
+    given = Context(model=one.model.cpu(), previous=old, current=other.weights[0], inputs=one.inputs[0][:50])
+    moved, report = DroppedJunctures().aligned(given)
+    for what, w, change in (("", old, report["kept"]), ("dropped junctures", moved, report["dropped"])):
+        acc = evaluation.score(given.model, data.Examples(whole[0].prepare(test.x), test.y), w).accuracy
+        rows.append({"method": "two beginnings, ResNet-18", "what": what, "acc": acc, "forgetting": float("nan")})
+        rows[-1] |= {"last": float("nan"), "changed": change}
+    return rows
 
 
 def gains(table: "pd.DataFrame", kind: str = "CLeWI") -> "pd.DataFrame":

@@ -275,7 +275,7 @@ class TestCumulative:
         plain = toys.quick(toys.images(4), ER(memory=9), CLeWI(0.3), **more)
         assert weights.equal(result.trained[1], plain.trained[1])
         assert not weights.equal(result.trained[2], plain.trained[2])
-        assert result.model.norm1.momentum is None and plain.model.norm1.momentum == 0.1
+        assert vars(result.model.norm1)["momentum"] is None and vars(plain.model.norm1)["momentum"] == 0.1
 
 
 def test_a_gem_whose_memory_is_filled_by_a_batch_merges_blind_to_the_newest_task():

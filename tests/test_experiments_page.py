@@ -355,6 +355,9 @@ def test_changed_parameters_stop_nothing_and_overwrite_nothing(place, capsys, mo
         ({"SEEDS": range(3), "SHARE": None}, USUAL),
         ({"SHARE": 1}, USUAL | {"SHARE": 1.0}),
         ({"SEEDS": [5.0]}, USUAL | {"SEEDS": [5]}),
+        ({"SEEDS": [7, 5, 7]}, USUAL | {"SEEDS": [7, 5]}),
+        ({"SEEDS": [-1, 3], "SHARE": -0.5}, USUAL),
+        ({"SEEDS": [3], "SHARE": 0}, USUAL | {"SEEDS": [3], "SHARE": 0.0}),
     ],
     ids=str,
 )
@@ -365,7 +368,8 @@ def test_parameters_come_as_the_recorded_kind(place, capsys, given, taken):
     assert all(type(opened.parameters[name]) is type(USUAL[name]) for name in USUAL)
     assert opened.changed == [name for name in USUAL if taken[name] != USUAL[name]]
     unsaid = [name for name, value in given.items() if list(np.ravel(value)) != list(np.ravel(USUAL[name]))]
-    assert all(f"{name}: {given[name]!r}" in capsys.readouterr().out for name in unsaid)
+    out = capsys.readouterr().out
+    assert all(f"{name}: {given[name]!r}" in out for name in unsaid)
 
 
 def test_changed_parameters_keep_to_a_folder_that_was_asked_for(place, monkeypatch):

@@ -42,7 +42,8 @@ def page(name: str, profile: str | None = None, /, **parameters: Any) -> "Page":
     The parameters that claims were recorded with stand beside them. Where others come, from an edited cell or from
     papermill, claims and laws only report, and nothing among the figures changes: files go to a folder in the cache,
     which is printed. `clkit figures --write` records the parameters anew. A number or a list comes as the recorded
-    kind, 50 for 50.0; what is of no such kind, or an empty list, gives way to what is recorded.
+    kind, 50 for 50.0, and what a list repeats once. What is of no such kind, an empty list or a number below 0, gives
+    way to what is recorded.
     """
     chosen = checks.choice("profile", profile or os.environ.get("CLKIT_PROFILE") or "fast", PROFILES)
     _check_name("name", name)
@@ -269,13 +270,13 @@ def _check_name(argument: str, name: str) -> None:
 def _fitting(value: Any, recorded: Any) -> Any:
     """A value as the recorded kind, a number, a text or a list of these; what is recorded where it is of no such kind.
 
-    An empty list is of none.
+    An empty list is of none, nor is a number below 0. What a list repeats counts once.
     """
 
     def fit(value: Any, example: Any) -> Any:
         if isinstance(example, list):
-            return [fit(item, example[0]) for item in value] or example
-        if (fitted := type(example)(value)) != value:
+            return list(dict.fromkeys(fit(item, example[0]) for item in value)) or example
+        if (fitted := type(example)(value)) != value or fitted < type(example)():
             raise ValueError
         return fitted
 

@@ -108,18 +108,21 @@ def main(profile: str = "fast", dataset: str | None = None) -> Comparison:
     return replace(small("fast", methods), streams=stream(dataset or "digits"), measure=plasticity)
 
 
-def joint(profile: str = "fast", dataset: str | None = None) -> Comparison:
+def joint(
+    profile: str = "fast", dataset: str | None = None, *, whole: Comparison | None = None, limit: int | None = None
+) -> Comparison:
     """The tables' joint training: one run from scratch over all classes as one task, so that none is forgotten.
 
-    (`Joint` in the "fast" `main` goes on from task to task, with the data of all so far.)
+    In the setting of `whole`, by default that of `main`. (`Joint` in the "fast" `main` goes on from task to task, with
+    the data of all so far.)
     """
-    name = dataset or ("cifar10" if profile == "paper" else "digits")
-    whole = main("paper", name) if profile == "paper" else small("fast", {})
-    lr = chosen("lr", "joint", name) if profile == "paper" else whole.training.lr
-    training = replace(whole.training, lr=lr, schedule="constant")
-    return replace(
-        whole, streams=stream(name, 1), methods={"joint": Method(Learner())}, training=training, measure=None
-    )
+    name, lr = dataset or ("cifar10" if profile == "paper" else "digits"), None
+    if whole is None:
+        whole = main("paper", name) if profile == "paper" else small("fast", {})
+        lr = chosen("lr", "joint", name) if profile == "paper" else None
+    training = replace(whole.training, lr=lr or whole.training.lr, schedule="constant")
+    streams = stream(name, 1, limit=limit)
+    return replace(whole, streams=streams, methods={"joint": Method(Learner())}, training=training, measure=None)
 
 
 def small(profile: str, methods: Mapping[str, Method], **changes: Any) -> Comparison:

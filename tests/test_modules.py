@@ -396,6 +396,16 @@ class TestInputs:
             quick(toy, seed=2**70)
 
 
+@pytest.mark.parametrize("loss", [None, 0.5, torch.zeros(3, requires_grad=True), torch.zeros(())])
+def test_a_loss_that_no_step_can_go_down_along_is_refused(toy, loss):
+    class Odd(Learner):
+        def loss(self, model, batch):
+            return loss
+
+    with pytest.raises(TypeError, match=r"learner: the loss of .*give a tensor with one number"):
+        quick(toy, Odd())
+
+
 class TestConsolidations:
     @pytest.mark.parametrize(
         ("answer", "error", "message"),

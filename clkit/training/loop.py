@@ -290,6 +290,8 @@ class _Loop:
                 optimizer.zero_grad(set_to_none=True)
                 with self.autocast():
                     loss = self.learner.loss(self.model, batch)
+                if step == 0:
+                    trial.check_loss(loss, self.learner)
                 loss.backward()
                 self.learner.adjust_gradients(self.model, batch)
                 if self.training.clip is not None:

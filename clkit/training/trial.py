@@ -169,6 +169,15 @@ def checked(merged: Any, current: Weights, rule: Any) -> Merged:
     return merged
 
 
+def check_loss(loss: Any, learner: Learner) -> None:
+    """Raises TypeError for what no step can go down along."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(
+            f"learner: the loss of {learner!r:.80} is {what}; give a tensor with one number, computed from the model"
+        )
+
+
 @contextmanager
 def explained(task: Task) -> Iterator[None]:
     """Says in our words what no trial shows: that a memory gave BatchNorm one row alone in training."""

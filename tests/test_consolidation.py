@@ -224,6 +224,27 @@ class TestOpenDoors:
         kept = {name: w for name, w in result.weights[2].items() if not is_statistic(name)}
         assert any(equal(kept, {name: w[name] for name in kept}) for w in result.trained)
 
+    @pytest.mark.parametrize(
+        ("merge", "message"),
+        [
+            (lambda ws: {}, "have different names"),
+            (lambda ws: {n: t.flatten() for n, t in ws[0].items()}, "differ in the shape of"),
+            (lambda ws: {n: t / 0 * 0 for n, t in ws[0].items()}, "of what it gave is not a number"),
+            (lambda ws: "weights", "a merge gives a mapping"),
+        ],
+    )
+    def test_a_merge_of_ones_own_is_tried_before_anything_is_trained(self, toy, merge, message):
+        class Untrained(Learner):
+            def loss(self, model, batch):
+                raise AssertionError("a step was taken")
+
+        with pytest.raises(ValueError, match=message):
+            quick(toy, Untrained(), Merging(merge))
+
+    def test_a_function_without_weights_is_no_merge(self):
+        with pytest.raises(ValueError, match="takes no weights"):
+            Merging(lambda: {})
+
     def test_a_row_of_ones_own_merges_by_its_name(self, toy, monkeypatch):
         monkeypatch.setitem(MERGES, "trimmed", Merge(trimmed))
         by_name, by_function = (convnet(toy, Merging(merge)) for merge in ("trimmed", trimmed))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clkit import checks, curvature, normalization
 from clkit.consolidation.base import Alpha, Context, Merged, Progress
 from clkit.merging import MERGES, Merge
-from clkit.weights import lerp, set_weights
+from clkit.weights import get_weights, lerp, set_weights
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,12 @@ class Merging:
         return None if self.row.needs in dict(self.options) else self.row.needs
 
     def check(self, model: nn.Module, x: Tensor) -> None:
-        """Tries the Fisher information of the inputs, if the merge goes by it."""
+        """Tries the Fisher information of the inputs, if the merge goes by it, and a merge of your own on copies."""
         if self.needs == "importances":
             curvature.fisher(model, x, generator=torch.Generator(x.device).manual_seed(0))
+        if callable(self.merge) and not self.needs:
+            start = get_weights(model)
+            self.row([start] * (self.row.arity or 2), base=start, **dict(self.options))
 
     def due(self, progress: Progress) -> bool:
         """At the end of every task."""

@@ -95,6 +95,9 @@ def _merged(
     moved = {name: tensor for name, tensor in result.items() if name not in constants}
     if not finite(moved):
         check_inputs(whole, given.get("base"))
+        for name, tensor in moved.items():
+            if tensor.isnan().any():
+                raise ValueError(f"{label}: {name!r} of what it gave is not a number; mend the merge, or its options")
         check_range(moved, whole)
     return result
 

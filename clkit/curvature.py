@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clkit import checks
 from clkit.checks import Count
 from clkit.data.core import IGNORED, cuts
-from clkit.modules import hooked, unwrapped
+from clkit.modules import called, hooked, unwrapped
 from clkit.weights import Weights, set_weights
 
 FisherLabels = Literal["sampled", "true", "exact", "weighted"]
@@ -197,7 +197,7 @@ def _mean_slopes(
     parameters = {name: p.detach() for name, p in live.items()}
 
     def value(parameters: dict[str, Tensor], x: Tensor, *rest: Tensor) -> Tensor:
-        return objective(torch.func.functional_call(net, parameters, (x.unsqueeze(0),)).squeeze(0), *rest)
+        return objective(called(net, parameters, (x.unsqueeze(0),)).squeeze(0), *rest)
 
     slopes = torch.func.vmap(torch.func.grad(value), in_dims=(None, *[0] * len(rows)))
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}

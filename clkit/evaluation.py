@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clkit.data import Examples, Stream, Task
 from clkit.data.core import IGNORED, cuts
-from clkit.modules import dtype_of, evaluation_mode, unwrapped
+from clkit.modules import called, dtype_of, evaluation_mode, unwrapped
 from clkit.weights import Weights, set_weights
 
 EVALUATION_BATCH = 1024
@@ -130,7 +130,7 @@ def outputs(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
     """
     model = unwrapped(model)
     with evaluation_mode(model):
-        return torch.func.functional_call(model, dict(weights), (x,))
+        return called(model, weights, (x,))
 
 
 def side_pass(model: nn.Module, x: Tensor) -> Tensor:
@@ -140,4 +140,4 @@ def side_pass(model: nn.Module, x: Tensor) -> Tensor:
     """
     model = unwrapped(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return torch.func.functional_call(model, buffers, (x,))
+    return called(model, buffers, (x,))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clkit import checks
 from clkit.data import Problem, Text
 from clkit.evaluation import EVALUATION_BATCH, check_logits
-from clkit.modules import evaluation_mode, unwrapped
+from clkit.modules import called, evaluation_mode, unwrapped
 from clkit.weights import Weights, check_same, live_tensors
 
 
@@ -25,7 +25,7 @@ def continued(model: nn.Module, x: Tensor, length: int, *, context: int, weights
     start, model, wrong = x.shape[1], unwrapped(model), torch.zeros((), dtype=torch.long, device=x.device)
     with evaluation_mode(model):
         for _ in range(length):
-            logits = torch.func.functional_call(model, dict(weights or {}), (x[:, -context:],))
+            logits = called(model, weights or {}, (x[:, -context:],))
             x = torch.cat([x, logits[:, -1:].argmax(-1)], 1)
             wrong += (~logits[:, -1].isfinite()).sum()
     check_logits(float(wrong), "the continuation of a prompt")

@@ -2,12 +2,13 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
 FROZEN = "_names_of_frozen_modules"
@@ -28,6 +29,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
     model = copy.copy(model)
     model._modules = plain
     return model
+
+
+def called(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
+    """What a model gives with `tensors` in place of its own, and of those that these are tied to.
+
+    It is torch's functional_call, which leaves its tensors behind in a module that has two names: each is put in once.
+    """
+    places = {
+        f"{part}.{name}".strip("."): id(tensor)
+        for part, module in model.named_modules()
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    }
+    tied = {places[name]: tensor for name, tensor in tensors.items() if name in places}
+    every = {name: tied[place] for name, place in places.items() if place in tied}
+    return functional_call(model, {**every, **tensors}, inputs, tie_weights=False)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -11,13 +11,12 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit import checks
 from clkit.checks import Range, Share
-from clkit.modules import evaluation_mode, frozen_modules, frozen_tensors, hooked, unwrapped
+from clkit.modules import called, evaluation_mode, frozen_modules, frozen_tensors, hooked, unwrapped
 from clkit.weights import Weights, check_same, live_tensors
 
 REPAIRED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -144,7 +143,7 @@ def _sweep(model: nn.Module, weights: Weights, parts: Iterable[Tensor], names: I
     hooks = [(model.get_submodule(name), partial(hook, name)) for name in names]
     with torch.no_grad(), evaluation_mode(model), hooked(hooks):
         for rows in parts:
-            functional_call(model, dict(weights), rows)
+            called(model, weights, rows)
 
 
 def _measure(model: nn.Module, weights: Weights, parts: Iterable[Tensor], names: Iterable[str]) -> dict[str, Moments]:

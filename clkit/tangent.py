@@ -20,7 +20,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
-from clkit.modules import unwrapped
+from clkit.modules import called, unwrapped
 from clkit.weights import Weights, check_finite, check_same, live_tensors, set_weights
 
 
@@ -95,7 +95,7 @@ class Linearized(nn.Module):
         with torch.set_grad_enabled(bool(trained)), dual_level():
             duals = {name: make_dual(leaves.get(name, p), steps[name]) for name, p in point.items()}
             with Rules():
-                out = functional_call(self.network, duals, (x,))
+                out = called(self.network, duals, (x,))
             out, push = unpack_dual(out)
         value = out.detach() if push is None else out.detach() + push.detach()
         if not out.requires_grad:

@@ -425,3 +425,39 @@ class TestConsolidations:
 
         with pytest.raises(error, match=message):
             quick(toy, consolidation=Wrong(), model=Net())
+
+
+class Twice(nn.Module):
+    """One module under two names, and a weight that is tied."""
+
+    def __init__(self, named: bool):
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6))
+            self.body[3].weight = self.body[0].weight
+            self.head = nn.Linear(6, 6)
+        if named:
+            self.again, self.last = self.body, self.head
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@LEARNER
+def test_a_module_under_two_names_is_one_module(toy, name):
+    one, two = (quick(toy, made(name), WiSEFT(), model=Twice(named)) for named in (False, True))
+    assert np.array_equal(one.accuracy, two.accuracy)
+    assert all(equal(a, b) for a, b in zip(one.weights, two.weights, strict=True))
+
+
+def test_what_a_module_under_two_names_is_called_with_is_not_left_behind():
+    net, x = Twice(True), torch.randn(4, 6)
+    before, own = get_weights(net), [*net.parameters(), *net.buffers()]
+    changed = {name: tensor + 1 for name, tensor in before.items()}
+    found = outputs(net, changed, x)
+    side_pass(net.train(), x)
+    assert all(a is b for a, b in zip(own, [*net.parameters(), *net.buffers()], strict=True))
+    assert equal(get_weights(net), before)
+    set_weights(net, changed)
+    assert torch.equal(found, net.eval()(x))

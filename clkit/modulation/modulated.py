@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from clkit import checks, store
 from clkit.data import Stream
 from clkit.modulation.rules import Modulation, Own, Rule, Tensors
-from clkit.modules import hooked, unwrapped
+from clkit.modules import called, hooked, unwrapped
 from clkit.weights import Weights, live_tensors, set_weights
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -129,7 +129,7 @@ class Modulated(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the backbone computes with the live task's tensors in place."""
-        return torch.func.functional_call(self.backbone, self._effective(self._by_part(self.gains)), inputs)
+        return called(self.backbone, self._effective(self._by_part(self.gains)), inputs)
 
     def extra_repr(self) -> str:
         """What tells a model apart besides its tensors."""
@@ -208,7 +208,7 @@ class Modulated(nn.Module):
 
         `shared` is as in `weights`.
         """
-        return torch.func.functional_call(self.backbone, self.weights(state, shared=shared), (x,))
+        return called(self.backbone, self.weights(state, shared=shared), (x,))
 
     @torch.no_grad()
     def distance(self, x: Tensor, state: TaskState) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit import checks
+from clkit.modules import called
 from clkit.symmetry.points import Ids
 from clkit.symmetry.program import Program, mode, trace
 from clkit.weights import Weights, live_tensors
@@ -186,8 +187,7 @@ class Symmetry:
         moved = permute(self, random_permutations(self, generator or torch.Generator().manual_seed(0)), weights)
         with mode(net, training=False):
             before, after = (
-                [t for t in tree_leaves(torch.func.functional_call(net, w, args)) if isinstance(t, Tensor)]
-                for w in (weights, moved)
+                [t for t in tree_leaves(called(net, w, args)) if isinstance(t, Tensor)] for w in (weights, moved)
             )
         change = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True))
         return Proof(change, change < tolerance, self.share, len(self.groups), self.frozen)

@@ -84,8 +84,12 @@ def _merged(
     parts = {label: {name: t for name, t in w.items() if name not in rest} for label, w in given.items()}
     ws = [parts.pop(f"ws[{i}]") for i in range(number)]
     asked = {"score": lambda w: options["score"]({**w, **rest})} if "score" in options else {}
+    held = [t for w in given.values() for t in w.values() if "out" not in given and not t.is_inference()]
+    versions = [t._version for t in held]
     merged = function(ws, **{**options, **parts, **asked})
     label = getattr(checks.innermost(function), "__qualname__", "the merge")
+    if versions != [t._version for t in held]:
+        raise ValueError(f"{label}: it changed its inputs, which other tasks are merged from; give new tensors")
     tensors = merged.values() if isinstance(merged, Mapping) else [merged]
     if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors) or not isinstance(merged, Mapping):
         raise ValueError(f"{label}: it gave {merged!r:.80}; a merge gives a mapping of names to floating tensors")

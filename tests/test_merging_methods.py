@@ -340,6 +340,8 @@ class TestStatistical:
         close(M.fisher_merge(TASKS, importances=tiny), M.average(TASKS))
         only = [{k: torch.full_like(v, float(i == 1)) for k, v in BASE.items()} for i in range(3)]
         close(M.fisher_merge(TASKS, importances=only), TASKS[1])
+        wanting = [{k: v.clone().requires_grad_() for k, v in known.items()} for known in only]
+        close(M.fisher_merge(TASKS, importances=wanting), TASKS[1])
 
     def test_regmean_is_least_squares(self):
         x = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(3)]

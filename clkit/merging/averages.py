@@ -176,7 +176,7 @@ def fisher_merge(
     importances = [{name: t for name, t in known.items() if not is_statistic(name)} for known in importances]
     for i, known in enumerate(importances):
         check_importances(f"importances[{i}]", known, ws[0])
-    flat = [{name: tensor.reshape(-1) for name, tensor in known.items()} for known in importances]
+    flat = [{name: tensor.detach().reshape(-1) for name, tensor in known.items()} for known in importances]
     factors = torch.tensor(given, dtype=vectors.dtype)[:, None]
 
     def rule(piece: Piece, part: Tensor) -> Tensor:

@@ -232,6 +232,8 @@ ROW = b'{"question": "1+1", "answer": "2"}\n'
         ("a.jsonl", b'{"text": "one"}\n{"other": "two"}\n', r"line 2 has no text in \['text'\]; its rows have other"),
         ("a.jsonl", b'{"text": "one"}\n{"text": null}\n', "line 2 has no text in"),
         ("a.jsonl", b'{"text": ["one", "two"]}\n', "line 1 has no text in"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}\n', "line 2 is no JSON object"),
+        ("a.jsonl", b'{"text": ' + 10**5 * b"[", "line 1 is no JSON object"),
         ("a.ndjson", "{\"text\": \"Ü\"}".encode("latin-1"), "is no UTF-8"),
     ],
 )  # fmt: skip

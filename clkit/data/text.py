@@ -285,7 +285,8 @@ def _json_rows(read: Callable[[], bytes], source: str, fields: Sequence[str]) ->
         where = f"{source}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError:
+            json.dumps(row, ensure_ascii=False).encode()  # half of a pair, as in "\ud800", is no text
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise ValueError(f"path: {where} is no JSON object ({line:.40}); write one a line")

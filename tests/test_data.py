@@ -236,6 +236,9 @@ def test_bad_examples_are_refused():
         Examples(x, y + 0.5)
     with pytest.raises(TypeError, match=r"x: .* no tensor or array of numbers"):
         Examples([["a"], ["b"]], [0, 1])
+    with pytest.raises(TypeError, match=r"x: it has the layout torch.sparse_coo; pass x.to_dense\(\)"):
+        Examples(x.to_sparse(), y)
+    assert not Examples(x.float().requires_grad_() * 2, y).x.requires_grad
     with pytest.raises(ValueError, match="12 rows and y has no"):
         Examples(x, 3)
     with pytest.raises(ValueError, match="12 rows and y has 11"):

@@ -134,7 +134,9 @@ def check_images(owner: str, x: Tensor, normalize: Normalize) -> None:
 def as_tensor(name: str, values: Any) -> Tensor:
     """Rows as people have them, an array or nested lists of numbers, as a tensor; TypeError for anything else."""
     if isinstance(values, Tensor):
-        return values
+        if values.layout != torch.strided:
+            raise TypeError(f"{name}: it has the layout {values.layout}; pass x.to_dense()")
+        return values.detach() if values.requires_grad else values
     try:
         array = np.asarray(values)
         return torch.from_numpy(np.array(array, np.int32 if array.dtype == np.uint16 else None))

@@ -72,7 +72,7 @@ def tree(pattern: str, names: str = "ab", count: int = 2) -> list[str]:
     return [pattern.format(name) + f"/{i}.png" for name in names for i in range(count)]
 
 
-TRAINING = ("train", "Train", "TRAIN", "training", "Training")
+TRAINING = ("train", "Train", "TRAIN", "training", "Training", "training_set", "trainset")
 TESTING = (
     "test",
     "Test",
@@ -86,6 +86,7 @@ TESTING = (
     "evaluation",
     "dev",
     "DEV",
+    "test_set",
 )
 
 

@@ -36,7 +36,8 @@ SUFFIXES = (
 )  # fmt: skip
 PARTS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "valid": "val",
-    "validation": "val", "eval": "val", "evaluation": "val", "dev": "dev",
+    "validation": "val", "eval": "val", "evaluation": "val", "dev": "dev", "train_set": "train", "trainset": "train",
+    "training_set": "train", "test_set": "test", "testset": "test", "testing_set": "test",
 }  # fmt: skip
 LAYOUTS = "CLASS/image, train/CLASS/image or CLASS/train/image with test for train, or these in folders of domains"
 _DIRECT = {"1", "L", "LA", "La", "RGB", "RGBA", "RGBa", "P", "PA", "CMYK", "YCbCr"}  # modes of 8 bits

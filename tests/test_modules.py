@@ -461,3 +461,11 @@ def test_what_a_module_under_two_names_is_called_with_is_not_left_behind():
     assert equal(get_weights(net), before)
     set_weights(net, changed)
     assert torch.equal(found, net.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_network_is_refused_in_one_sentence(toy):
+    net = torch.jit.trace(nn.Linear(6, 6), torch.zeros(2, 6))
+    for given in (net, nn.Sequential(net)):
+        with pytest.raises(TypeError, match=r"(?s)model: .*; give a module, .*, unscripted"):
+            quick(toy, model=given)

@@ -24,10 +24,11 @@ ROWS_AT_ONCE = 4096
 
 def check_arguments(stream: Any, model: Any, learner: Any, consolidation: Any, training: Any, resume: Any) -> None:
     """Raises on arguments of the wrong kind, or that do not fit together, before any work starts."""
+    scripted = isinstance(model, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
     due = callable(getattr(consolidation, "due", None)) and callable(consolidation)
     for name, given, fits, wanted in (
         ("stream", stream, isinstance(stream, Stream), "a stream, for example data.split(dataset, tasks=5)"),
-        ("model", model, callable(model), "a module, or a factory such as models.convnet"),
+        ("model", model, callable(model) and not scripted, "a module, or a factory such as models.convnet, unscripted"),
         ("learner", learner, isinstance(learner, Learner), "a learner, for example ER(memory=50)"),
         ("consolidation", consolidation, due and not isinstance(consolidation, type), "one such as CLeWI(alpha=0.3)"),
         ("training", training, isinstance(training, Training), "a Training, for example Training(epochs=10, lr=0.1)"),

@@ -9,7 +9,7 @@ import torch
 
 from clkit import data, models
 from clkit.consolidation import CLeWI
-from clkit.learners import ER, EWC, L2, LEARNERS, SI, DecoupledL2, GDumb, Learner, LwF, PerTask, Sum
+from clkit.learners import ER, EWC, L2, LEARNERS, SI, DecoupledL2, GDumb, Learner, LwF, OnlineEWC, PerTask, Sum
 from clkit.learners.anchored import Anchored
 from clkit.modulation import Modulation, modulated
 from clkit.training import Result, Training, run
@@ -22,6 +22,7 @@ OTHERS = {
     "L2": L2(strength=1.0),
     "decoupled L2": DecoupledL2(strength=1.0),
     "SI": SI(strength=2.0),
+    "online EWC": OnlineEWC(strength=5.0),
     "ER + EWC": Sum(ER(memory=50), EWC()),
 }
 

@@ -418,6 +418,7 @@ INTERRUPTED = """
         return {f"{r['config']['learner']} {r['config']['seed']}" for r in records}
 
     source_digest(), torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # what every child would do again
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     for stop in [signal.SIGKILL, signal.SIGINT, signal.SIGKILL][:3 if jobs == 1 else 1]:
         before, done = stored(), len(log())
         os.environ["RUNS"] = str(done + BEFORE)

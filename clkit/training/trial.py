@@ -58,7 +58,7 @@ def made(model: Any, stream: Stream, seed: int, device: torch.device) -> nn.Modu
             raise TypeError(f"model: {kind} cannot be copied ({_short(error)}); give a factory of it") from error
     else:
         try:
-            inspect.signature(model).bind(stream, seed=seed)
+            inspect.signature(model, follow_wrapped=False).bind(stream, seed=seed)
         except TypeError as error:
             raise TypeError(
                 f"model: the factory cannot be called as model(stream, seed=seed) ({error}); let it take both"

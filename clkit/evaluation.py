@@ -99,17 +99,21 @@ def _means(
         for start, end in pairwise([0, *cuts(len(examples), rows), len(examples)]):
             part = examples[start:end].to(device)
             logits = logits_of(part.x).float()
-            if logits.shape[-1] < classes:
-                raise ValueError(
-                    f"model: it has {logits.shape[-1]} outputs and the stream {classes} classes; "
-                    "give it a head for all of them"
-                )
+            check_width(logits, classes)
             loss = nn.functional.cross_entropy(logits.flatten(0, -2), part.y.flatten(), reduction="sum")
             hits = (logits.argmax(-1) == part.y).sum()
             masked = (among[logits[..., among].argmax(-1)] == part.y).sum()
             wrong = (~logits.isfinite()).sum() + ~loss.isfinite()
             sums += torch.stack([hits, masked, loss, wrong, (part.y != IGNORED).sum()]).double()
     return torch.cat([sums[:3] / sums[4], sums[3:4]])
+
+
+def check_width(logits: Tensor, classes: int) -> None:
+    """Raises ValueError if logits (..., outputs) are fewer than the stream has classes."""
+    if logits.shape[-1] < classes:
+        raise ValueError(
+            f"model: it has {logits.shape[-1]} outputs and the stream {classes} classes; give it a head for all of them"
+        )
 
 
 def check_logits(wrong: float, where: str) -> None:

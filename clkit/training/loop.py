@@ -206,8 +206,9 @@ class _Loop:
                 if path is not None:
                     result.state = self.state()
                     result.save(path)
-        with suppress(TypeError):  # a learner's state that no file can hold
-            result.state = self.state()
+        if not result.state:  # a checkpoint has just had it
+            with suppress(TypeError):  # a learner's state that no file can hold
+                result.state = self.state()
         if self.training.compile:
             result.model = copy.deepcopy(self.model)
         return result

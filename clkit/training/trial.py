@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clkit.consolidation import Merged
 from clkit.data import Batch, Stream, Task
-from clkit.evaluation import side_pass
+from clkit.evaluation import check_width, side_pass
 from clkit.learners import Criterion, Learner
 from clkit.modules import evaluation_mode, unwrapped
 from clkit.training.settings import Result, Training
@@ -123,10 +123,7 @@ def check_outputs(model: nn.Module, batch: Batch, classes: int) -> int:
             f"model: it returns {tuple(logits.shape)} {logits.dtype} for inputs {tuple(batch.x.shape)}; logits are "
             f"floating numbers of shape ({', '.join(map(str, wanted))}, classes)"
         )
-    if logits.shape[-1] < classes:
-        raise ValueError(
-            f"model: it has {logits.shape[-1]} outputs and the stream {classes} classes; give it a head for all of them"
-        )
+    check_width(logits, classes)
     if not logits.isfinite().all():
         raise FloatingPointError(
             "model: its logits in evaluation mode are not finite before any training, for inputs that are; look for "

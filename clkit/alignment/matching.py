@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from clkit import checks
 from clkit.checks import Count
 from clkit.modules import frozen_tensors
+from clkit.symmetry.elements import Element, Permutations
 from clkit.symmetry.points import Ids
-from clkit.symmetry.structure import Permutations, Symmetry, Tap, check_weights, element, identity, move
+from clkit.symmetry.structure import Symmetry, Tap, check_weights, identity
 from clkit.weights import Weights, check_finite
 
 Statistic = Literal["pearson", "clewi2024"]
@@ -306,7 +307,7 @@ class _Pair:
         self, symmetry: Symmetry, reference: Weights, moving: Weights, permutations: Mapping[str, Tensor]
     ) -> None:
         self.symmetry, self.reference, self.moving = symmetry, reference, moving
-        self.element = element(symmetry, permutations)
+        self.element = Element.of(symmetry.groups, permutations)
 
     def cosines(self, name: str, rows: Ids | None = None, columns: Ids | None = None) -> NDArray[np.float64]:
         """Of each two units: their inner product over their lengths, 0 where there is nothing."""
@@ -328,7 +329,7 @@ class _Pair:
                 picked = torch.from_numpy(slots[:, units].ravel()).to(tensor.device)
                 tensor = tensor.index_select(dim, picked)
                 if k:
-                    tensor = move(self.symmetry, self.element, weight, tensor, but=dim)
+                    tensor = self.element.move(self.symmetry.axes[weight], tensor, but=dim)
                 lanes = tensor.movedim(dim, 0).unflatten(0, (len(slots), len(units)))
                 pair.append(lanes.movedim(1, 0).reshape(len(units), -1).double())
                 squares[k][:] += pair[k].square().sum(1).cpu().numpy()

@@ -16,6 +16,6 @@ of a `Symmetry` (`structure`), which is plain data.
 """
 
 from clkit.symmetry.derivation import symmetry
-from clkit.symmetry.structure import (
-    Axis, Group, Permutations, Proof, Row, Symmetry, Table, compose, identity, invert, permute, random_permutations,
-)  # fmt: skip
+from clkit.symmetry.elements import Axis, Group, Permutations, compose, invert
+from clkit.symmetry.report import Row, Table
+from clkit.symmetry.structure import Proof, Symmetry, identity, permute, random_permutations

@@ -12,12 +12,13 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.modules import unwrapped
+from clkit.symmetry.elements import Axis, Group
 from clkit.symmetry.labels import Factor, Label, Span, drop, fixed, join
 from clkit.symmetry.moving import Call, is_shape
 from clkit.symmetry.points import Ids, Orbits, Points
 from clkit.symmetry.program import VIEWS, Program, base_name, mutates, owners, trace
 from clkit.symmetry.rules import propagate
-from clkit.symmetry.structure import Axis, Group, Symmetry, Tap, slots_of
+from clkit.symmetry.structure import Symmetry, Tap, slots_of
 from clkit.weights import live_tensors
 
 READERS = frozenset(

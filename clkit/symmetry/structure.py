@@ -1,11 +1,11 @@
-"""The permutation symmetry of a model as plain data, its elements, and what they do to weights.
+"""The permutation symmetry of a model as plain data, random elements of it, and how they permute weights.
 
 A symmetry is groups of units, the axes of weights that the units lie on, and, for what does not move, the operation
 that is to blame. An element of it is a permutation of the units of each group.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,43 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clkit import checks
 from clkit.modules import called
+from clkit.symmetry.elements import Axis, Element, Group, Permutations
 from clkit.symmetry.points import Ids
 from clkit.symmetry.program import Program, mode, trace
+from clkit.symmetry.report import Row, Table, follows, summary
 from clkit.weights import Weights, live_tensors
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units that may replace each other: `size` of them in each unit of the group `within`, if there is one.
-
-    A permutation of a group is one row of `units` numbers; `size` units in sequence share a block.
-    """
-
-    name: str
-    size: int
-    within: str | None = None
-    blocks: int = 1
-
-    @property
-    def units(self) -> int:
-        """The number of units in all blocks together."""
-        return self.size * self.blocks
-
-
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """One axis of a weight: position i follows unit `index[i]` of group number `group[i]` (-1: it stands still).
-
-    `lane` tells apart the positions that follow one unit; `reason` numbers why a position stands still. For the
-    inputs of a grouped convolution, the arrays have a row for each group of the convolution.
-    """
-
-    group: Ids
-    index: Ids
-    lane: Ids
-    reason: Ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,16 +56,6 @@ def slots_of(group: Ids, index: Ids, lane: Ids) -> dict[int, Ids]:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one axis of one weight follows, in words."""
-
-    parameter: str
-    axis: int
-    size: int
-    follows: str
-
-
-@dataclass(frozen=True)
 class Proof:
     """What a random permutation did: the relative change of the output, whether it `holds`, what moved, what not."""
 
@@ -105,16 +64,6 @@ class Proof:
     share: float
     groups: int
     frozen: dict[str, int]
-
-
-class Table(list[Row]):
-    """Rows that print as a table."""
-
-    def __str__(self) -> str:
-        cells = [("parameter", "axis", "size", "follows")]
-        cells += [(r.parameter, str(r.axis), str(r.size), r.follows) for r in self]
-        widths = [max(len(c[k]) for c in cells) for k in range(3)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in cells)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -159,7 +108,7 @@ class Symmetry:
         """One row for each axis of each weight; `a | b` puts groups one after the other, `a x 4` is one four times."""
         names = list(self.groups)
         return Table(
-            Row(name, k, axis.group.shape[-1], self._words(axis, names))
+            Row(name, k, axis.group.shape[-1], follows(axis, names, self.reasons))
             for name, axes in self.axes.items()
             for k, axis in enumerate(axes)
         )
@@ -261,31 +210,8 @@ class Symmetry:
                     found[names[g]].append((weight, dim, slots))
         return found
 
-    def _words(self, axis: Axis, names: list[str]) -> str:
-        group, words = axis.group.ravel(), []
-        for g in dict.fromkeys(group.tolist()):
-            here = group == g
-            if g < 0:
-                reasons = dict.fromkeys(self.reasons[r] for r in axis.reason.ravel()[here])
-                words.append(f"fixed ({', '.join(list(reasons)[:2])})")
-                continue
-            times = np.unique(axis.index.ravel()[here], return_counts=True)[1]
-            words.append(names[g] + (f" x {times[0]}" if times[0] > 1 else ""))
-        return " | ".join(words[:6]) + (f" | ... {len(words) - 6} more" if len(words) > 6 else "")
-
     def __repr__(self) -> str:
-        lines = [f"Symmetry: {len(self.groups)} groups move {self.share:.1%} of the parameters"]
-        for group in list(self.groups.values())[:40]:
-            inside = f" in each of {group.blocks} {group.within}" if group.within else ""
-            lines.append(f"  {group.name}: {group.size}{inside}")
-        if len(self.groups) > 40:
-            lines.append(f"  ... {len(self.groups) - 40} more")
-        why = ", ".join(f"{reason} ({n})" for reason, n in list(self.frozen.items())[:8])
-        return "\n".join([*lines, f"fixed positions: {why or 'none'}"])
-
-
-Permutations = Mapping[str, Tensor]
-"""For each group, which unit comes to each place: place i takes what was at `permutations[group][i]`."""
+        return summary(self.groups, self.share, self.frozen)
 
 
 def identity(symmetry: Symmetry) -> dict[str, Tensor]:
@@ -311,23 +237,6 @@ def random_permutations(symmetry: Symmetry, generator: torch.Generator | None = 
     return {name: draw(name) for name in symmetry.groups}
 
 
-def compose(first: Permutations, then: Permutations) -> dict[str, Tensor]:
-    """One element (units,) a group for two: permuting by the result is permuting by `first`, then by `then`.
-
-    Raises ValueError for permutations of different groups.
-    """
-    if first.keys() != then.keys():
-        raise ValueError(
-            f"first and then: groups differ ({sorted(first.keys() ^ then.keys())[:3]}); use one symmetry's permutations"
-        )
-    return {name: first[name][then[name]] for name in first}
-
-
-def invert(permutations: Permutations) -> dict[str, Tensor]:
-    """The element that undoes `permutations`, (units,) a group."""
-    return {name: torch.argsort(p) for name, p in permutations.items()}
-
-
 def permute(symmetry: Symmetry, permutations: Permutations, weights: Weights) -> dict[str, Tensor]:
     """Moves units to the places that `permutations` (units,) give them; values are copied bitwise, the function stays.
 
@@ -335,8 +244,8 @@ def permute(symmetry: Symmetry, permutations: Permutations, weights: Weights) ->
     is no permutation of a group, and for weights that do not fit the symmetry.
     """
     check_weights(symmetry, weights, "weights")
-    moving = element(symmetry, permutations)
-    return {name: move(symmetry, moving, name, tensor) for name, tensor in weights.items()}
+    element = Element.of(symmetry.groups, permutations)
+    return {name: element.move(symmetry.axes[name], tensor) for name, tensor in weights.items()}
 
 
 def check_weights(symmetry: Symmetry, weights: Weights, what: str) -> None:
@@ -351,61 +260,3 @@ def check_weights(symmetry: Symmetry, weights: Weights, what: str) -> None:
                 f"{what}: {name!r} has shape {tuple(weights[name].shape)}, the symmetry was derived for {shape}; "
                 "derive it again from a model of this architecture"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class Element:
-    """The permutations of all groups as one: group k's units are numbered from `starts[k]`."""
-
-    whole: Ids
-    starts: Ids
-
-
-def element(symmetry: Symmetry, permutations: Permutations) -> Element:
-    """Puts permutations (units,) into one array; raises ValueError for what is no element of the symmetry."""
-    for name in permutations:
-        checks.choice("permutations", name, symmetry.groups)
-    starts = np.cumsum([0, *(g.units for g in symmetry.groups.values())])
-    whole = np.arange(starts[-1])
-    for k, (name, group) in enumerate(symmetry.groups.items()):
-        p = permutations[name].cpu().numpy() if name in permutations else np.arange(group.units)
-        if p.shape != (group.units,) or not np.array_equal(np.sort(p), np.arange(group.units)):
-            raise ValueError(
-                f"permutations: {name!r} must hold every number below {group.units} once; got {p.tolist()[:8]} ..."
-            )
-        outer = permutations.get(group.within or "")
-        blocks = np.arange(group.blocks) if outer is None else outer.cpu().numpy()
-        if not np.array_equal(p // group.size, np.repeat(blocks, group.size)):
-            raise ValueError(f"permutations: {name!r} must move in blocks of {group.size}, as {group.within!r} does")
-        whole[starts[k] : starts[k + 1]] = starts[k] + p
-    return Element(whole, starts)
-
-
-def move(symmetry: Symmetry, element: Element, name: str, tensor: Tensor, but: int | None = None) -> Tensor:
-    """Moves what lies on the axes of one weight, all of them or all `but` one; the shape (any) stays."""
-    out = tensor
-    for dim, axis in enumerate(symmetry.axes[name]):
-        source = None if dim == but else _sources(axis, element)
-        if source is None:
-            continue
-        index = torch.from_numpy(source).to(tensor.device)
-        if index.ndim == 1:
-            out = out.index_select(dim, index)
-        else:  # the inputs of a grouped convolution: each group of rows has an order of its own
-            rows = index.repeat_interleave(len(out) // len(index), 0)
-            out = out.take_along_dim(rows.reshape(*rows.shape, *(1,) * (out.ndim - 2)), 1)
-    return out.clone() if out is tensor else out
-
-
-def _sources(axis: Axis, element: Element) -> Ids | None:
-    """For every position of an axis, the position whose content comes there; None if all stand still."""
-    group, index, lane = axis.group.ravel(), axis.index.ravel(), axis.lane.ravel()
-    live = np.flatnonzero(group >= 0)
-    unit = element.starts[group[live]] + index[live]
-    if np.array_equal(element.whole[unit], unit):
-        return None
-    have, want = (lane[live] * len(element.whole) + u for u in (unit, element.whole[unit]))
-    order = np.argsort(have)
-    source = np.arange(len(group))
-    source[live] = live[order[np.searchsorted(have[order], want)]]
-    return source.reshape(axis.group.shape) % axis.group.shape[-1]

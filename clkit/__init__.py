@@ -2,7 +2,7 @@
 
 from clkit import (
     alignment, curvature, data, evaluation, learners, merging, metrics, models, modulation, normalization,
-    representation, symmetry, tangent, weights,
+    symmetry, tangent, weights,
 )  # fmt: skip
 from clkit.consolidation import HCMM, SFA, CLeWI, Merged, Merging, NoConsolidation, Progress, WiSEFT
 from clkit.learners import ER, Learner, PerTask

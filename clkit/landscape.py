@@ -7,9 +7,10 @@ the model, with one scratch copy of it.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -19,9 +20,6 @@ from clkit.checks import Count
 from clkit.data import Stream, Task
 from clkit.evaluation import EVALUATION_BATCH, evaluate
 from clkit.weights import Weights
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 Variant = Literal["plain", "plain, re-estimated", "aligned", "aligned, re-estimated"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -43,9 +41,8 @@ class Curve:
         """How far the mean loss over tasks rises above the chord of the two ends; needs t = 0 and t = 1."""
         return metrics.barrier(self.loss.mean(1), self.ts)
 
-    def to_frame(self) -> "DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """A tidy table with the columns t, task, loss, accuracy."""
-        import pandas as pd
 
         points, tasks = self.loss.shape
         columns = {"t": np.repeat(self.ts, tasks), "task": np.tile(np.arange(tasks), points)}
@@ -222,14 +219,11 @@ def plane(
     return Plane(xs, ys, loss, accuracy, flat)
 
 
-def to_frame(curves: Mapping[str, Curve]) -> "DataFrame":
+def to_frame(curves: Mapping[str, Curve]) -> pd.DataFrame:
     """Named curves as one tidy table with the columns variant, t, task, loss, accuracy."""
-    import pandas as pd
 
-    frames = [c.to_frame() for c in curves.values()]
-    for name, frame in zip(curves, frames, strict=True):
-        frame.insert(0, "variant", name)
-    return pd.concat(frames, ignore_index=True)
+    tables = [curve.to_frame() for curve in curves.values()]
+    return pd.concat(tables, keys=list(curves), names=["variant"]).reset_index("variant").reset_index(drop=True)
 
 
 def _measure(

@@ -294,7 +294,7 @@ class TestCKA:
             (lambda a: R.cka_in_batches([]), "pairs: there are none"),
             (lambda a: R.cka_in_batches([(a[:3], a[:3])]), "3 examples are too few"),
             (lambda a: R.cka_by_layer(nn.Linear(5, 2), nn.Linear(5, 2), a, ["fc"]), "'fc' is unknown"),
-            (lambda a: R.cka_by_layer(nn.Linear(5, 2), nn.Linear(5, 2), a[:3], [""]), "3 rows"),
+            (lambda a: R.cka_by_layer(nn.Linear(5, 2), nn.Linear(5, 2), a[:3], [""]), "3 examples"),
             (
                 lambda a: R.cka_by_layer(nn.Linear(5, 2), nn.Linear(5, 2), a, [""], batch=4),
                 "batch: 4; give",
@@ -516,7 +516,7 @@ class TestUnits:
         ("call", "message"),
         [
             (lambda m, w, x: R.variance_ratio(m, w, (), x), "parents: there are none"),
-            (lambda m, w, x: R.variance_ratio(m, w, (w,), x[:1]), "1 rows"),
+            (lambda m, w, x: R.variance_ratio(m, w, (w,), x[:1]), "1 examples"),
             (lambda m, w, x: R.variance_ratio(m, w, ({},), x), "different names"),
             (lambda m, w, x: R.variance_ratio(m, w, (w,), x, ["nrom1"]), "'nrom1' is unknown"),
             (lambda m, w, x: R.correlations(m, w, w, x[:1]), "1 rows"),

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ try:
 except ImportError:  # joblib before 1.6 brings it along
     from joblib.externals import cloudpickle  # type: ignore[attr-defined]
 
+import joblib
+import pandas as pd
+from tqdm.auto import tqdm
+
 from clkit.store import Records, attempt, cache_root, describe, digest, source_digest
 from clkit.training import find_device
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Record = dict[str, Any]
 Compute = Callable[..., tuple[Record, Any]]
@@ -32,7 +33,7 @@ Compute = Callable[..., tuple[Record, Any]]
 class SweepError(RuntimeError):
     """Some runs of a sweep or study failed; `failures` has settings and tracebacks, `table` the runs that finished."""
 
-    def __init__(self, failures: Sequence[tuple[str, str]], table: "pd.DataFrame") -> None:
+    def __init__(self, failures: Sequence[tuple[str, str]], table: pd.DataFrame) -> None:
         self.failures, self.table = list(failures), table
         lines = [f"{setting}: {trace.strip().splitlines()[-1]}" for setting, trace in failures]
         super().__init__(
@@ -70,14 +71,14 @@ def tabulate(
     compute: Compute,
     points: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
     what: Any,
-    complete: "Callable[[pd.DataFrame], pd.DataFrame]",
+    complete: Callable[[pd.DataFrame], pd.DataFrame],
     *,
     store: Path | str | None,
     jobs: int | None,
     device: str = "auto",
     progress: bool,
     keep: bool = False,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """The table of `compute(**arguments)` at all points, which are axes and arguments; its last column is the hash.
 
     A record's hash is of `what`, which says what is computed, of the arguments, the kind of device, torch's version and
@@ -85,9 +86,6 @@ def tabulate(
     on another device. The table is completed; its `attrs` have the folder, "store", and "seconds" by hash. SweepError,
     once all have run, if some fail.
     """
-    import joblib
-    import pandas as pd
-    from tqdm.auto import tqdm
 
     records, kind = opened(store), find_device(device).type
     common = {"what": describe(what, "what"), "device": kind, "code": source_digest(), "torch": torch.__version__}
@@ -188,7 +186,6 @@ def _parallel(jobs: int | None, default: int) -> Any:
 
     One run at a time goes to a worker and comes back as soon as it has finished, where the backend can do that.
     """
-    import joblib
 
     backend, configured = cast(tuple[Any, int | None], joblib.parallel.get_active_backend())
     ready = "generator_unordered" if backend.supports_return_generator else "list"

@@ -4,18 +4,16 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
 from clkit.consolidation import CONSOLIDATIONS, Consolidation
 from clkit.data import Dataset, Stream
 from clkit.learners import LEARNERS, Learner, Sum
 from clkit.training import ModelFactory, Training
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Model = nn.Module | ModelFactory
 Named = Mapping[str, Any]
@@ -106,8 +104,8 @@ def combinations(settings: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], 
 
 
 def with_settings(
-    table: "pd.DataFrame", streams: Named, models: Named, trainings: Named, methods: Mapping[str, Method]
-) -> "pd.DataFrame":
+    table: pd.DataFrame, streams: Named, models: Named, trainings: Named, methods: Mapping[str, Method]
+) -> pd.DataFrame:
     """A table of runs with columns for what they were set to, before its hash; `attrs["settings"]` names them.
 
     - `consolidation` and `learner`: of which kind they are, in words ("none" for no consolidation)

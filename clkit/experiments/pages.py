@@ -8,19 +8,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import matplotlib as mpl
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
 from clkit import checks, store
+from clkit.experiments.sweep import Comparison, Study
 from clkit.store import Records, cache_root, digest, plain, source_digest, write_atomically, write_json, write_text
 from clkit.training.loop import label
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from clkit.experiments.sweep import Comparison, Study
 
 PROFILES = ("fast", "paper")
 T = TypeVar("T")
@@ -101,9 +99,9 @@ class Page:
 
     def save(
         self,
-        fig: "Figure",
+        fig: Figure,
         name: str,
-        data: "pd.DataFrame | Mapping[str, Any] | None" = None,
+        data: pd.DataFrame | Mapping[str, Any] | None = None,
         *,
         config: Any = None,
         seeds: Any = None,
@@ -113,7 +111,6 @@ class Page:
         A table goes to a .csv, anything else into the .json. That has the profile, the configuration (text where it is
         no plain value), the seeds and the hash of all that, too. The same figure gives the same bytes.
         """
-        import matplotlib as mpl
 
         _check_name("name", name)
         stem = f"{self.name}-{name}{suffix(self.profile)}"
@@ -155,8 +152,8 @@ class Page:
         return _unpacked(self._read(file, key=key)["data"])
 
     def table(
-        self, whole: "Comparison | Study", name: str, compute: "Callable[[], pd.DataFrame] | None" = None
-    ) -> "pd.DataFrame":
+        self, whole: Comparison | Study, name: str, compute: Callable[[], pd.DataFrame] | None = None
+    ) -> pd.DataFrame:
         """The table of a comparison, its rows with their settings, or of a study: computed once, then read.
 
         ```python
@@ -168,7 +165,7 @@ class Page:
         under the name `<name>-runs`, to be committed, and computed again when `whole.config` has changed.
         """
 
-        def bare() -> "pd.DataFrame":
+        def bare() -> pd.DataFrame:
             found = (compute or whole.run)()
             return found.drop(columns=found.attrs.get("settings", []))
 
@@ -320,7 +317,5 @@ def _packed(value: Any) -> Any:
 
 def _unpacked(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"table"}:
-        import pandas as pd
-
         return pd.DataFrame(value["table"]["data"], columns=value["table"]["columns"])
     return value

@@ -1,13 +1,11 @@
 """Means, spreads and paired differences over the rows of a table of runs, with Student's confidence interval."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 AXES = ("stream", "model", "training", "method", "seed")
 
@@ -48,15 +46,14 @@ def difference(gaps: ArrayLike, level: float = 0.95) -> Difference:
 
 
 def summarise(
-    table: "pd.DataFrame", by: str | Sequence[str] = "method", value: str = "acc", level: float = 0.95
-) -> "pd.DataFrame":
+    table: pd.DataFrame, by: str | Sequence[str] = "method", value: str = "acc", level: float = 0.95
+) -> pd.DataFrame:
     """The mean of `value` by group, the ends of its Student's interval, the standard deviation and the number of rows.
 
     Columns: those of `by`, mean, lower, upper, std (n - 1 in the denominator), n. Rows should be independent, seeds for
     example; of the interval see `difference`. It and std are NaN for one row. Rows without a value do not count. Groups
     come in the order of the table.
     """
-    import pandas as pd
 
     by = [by] if isinstance(by, str) else list(by)
     _check_columns(table, *by, value)
@@ -69,7 +66,7 @@ def summarise(
 
 
 def paired_difference(
-    table: "pd.DataFrame",
+    table: pd.DataFrame,
     a: str,
     b: str,
     value: str = "acc",
@@ -94,7 +91,7 @@ def paired_difference(
 
 
 def contrasts(
-    table: "pd.DataFrame",
+    table: pd.DataFrame,
     pairs: Mapping[str, tuple[str, str]] | Iterable[tuple[str, str]],
     value: str = "acc",
     *,
@@ -102,7 +99,7 @@ def contrasts(
     within: str | Sequence[str] = (),
     by: Sequence[str] | None = None,
     level: float = 0.95,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What one method adds over another, paired by seed: a row for each pair (a, b) with the columns of `Difference`.
 
     ```python
@@ -114,7 +111,6 @@ def contrasts(
     names of the pairs, or else a and b; before them, what the columns `within` hold: the pairs are then compared for
     each of their groups. Other arguments and errors are those of `paired_difference`.
     """
-    import pandas as pd
 
     named = {(name,): pair for name, pair in pairs.items()} if isinstance(pairs, Mapping) else {(*p,): p for p in pairs}
     within = [within] if isinstance(within, str) else list(within)
@@ -130,7 +126,7 @@ def contrasts(
     return pd.DataFrame(rows.values(), index if index.nlevels > 1 else index.get_level_values(0), columns)
 
 
-def _by_place(table: "pd.DataFrame", column: str, name: str, by: list[str], value: str) -> dict[tuple, float]:
+def _by_place(table: pd.DataFrame, column: str, name: str, by: list[str], value: str) -> dict[tuple, float]:
     """The values of the rows where `column` is `name`, by what the columns `by` hold."""
     found: dict[tuple, float] = {}
     for label, number, *place in zip(table[column], table[value], *(table[axis] for axis in by), strict=True):
@@ -144,7 +140,7 @@ def _by_place(table: "pd.DataFrame", column: str, name: str, by: list[str], valu
     return found
 
 
-def _check_columns(table: "pd.DataFrame", *columns: str) -> None:
+def _check_columns(table: pd.DataFrame, *columns: str) -> None:
     missing = [column for column in columns if column not in table]
     if missing:
         raise KeyError(f"columns {missing} are not in the table; it has {', '.join(map(str, table.columns))}")

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from clkit import checks
 from clkit import training as loop
@@ -22,9 +23,6 @@ from clkit.learners import Learner
 from clkit.store import plain
 from clkit.training import Result, Training
 from clkit.weights import Weights
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Streams = Stream | Mapping[str, Stream | Callable[[int], Stream]] | Callable[[int], Stream]
 Methods = Mapping[str, Learner | tuple | Method]
@@ -44,7 +42,7 @@ def sweep(
     jobs: int | None = None,
     device: str = "auto",
     progress: bool = True,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Runs every method on every stream, model, training and seed, and returns one row a run.
 
     ```python
@@ -112,17 +110,17 @@ class Comparison:
     seeds: Sequence[int]
     measure: Measure | None = None
 
-    def run(self, **options: Any) -> "pd.DataFrame":
+    def run(self, **options: Any) -> pd.DataFrame:
         """One row a run, with its settings; `options` are those of `sweep`."""
         made = {"training": self.training, "seeds": self.seeds, "measure": self.measure, "progress": False}
         return sweep(self.streams, self.models, self.methods, **made | options)
 
-    def matrices(self, **options: Any) -> "pd.DataFrame":
+    def matrices(self, **options: Any) -> pd.DataFrame:
         """`run`, and the accuracy matrix of each run in a column of that name: row t after learning task t."""
         table = self.run(**options)
         return table.assign(matrix=[stored(table.attrs["store"], key)["accuracy"] for key in table.hash])
 
-    def complete(self, table: "pd.DataFrame") -> "pd.DataFrame":
+    def complete(self, table: pd.DataFrame) -> pd.DataFrame:
         """A table of this comparison's runs that was kept without settings, with them."""
         return with_settings(table, *_parts(self.streams, self.models, self.training, self.methods))
 
@@ -147,9 +145,7 @@ class Study:
     seeds: Sequence[int]
     axes: Mapping[str, Any]
 
-    def run(
-        self, *, store: Path | str | None = None, jobs: int | None = None, progress: bool = False
-    ) -> "pd.DataFrame":
+    def run(self, *, store: Path | str | None = None, jobs: int | None = None, progress: bool = False) -> pd.DataFrame:
         """The table: swept axes, seed, and what the function gave. `store`, `jobs`, errors: those of `sweep`."""
         swept = [axis for axis, value in self.axes.items() if isinstance(value, SWEPT)]
         points = [
@@ -161,7 +157,7 @@ class Study:
         options: dict[str, Any] = {"store": store, "jobs": jobs, "progress": progress}
         return tabulate(compute, points, ["study", self.one_seed], lambda t: t.drop(columns="hash"), **options)
 
-    def complete(self, table: "pd.DataFrame") -> "pd.DataFrame":
+    def complete(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table as it is: what it was set to is in its axes."""
         return table
 
@@ -192,7 +188,7 @@ def study(one_seed: Callable[..., Any], seeds: Iterable[int] = (0,), **axes: Any
     return Study(one_seed, _seeds(seeds), axes)
 
 
-def accuracies(table: "pd.DataFrame", store: Path | str | None = None) -> "pd.DataFrame":
+def accuracies(table: pd.DataFrame, store: Path | str | None = None) -> pd.DataFrame:
     """Spreads a table of runs out into one row for each (after_task, task), counted from 0.
 
     `accuracy` is the test accuracy on `task` after learning `after_task`, `masked` the same with logits masked to the
@@ -200,7 +196,6 @@ def accuracies(table: "pd.DataFrame", store: Path | str | None = None) -> "pd.Da
     Axes and settings of the table come first. The runs are read from `store`, by default the one that the table came
     from; KeyError where it does not hold them.
     """
-    import pandas as pd
 
     rows = []
     for row in table.to_dict(orient="records"):

@@ -3,14 +3,13 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zlib import crc32
 
+import matplotlib as mpl
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from pandas import DataFrame
+from matplotlib.axes import Axes
+from pandas import DataFrame
 
 # Every colour has a contrast of at least 3 on white. Those of the palette can be told apart, also by people with
 # colour-vision deficiencies; it began as that of Okabe and Ito, which is made for darker paper.
@@ -72,7 +71,6 @@ BESIDE: Mapping[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  
 @contextmanager
 def style() -> Iterator[None]:
     """The look of all figures, for axes that are made inside."""
-    import matplotlib as mpl
 
     with mpl.rc_context(RC):
         yield
@@ -133,7 +131,7 @@ def shades(count: int) -> list[str]:
     return [colors.to_hex(colormaps["inferno"](0.1 + 0.55 * i / max(count - 1, 1))) for i in range(count)]
 
 
-def check_columns(table: "DataFrame", *wanted: str) -> None:
+def check_columns(table: DataFrame, *wanted: str) -> None:
     """Raises KeyError for columns that a table lacks, ValueError for one without rows."""
     missing = [name for name in wanted if name not in table]
     if missing:
@@ -142,7 +140,7 @@ def check_columns(table: "DataFrame", *wanted: str) -> None:
         raise ValueError("table: it has no rows; run something first")
 
 
-def groups(table: "DataFrame", by: str) -> Iterator[tuple[str, dict[str, Any], Any]]:
+def groups(table: DataFrame, by: str) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """The name, the look (as in `looks`) and the rows of each value of the column `by`, in the order of the table.
 
     Numbers come in their own order. A table without the column is one group.
@@ -165,12 +163,12 @@ def factor(label: str) -> float:
     return 100.0 if "(%)" in label or "(points)" in label else 1.0
 
 
-def scaled(table: "DataFrame", *columns: str) -> "DataFrame":
+def scaled(table: DataFrame, *columns: str) -> DataFrame:
     """The table with these columns as their labels say that they are drawn: shares of 1 in percent."""
     return table.assign(**{name: factor(axis_label(name)) * table[name] for name in columns})
 
 
-def legend(ax: "Axes", of: "Axes | None" = None) -> None:
+def legend(ax: Axes, of: Axes | None = None) -> None:
     """Adds a legend, of these axes or of others, beside the axes, if there is more than one thing to name."""
     handles, names = (of or ax).get_legend_handles_labels()
     if len(names) > 1:

@@ -5,23 +5,21 @@ thin line, the mean over seeds a thick one. Numbers are drawn as they are, but u
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from clkit import checks
+from clkit.landscape import Curve
 from clkit.plotting import common
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from pandas import DataFrame
-
-    from clkit.landscape import Curve
 
 
 def lines(
-    ax: "Axes", table: "DataFrame", x: str, y: str, *, by: str = "method", label: str | None = None, **look: Any
+    ax: Axes, table: pd.DataFrame, x: str, y: str, *, by: str = "method", label: str | None = None, **look: Any
 ) -> None:
     """Draws `y` against `x`: a thin line a seed, where there are several, and their mean, a colour for each of `by`.
 
@@ -29,7 +27,6 @@ def lines(
     of the y axis. `look` overrides matplotlib's properties of the means. Raises KeyError for a column that is missing.
     A legend is added by `legend`.
     """
-    import seaborn as sns
 
     common.check_columns(table, x, y)
     label = label or common.axis_label(y)
@@ -44,8 +41,8 @@ def lines(
 
 
 def alpha_sweep(
-    axes: Iterable["Axes"],
-    table: "DataFrame",
+    axes: Iterable[Axes],
+    table: pd.DataFrame,
     *,
     values: Sequence[str] = ("acc", "last", "forgetting"),
     along: str = "alpha",
@@ -70,8 +67,8 @@ def alpha_sweep(
 
 
 def along_layers(
-    ax: "Axes",
-    table: "DataFrame",
+    ax: Axes,
+    table: pd.DataFrame,
     value: str = "ratio",
     *,
     by: str = "variant",
@@ -93,7 +90,7 @@ def along_layers(
     common.legend(ax)
 
 
-def courses(ax: "Axes", table: "DataFrame", value: str, *, label: str) -> None:
+def courses(ax: Axes, table: pd.DataFrame, value: str, *, label: str) -> None:
     """How `value` goes from task to task, a colour for each method: the mean over the rows of lists, one entry a task.
 
     The table has the column `value` and, if there are several, method. `label` is that of the y axis.
@@ -107,8 +104,8 @@ def courses(ax: "Axes", table: "DataFrame", value: str, *, label: str) -> None:
 
 
 def interpolation(
-    ax: "Axes",
-    curves: "Mapping[str, Curve | Sequence[Curve]] | Curve | Sequence[Curve]",
+    ax: Axes,
+    curves: Mapping[str, Curve | Sequence[Curve]] | Curve | Sequence[Curve],
     *,
     value: str = "accuracy",
     ends: tuple[str, str] = ("new", "old"),
@@ -120,7 +117,6 @@ def interpolation(
     first task darkest. A sequence of curves is one curve a seed. `ends` name the networks at 0 and 1; alpha of CLeWI
     and beta of SFA weight the old one. Raises ValueError for no curves, and where their positions differ.
     """
-    import pandas as pd
 
     checks.choice("value", value, ("accuracy", "loss"))
     rows = []
@@ -138,23 +134,22 @@ def interpolation(
     common.legend(ax)
 
 
-def tradeoff(
-    ax: "Axes", table: "DataFrame", *, x: str = "plasticity", y: str = "forgetting", along: str = "alpha"
-) -> None:
-    """Stability against plasticity while `along` grows: a thin line a seed, their mean thick, points labelled.
+def tradeoff(ax: Axes, table: pd.DataFrame) -> None:
+    """Forgetting against plasticity while alpha grows: a thin line a seed, their mean thick, points labelled.
 
-    The table has a row for each seed and value of `along`, with the columns seed, `x`, `y`, `along`, and method if
-    there are several. It is a `frontier` with seeds instead of standard errors.
+    The table has a row for each seed and value of alpha, with the columns seed, plasticity, forgetting, alpha, and
+    method if there are several. It is a `frontier` with seeds instead of standard errors.
     """
-    common.check_columns(table, x, y, along, "seed")
+    common.check_columns(table, "plasticity", "forgetting", "alpha", "seed")
     table = table if "method" in table else table.assign(method="mean over seeds")
-    names, values = dict.fromkeys(table["method"], along), sorted(table[along].unique())
-    frontier(ax, table, names, x=x, y=y, by="method", marked=dict.fromkeys(names, values), seeds=True)
+    names, values = dict.fromkeys(table["method"], "alpha"), sorted(table["alpha"].unique())
+    marked = dict.fromkeys(names, values)
+    frontier(ax, table, names, x="plasticity", y="forgetting", by="method", marked=marked, seeds=True)
 
 
 def frontier(
-    ax: "Axes",
-    table: "DataFrame",
+    ax: Axes,
+    table: pd.DataFrame,
     along: Mapping[str, str],
     *,
     x: str = "new",
@@ -193,7 +188,7 @@ def frontier(
 
 
 def stages(
-    ax: "Axes", matrix: ArrayLike, names: Sequence[str], *, flat: ArrayLike | None = None, legend: bool = False
+    ax: Axes, matrix: ArrayLike, names: Sequence[str], *, flat: ArrayLike | None = None, legend: bool = False
 ) -> None:
     """Accuracy on every task from the stage on in which it is learned, a colour for each, in percent.
 
@@ -210,7 +205,7 @@ def stages(
         ax.legend(**common.BESIDE)
 
 
-def sawtooth(ax: "Axes", table: "DataFrame", *, names: Sequence[str] | None = None, ticks: bool = True) -> None:
+def sawtooth(ax: Axes, table: pd.DataFrame, *, names: Sequence[str] | None = None, ticks: bool = True) -> None:
     """Accuracy on every task along one run, jumps drawn upright: what a merge does to it, and what undoes that.
 
     The table is `Result.trajectory()`: learning, step, when, task, accuracy. `names` are those of the tasks. Merges are
@@ -233,7 +228,7 @@ def sawtooth(ax: "Axes", table: "DataFrame", *, names: Sequence[str] | None = No
     common.legend(ax)
 
 
-def spectra(ax: "Axes", tables: "Mapping[str, DataFrame]") -> None:
+def spectra(ax: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     """Correlations of the units of one network with their partners in another, largest first, a colour for each name.
 
     The tables are those of `representation.matched`: dashed, unit i with unit i; broad, after the best matching.
@@ -249,7 +244,7 @@ def spectra(ax: "Axes", tables: "Mapping[str, DataFrame]") -> None:
     common.legend(ax)
 
 
-def _ends(ax: "Axes", at: ArrayLike, names: Sequence[str]) -> None:
+def _ends(ax: Axes, at: ArrayLike, names: Sequence[str]) -> None:
     """Ticks at most eight of the positions, and says below the outer ones which network lies there, or beyond."""
     at = np.unique(np.asarray(at)[np.linspace(0, np.size(at) - 1, 8).round().astype(int)])
     labels = [f"{value:g}" for value in at]

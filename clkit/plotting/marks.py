@@ -1,33 +1,30 @@
 """Marks: heat maps, planes and pictures, methods as bars or points, gains with their intervals, dots and clouds."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from clkit import checks
+from clkit.landscape import Plane
 from clkit.plotting import common
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from pandas import DataFrame
-
-    from clkit.landscape import Plane
 
 MARKS = "o^sDvP"
 MEASURES: Mapping[str, str] = {"cka": "CKA", "l1": "mean |Δ|", "l2": "mean distance", "cosine": "1 − cosine"}
 
 
 def heatmap(
-    ax: "Axes", table: "DataFrame", *, blank: Any = None, top: float = 1.0, digits: int = 2, label: str = ""
+    ax: Axes, table: pd.DataFrame, *, blank: Any = None, top: float = 1.0, digits: int = 2, label: str = ""
 ) -> None:
     """A table of numbers from 0 to `top` as colours, its index down and its columns across.
 
     Numbers are written, with so many `digits`, into tables of up to 8 rows and columns, without digits 12; larger ones
     get a colour bar, named `label`. Where `blank`, an array of the table's shape, is true, nothing is drawn.
     """
-    import seaborn as sns
 
     few = max(table.shape) <= (8 if digits else 12)
     sns.heatmap(table, mask=blank, vmin=0, vmax=top, cmap="viridis", square=True, annot=few, annot_kws={"fontsize": 7},
@@ -37,13 +34,12 @@ def heatmap(
     ax.grid(False)
 
 
-def accuracy_matrix(ax: "Axes", matrix: ArrayLike, *, names: Sequence[str] | None = None, whole: bool = False) -> None:
+def accuracy_matrix(ax: Axes, matrix: ArrayLike, *, names: Sequence[str] | None = None, whole: bool = False) -> None:
     """A heat map of accuracies in percent: row t after learning task t, column k the test on task k.
 
     `matrix` has the shape (tasks, tasks); ValueError for another one. Tasks not learned yet are left blank, unless the
     `whole` matrix is asked for. Numbers are written into up to 12 tasks. The middle of the first cell is (0.5, 0.5).
     """
-    import pandas as pd
 
     a = np.asarray(matrix, dtype=float)
     if a.ndim != 2 or a.shape[0] != a.shape[1]:
@@ -54,7 +50,7 @@ def accuracy_matrix(ax: "Axes", matrix: ArrayLike, *, names: Sequence[str] | Non
     ax.set(xlabel="accuracy on task (%)", ylabel="after learning task")
 
 
-def plane(ax: "Axes", plane: "Plane", *, value: str = "accuracy", names: Sequence[str] = ("a", "b", "c")) -> None:
+def plane(ax: Axes, plane: Plane, *, value: str = "accuracy", names: Sequence[str] = ("a", "b", "c")) -> None:
     """Contours of accuracy (or `value="loss"`) over a plane as `landscape.plane` gives it, its three corners named."""
     checks.choice("value", value, ("accuracy", "loss"))
     numbers = common.factor(common.LABELS[value]) * getattr(plane, value)
@@ -69,7 +65,7 @@ def plane(ax: "Axes", plane: "Plane", *, value: str = "accuracy", names: Sequenc
     ax.set_xlabel("distance in weight space")
 
 
-def examples_grid(ax: "Axes", stream: Any, columns: int = 10) -> None:
+def examples_grid(ax: Axes, stream: Any, columns: int = 10) -> None:
     """Training images as they are stored: a row for each task of the stream, its classes taking turns.
 
     Raises ValueError for inputs that are no images.
@@ -96,8 +92,8 @@ def examples_grid(ax: "Axes", stream: Any, columns: int = 10) -> None:
 
 
 def bars(
-    ax: "Axes",
-    table: "DataFrame",
+    ax: Axes,
+    table: pd.DataFrame,
     value: str = "acc",
     *,
     by: str = "method",
@@ -112,7 +108,6 @@ def bars(
     methods other ones, kinds of them one colour, say. Unless `filled`, a point stands for the bar, and the axis need
     not begin at 0.
     """
-    import seaborn as sns
     from scipy.stats import t as student
 
     common.check_columns(table, by, value)
@@ -142,7 +137,7 @@ def bars(
 
 
 def gains(
-    ax: "Axes", table: "DataFrame", others: Mapping[str, str] = {}, *, label: str = "gain in average accuracy (points)"
+    ax: Axes, table: pd.DataFrame, others: Mapping[str, str] = {}, *, label: str = "gain in average accuracy (points)"
 ) -> None:
     """What was gained by name: a dot with its interval, and hollow marks where others found the gain.
 
@@ -164,7 +159,7 @@ def gains(
         ax.legend(**common.BESIDE)
 
 
-def before_after(ax: "Axes", table: "DataFrame", before: str, after: str, *, by: str, label: str) -> None:
+def before_after(ax: Axes, table: pd.DataFrame, before: str, after: str, *, by: str, label: str) -> None:
     """Two columns of a table beside each other, by name: hollow before, filled after, a line a row, first on top.
 
     The table has a row for each seed and value of `by`; rows of a name lie close together.
@@ -180,7 +175,7 @@ def before_after(ax: "Axes", table: "DataFrame", before: str, after: str, *, by:
     _rows(ax, names, label)
 
 
-def against(ax: "Axes", table: "DataFrame", x: str, y: str, *, by: str = "method") -> None:
+def against(ax: Axes, table: pd.DataFrame, x: str, y: str, *, by: str = "method") -> None:
     """`y` against `x`: a dot a row, a colour for each of `by`."""
     common.check_columns(table, x, y, by)
     for name, look, rows in common.groups(common.scaled(table, x, y), by):
@@ -189,9 +184,9 @@ def against(ax: "Axes", table: "DataFrame", x: str, y: str, *, by: str = "method
 
 
 def embedding(
-    ax: "Axes",
-    points: "DataFrame",
-    agreement: "DataFrame",
+    ax: Axes,
+    points: pd.DataFrame,
+    agreement: pd.DataFrame,
     *,
     measures: Sequence[str] = ("cka", "l2"),
     title: str = "",
@@ -206,7 +201,6 @@ def embedding(
     shown stand above it, below the `title`. `joined` draws a line from each example under a model to the same example
     under the next one. Raises ValueError for one model or more than six, and for an `agreement` without their pairs.
     """
-    import seaborn as sns
 
     common.check_columns(points, "model", "class", "example", "x", "y")
     common.check_columns(agreement, "first", "second", "class", *measures)
@@ -238,7 +232,7 @@ def embedding(
     ax.grid(False)
 
 
-def _rows(ax: "Axes", names: Sequence[Any], label: str) -> None:
+def _rows(ax: Axes, names: Sequence[Any], label: str) -> None:
     """Names the rows of a comparison, first on top, and its axis."""
     ax.set_yticks(range(len(names)), [str(name) for name in names])
     ax.yaxis.set_inverted(True)

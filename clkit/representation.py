@@ -1,21 +1,26 @@
-"""How alike the features of networks are on the same inputs: kernel alignment, distances, one picture of all."""
+"""What networks represent: features at any layer, how alike two networks' are, how they change when weights merge.
+
+Everything here is pure: models, weights and inputs are left as they were, and results are numbers and tables. A model
+is a network, or one linearised (`tangent.Linearized`), whose layers are read at their linearised values. Inputs are
+prepared tensors on the model's device.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clkit import checks
-from clkit.checks import Positive, Range
-from clkit.models import activations
+from clkit import checks, normalization
+from clkit.checks import Count, Positive
+from clkit.models import activations, features, with_weights
 from clkit.models.features import check_layers
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from clkit.normalization import Moments
+from clkit.weights import Weights, lerp
 
 Kernel = Literal["linear", "rbf"]
 
@@ -52,7 +57,7 @@ def cka(a: Tensor, b: Tensor, *, kernel: Kernel = "linear", bandwidth: Positive 
 
     Memory is that of N x N kernels; `cka_in_batches` needs less.
     """
-    _check_rows(a, b, 4 if unbiased else 2)
+    _check_rows(4 if unbiased else 2, a, b)
     k, l = (_gram(f, kernel, bandwidth) for f in (a, b))
     return float(_ratio(*(hsic(p, q, unbiased=unbiased) for p, q in ((k, l), (k, k), (l, l)))))
 
@@ -69,7 +74,7 @@ def cka_in_batches(
     """
     total, count = torch.zeros(3, dtype=torch.float64), 0
     for a, b in pairs:
-        _check_rows(a, b, 4)
+        _check_rows(4, a, b)
         k, l = (_gram(f, kernel, bandwidth) for f in (a, b))
         total = total + torch.stack([hsic(p, q, unbiased=True) for p, q in ((k, l), (k, k), (l, l))]).cpu()
         count += 1
@@ -89,21 +94,19 @@ def cka_by_layer(
     *,
     kernel: Kernel = "linear",
     bandwidth: Positive = 1.0,
-    batch: Annotated[int, Range(7)] = 128,
-) -> "DataFrame":
+    batch: Annotated[int, checks.Range(7)] = 128,
+) -> pd.DataFrame:
     """Minibatch CKA of every one of `layers` of `first` with every one of `others` (default: the same) of `second`.
 
     A table with a row for each layer of the first model and a column for each of the second's. Both models run once
     over `x` (N, ...). Its rows are split evenly into batches of at most `batch`, and only kernels of one batch are
     held. Raises ValueError for unknown layers, for layers that do not run, and for fewer than 4 rows.
     """
-    import pandas as pd
 
     names = (list(layers), list(layers if others is None else others))
     for model, wanted in zip((first, second), names, strict=True):
         check_layers(model, wanted)
-    if len(x) < 4:
-        raise ValueError(f"x: {len(x)} rows are too few; give 4 or more")
+    _check_rows(4, x)
     cross, own = torch.zeros(*map(len, names), dtype=torch.float64), [torch.zeros(len(n)).double() for n in names]
     for rows in x.tensor_split(-(-len(x) // batch)):
         grams = []
@@ -133,13 +136,12 @@ def distances(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {"l1": off.abs().mean(1), "l2": off.square().mean(1).sqrt(), "cosine": cosine}
 
 
-def mismatch(a: Tensor, b: Tensor, labels: Tensor | None = None) -> "DataFrame":
+def mismatch(a: Tensor, b: Tensor, labels: Tensor | None = None) -> pd.DataFrame:
     """The means of `distances` over all examples and, with `labels` (N,), over those of each class.
 
     A table with the columns class ("all", then each label), examples, l1, l2, cosine. For the representation before
     and after a merge: HCMM (arXiv 2509.23592, figure 3). Raises ValueError for unequal shapes, labels among them.
     """
-    import pandas as pd
 
     found = distances(a, b)
     if labels is not None and labels.shape != a.shape[:1]:
@@ -151,13 +153,6 @@ def mismatch(a: Tensor, b: Tensor, labels: Tensor | None = None) -> "DataFrame":
         {"class": name, "examples": int(rows.sum())} | {key: float(d[rows].mean()) for key, d in found.items()}
         for name, rows in groups
     )
-
-
-def _check_rows(a: Tensor, b: Tensor, least: int) -> None:
-    if len(a) != len(b):
-        raise ValueError(f"a, b: {len(a)} and {len(b)} examples; pass features of the same inputs, in the same order")
-    if len(a) < least:
-        raise ValueError(f"a, b: {len(a)} examples are too few; give {least} or more")
 
 
 def _gram(features: Tensor, kernel: Kernel, bandwidth: float) -> Tensor:
@@ -185,8 +180,8 @@ class Embedding(NamedTuple):
     has one for each pair of models and class ("all" first): first, second, class, examples, l1, l2, cosine, cka.
     """
 
-    points: "DataFrame"
-    agreement: "DataFrame"
+    points: pd.DataFrame
+    agreement: pd.DataFrame
 
 
 @checks.arguments
@@ -209,7 +204,6 @@ def embed(
     t-SNE needs more points than `perplexity`, which is lowered to a third of the points where they are few. Raises
     ValueError for features of different shapes, for classes without an example and for fewer than 4 points.
     """
-    import pandas as pd
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -244,8 +238,7 @@ def embed(
     return Embedding(points, _agreement(kept, own))
 
 
-def _agreement(features: Mapping[str, Tensor], labels: Tensor) -> "DataFrame":
-    import pandas as pd
+def _agreement(features: Mapping[str, Tensor], labels: Tensor) -> pd.DataFrame:
 
     tables = []
     for first, second in combinations(features, 2):
@@ -258,3 +251,136 @@ def _agreement(features: Mapping[str, Tensor], labels: Tensor) -> "DataFrame":
         tables.append(table)
     columns = ["first", "second", "class", "examples", "l1", "l2", "cosine", "cka"]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+@checks.arguments
+def variance_ratio(
+    model: nn.Module,
+    merged: Weights,
+    parents: Sequence[Weights],
+    x: Tensor,
+    layers: Sequence[str] | None = None,
+    *,
+    batch: Count = 256,
+) -> pd.DataFrame:
+    """How much of its parents' activation variance a merged network keeps, layer by layer; 1 is all, 0 collapse.
+
+    The variance of every unit over all examples and positions, averaged over units, divided by the mean of the same
+    over `parents`: the measure of variance collapse in REPAIR (Jordan et al., arXiv 2211.08403, figure 2). `layers`
+    is as for `activations`. A table with the columns layer, merged, parents, ratio; layers in the order in which they
+    run. NaN where the parents do not vary. Raises ValueError for no parents and for fewer than 2 rows of `x` (N, ...).
+    """
+
+    if not parents:
+        raise ValueError("parents: there are none; pass the weights that were merged")
+    _check_rows(2, x)
+    found = [_variances(with_weights(model, w), x, layers, batch) for w in (merged, *parents)]
+    parts = {"merged": pd.Series(found[0]), "parents": pd.DataFrame(found[1:]).mean()}
+    table = pd.DataFrame(parts).rename_axis("layer").reset_index()
+    return table.assign(ratio=(table["merged"] / table["parents"]).where(table["parents"] > 0))
+
+
+def collapse(
+    model: nn.Module,
+    a: Weights,
+    b: Weights,
+    x: Tensor,
+    t: float = 0.5,
+    layers: Sequence[str] | None = None,
+    *,
+    batch: Count = 256,
+) -> pd.DataFrame:
+    """The collapse of variance between `a` (t = 0) and `b` (t = 1), and what re-estimation and REPAIR undo of it.
+
+    The table of `variance_ratio` for three networks, told apart by the column variant: "merged", which is
+    `lerp(a, b, t)`, "refreshed" and "repaired", what `normalization.refresh` and `normalization.repair` make of it on
+    the same inputs.
+    """
+
+    merged = lerp(a, b, t)
+    variants = {
+        "merged": merged,
+        "refreshed": normalization.refresh(model, merged, x, batch=batch),
+        "repaired": normalization.repair(model, merged, ends=(a, b), t=t, inputs=x, batch=batch),
+    }
+    tables = [variance_ratio(model, w, (a, b), x, layers, batch=batch) for w in variants.values()]
+    return pd.concat(tables, keys=list(variants), names=["variant"]).reset_index("variant").reset_index(drop=True)
+
+
+@checks.arguments
+def correlations(
+    model: nn.Module, a: Weights, b: Weights, x: Tensor, layer: str | None = None, *, batch: Count = 256
+) -> Tensor:
+    """Pearson's correlation of each unit of a layer under weights `a` with each under `b`, (units, units), on `x`.
+
+    Over all examples and positions, added up in double precision batch by batch, so that memory does not grow with
+    `x` (N, ...). A unit that does not vary correlates 0 with all. `layer` is as for `features`. Raises ValueError for
+    fewer than 2 rows.
+    """
+    _check_rows(2, x)
+    nets = [with_weights(model, w) for w in (a, b)]
+    shift, count, units = torch.zeros(()), 0, 0
+    sums, products = torch.zeros(()), torch.zeros(())
+    for part in x.split(batch):
+        rows = torch.cat([_samples(features(net, part, layer)).double() for net in nets], 1)
+        if not count:
+            shift, units = rows.mean(0), rows.shape[1] // 2
+            sums, products = torch.zeros_like(shift), rows.new_zeros(rows.shape[1], rows.shape[1])
+        rows = rows - shift
+        count, sums, products = count + len(rows), sums + rows.sum(0), products.addmm_(rows.T, rows)
+    mean = sums / count
+    covariance = products / count - torch.outer(mean, mean)
+    var = covariance.diagonal()
+    var = torch.where(var > 1e-12 * (shift + mean).square(), var, 0.0)
+    scale = torch.outer(var[:units], var[units:]).sqrt()
+    return torch.where(scale > 0, covariance[:units, units:] / scale, 0.0).clamp(-1, 1)
+
+
+def matched(
+    model: nn.Module, a: Weights, b: Weights, x: Tensor, layer: str | None = None, *, batch: Count = 256
+) -> pd.DataFrame:
+    """The spectrum of correlations between the units of a layer under `a` and under `b`, before and after matching.
+
+    One linear assignment pairs each unit of `a` with one of `b` so that the sum of `correlations` is largest (Li et al.
+    2016, arXiv 1511.07543). A table with the columns kind ("as they are": unit i with unit i; "matched"),
+    rank (0 for the largest correlation), unit (of `a`), partner (of `b`), correlation.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    matrix = correlations(model, a, b, x, layer, batch=batch).cpu().numpy()
+    units = np.arange(len(matrix))
+    tables = []
+    for kind, partners in (("as they are", units), ("matched", linear_sum_assignment(matrix, maximize=True)[1])):
+        found = matrix[units, partners]
+        order = np.argsort(-found, kind="stable")
+        columns = {"unit": units[order], "partner": partners[order], "correlation": found[order]}
+        tables.append(pd.DataFrame({"kind": kind, "rank": units} | columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _variances(model: nn.Module, x: Tensor, layers: Sequence[str] | None, batch: int) -> dict[str, float]:
+    """The variance over samples, averaged over units, by layer, in the order in which layers run."""
+    found: dict[str, Moments] = {}
+    for part in x.split(batch):
+        for name, activation in activations(model, part, layers).items():
+            rows = _samples(activation).double()
+            var, mean = torch.var_mean(rows, 0, correction=0)
+            found.setdefault(name, Moments()).add(mean, var, len(rows))
+    return {name: float(moments.var().mean()) for name, moments in found.items()}
+
+
+def _samples(activation: Tensor) -> Tensor:
+    """An activation as rows of units: places of images (N, C, H, W) and tokens (N, L, F) are samples of their own."""
+    if activation.ndim == 1:
+        return activation.unsqueeze(1)
+    return (activation.movedim(1, -1) if activation.ndim > 3 else activation).flatten(0, -2)
+
+
+def _check_rows(least: int, *inputs: Tensor) -> None:
+    counts = [len(rows) for rows in inputs]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"a, b: {' and '.join(map(str, counts))} examples; pass features of the same inputs, in the same order"
+        )
+    if counts[0] < least:
+        raise ValueError(f"x: {counts[0]} examples are too few; give {least} or more")

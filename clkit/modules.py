@@ -31,7 +31,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def called(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
+def called(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, named: dict[str, Any] | None = None) -> Any:
     """What a model gives with `tensors` in place of its own, and of those that these are tied to.
 
     It is torch's functional_call, which leaves its tensors behind in a module that has two names: each is put in once.
@@ -44,7 +44,7 @@ def called(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
     }
     tied = {places[name]: tensor for name, tensor in tensors.items() if name in places}
     every = {name: tied[place] for name, place in places.items() if place in tied}
-    return functional_call(model, {**every, **tensors}, inputs, tie_weights=False)
+    return functional_call(model, {**every, **tensors}, inputs, named, tie_weights=False)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:

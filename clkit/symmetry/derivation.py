@@ -32,8 +32,10 @@ PASSED = VIEWS | frozenset(
 
 
 def symmetry(model: nn.Module, example: Any) -> Symmetry:
-    """Derives the permutation symmetry of a model from its graph on an example input (a tensor or a tuple).
+    """Derives the permutation symmetry of a model from its graph on an example input.
 
+    The example is a tensor, a tuple of all arguments, or a mapping of arguments by name (what a tokenizer gives). A
+    list is one argument. None, numbers, strings and nested containers may be among them, and hold as they are.
     An operation that is not understood pins the axes that meet it and is named in `Symmetry.frozen`. Weights that the
     model does not use in evaluation (auxiliary heads) follow its graph in training. Raises ValueError for a model
     that `torch.export` cannot follow.

@@ -1,12 +1,15 @@
 """A model as a graph of operations (`torch.export`) that runs on any weights and shows every value on the way."""
 
+import io
 import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -39,8 +42,7 @@ class Program:
     @property
     def used(self) -> set[str]:
         """The weights that some operation reads."""
-        places = {n.name for n in self.module.graph.nodes if n.op == "placeholder" and n.users}
-        return {name for place, name in self.sources.items() if place in places}
+        return set(self.sources.values())
 
     def run(self, nets: Sequence[Weights], x: Tensor, look: Callable[[str, list[Any]], None]) -> list[Any]:
         """The output of several networks side by side; `look(node, values)` sees each result as soon as it is there."""
@@ -67,15 +69,11 @@ class Program:
     @cached_property
     def _steps(self) -> list[tuple[Node, list[Node]]]:
         """The nodes in order, each with the values that nobody needs after it."""
-        nodes = list(self.module.graph.nodes)
-        final: dict[Node, Node] = {}
-        for node in nodes:
-            for used in node.all_input_nodes:
-                final[used] = node
-        last: dict[Node, list[Node]] = {}
+        final = {used: node for node in self.module.graph.nodes for used in node.all_input_nodes}
+        last: dict[Node, list[Node]] = {node: [] for node in self.module.graph.nodes}
         for used, node in final.items():
-            last.setdefault(node, []).append(used)
-        return [(node, last.get(node, [])) for node in nodes]
+            last[node].append(used)
+        return list(last.items())
 
     @cached_property
     def _overwritten(self) -> set[Node]:
@@ -87,24 +85,16 @@ def _fill(arguments: Any, values: Mapping[Node, list[Any]], k: int) -> Any:
 
 
 def trace(model: nn.Module, example: Any, training: bool = False, functional: bool = False) -> Program:
-    """Traces `model(*example)` in evaluation mode, for any batch size if the model allows; the model stays as it is.
+    """Traces a model on an example in evaluation mode, for any batch size if it allows; it stays as it is.
 
     `training` traces the training mode; `functional` rewrites operations that work in place. Raises ValueError naming
     the module that `torch.export` cannot follow.
     """
     from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-    args = tuple(_pair(a) for a in (example if isinstance(example, (tuple, list)) else (example,)))
-    with mode(model, training), warnings.catch_warnings():
+    with mode(model, training), warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # export prints its graph
         warnings.simplefilter("ignore")
-        dynamic = tree_map(lambda t: {0: torch.export.Dim.AUTO} if isinstance(t, Tensor) else None, args)
-        try:
-            exported = torch.export.export(model, args, dynamic_shapes=dynamic, strict=False)
-        except Exception as first:
-            try:
-                exported = torch.export.export(model, args, strict=False)
-            except Exception:
-                raise ValueError(_untraceable(model, first)) from first
+        exported = _exported(model, *arguments(example))
         if functional:
             exported = exported.run_decompositions({})
     names = {_place(tensor): name for name, tensor in live_tensors(model).items()}
@@ -121,7 +111,12 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
             sources[placeholder] = name
     written = {out: names.get(_place(held[target])) for out, target in signature.buffers_to_mutate.items()}
     module = exported.graph_module
-    inputs = [n for n in module.graph.nodes if n.name in signature.user_inputs and isinstance(n.meta["val"], Tensor)]
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    inputs = [n for n in placeholders if n.name in signature.user_inputs and isinstance(n.meta.get("val"), Tensor)]
+    for node in placeholders:
+        if not node.users:  # numbers and the like are constants of the graph
+            module.graph.erase_node(node)
+            sources.pop(node.name, None)
     sizes = [n.meta["val"].shape[0] for n in inputs[:1] if n.meta["val"].ndim]
     return Program(
         module,
@@ -131,8 +126,40 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
         {out: name for out, name in written.items() if name},
         frozenset(name for b in model.buffers() if (name := names.get(_place(b)))),
         next((int(size) for size in sizes if is_concrete_int(size)), None),
-        next((a.device for a in tree_leaves(args) if isinstance(a, Tensor)), torch.device("cpu")),
+        next((n.meta["val"].device for n in inputs), torch.device("cpu")),
     )
+
+
+def arguments(example: Any) -> tuple[tuple, dict[str, Any]]:
+    """What a model is called with: a tuple holds arguments in order, a mapping arguments by name, all else is one."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _exported(model: nn.Module, *example: Any) -> torch.export.ExportedProgram:
+    """Exports with any batch size, else with that of the example; a batch of one is first tried as two.
+
+    It would be traced as if it always were one; where all tensors have length one and the model takes no other, it is.
+    """
+
+    def batched(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 0
+
+    alone = all(len(t) == 1 for t in tree_leaves(example) if batched(t))
+    twice = [tree_map(lambda t: torch.cat([t, t]) if batched(t) else t, example)] if alone else []
+    errors = []
+    for call, free in product([*twice, example], (True, False)):
+        # an export that fails leaves marks on the tensors, so that a second one would fail alike
+        args, kwargs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, call)
+        sizes = torch.export.ShapesCollection()
+        for t in filter(batched, tree_leaves((args, kwargs)) if free else ()):
+            sizes[t] = {0: torch.export.Dim.AUTO}
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
+        except Exception as error:
+            errors.append(error)
+    raise ValueError(_untraceable(model, errors[-2:])) from errors[-1]
 
 
 @contextmanager
@@ -142,7 +169,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     quiet = logging.root.manager.disable
     try:
-        logging.disable(logging.ERROR)  # a trace that fails is reported by an exception
+        logging.disable(max(quiet, logging.ERROR))  # a trace that fails is reported by an exception
         with evaluation_mode(model):  # which gives every module its own mode back
             model.train(training)
             yield
@@ -172,27 +199,26 @@ def owners(node: Node) -> list[Node]:
     return chain
 
 
-def _pair(value: Any) -> Any:
-    """A batch of one, twice: a batch of one is traced as if it always were."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == 1:
-        return torch.cat([value, value])
-    return value
-
-
 def _place(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _untraceable(model: nn.Module, error: Exception) -> str:
-    names = {module: name for name, module in model.named_modules()}
-    where, trace = "", error.__traceback__
-    while trace:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and owner in names and trace.tb_frame.f_code.co_name == "forward":
-            where = f"{names[owner] or 'the model'} ({type(owner).__name__}.forward, line {trace.tb_lineno})"
-        trace = trace.tb_next
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"model: torch.export cannot follow {where or type(model).__name__}: {reason}; write that forward without "
-        "branches on the values of tensors, or align the part of the model before it"
+def _untraceable(model: nn.Module, errors: Sequence[Exception]) -> str:
+    first, *others = dict.fromkeys(_blamed(model, error) for error in errors)
+    remedy = "write that forward without branches on the values of tensors, or align the part of the model before it"
+    return "\n".join(
+        [
+            f"model: torch.export cannot follow {first}; {remedy}",
+            *(f"With the example's sizes alone it cannot follow {other}" for other in others),
+        ]
     )
+
+
+def _blamed(model: nn.Module, error: Exception) -> str:
+    names = {module: name for name, module in model.named_modules()}
+    where = type(model).__name__
+    for frame, line in walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in names and frame.f_code.co_name == "forward":
+            where = f"{names[owner] or 'the model'} ({type(owner).__name__}.forward, line {line})"
+    return f"{where}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"

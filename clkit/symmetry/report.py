@@ -28,9 +28,9 @@ class Table(list[Row]):
         return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in cells)
 
 
-def follows(axis: Axis, groups: Sequence[str], reasons: Sequence[str]) -> str:
+def follows(axis: Axis, groups: Sequence[str], reasons: tuple[str, ...]) -> str:
     """Names the groups that an axis follows, and why the rest stands still."""
-    group, words = axis.group.ravel(), list[str]()
+    group, words = axis.group.ravel(), []
     for g in dict.fromkeys(group.tolist()):
         here = group == g
         if g < 0:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from clkit.modules import called
 from clkit.symmetry.elements import Axis, Element, Group, Permutations
 from clkit.symmetry.points import Ids
-from clkit.symmetry.program import Program, mode, trace
+from clkit.symmetry.program import Program, arguments, mode, trace
 from clkit.symmetry.report import Row, Table, follows, summary
 from clkit.weights import Weights, live_tensors
 
@@ -57,7 +57,10 @@ def slots_of(group: Ids, index: Ids, lane: Ids) -> dict[int, Ids]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What a random permutation did: the relative change of the output, whether it `holds`, what moved, what not."""
+    """What a random permutation did: the relative change of the output, whether it `holds`, what moved, what not.
+
+    It is the largest over all outputs; where one that has no fractions changes, it is 1.
+    """
 
     change: float
     holds: bool
@@ -127,18 +130,17 @@ class Symmetry:
 
         The model runs as it is, in evaluation mode, not as the graph that the symmetry was derived from. `example`
         defaults to the one of the derivation; `dtype` casts model and example first (the model itself is left alone).
+        Changes are relative to an output's largest finite entry, absolute if that is 0; infinite where numbers become
+        infinite or NaN. Raises FloatingPointError if the output holds a NaN to begin with.
         """
-        net = copy.deepcopy(model).to(dtype) if dtype else model
-        args = self.example if example is None else example
-        args = args if isinstance(args, tuple) else (args,)
-        args = tree_map(lambda t: t.to(dtype) if dtype and isinstance(t, Tensor) and t.is_floating_point() else t, args)
+        net, (args, kwargs) = model, arguments(self.example if example is None else example)
+        if dtype:
+            net, args, kwargs = copy.deepcopy(model).to(dtype), *tree_map(lambda t: _cast(t, dtype), (args, kwargs))
         weights = live_tensors(net)
         moved = permute(self, random_permutations(self, generator or torch.Generator().manual_seed(0)), weights)
         with mode(net, training=False):
-            before, after = (
-                [t for t in tree_leaves(called(net, w, args)) if isinstance(t, Tensor)] for w in (weights, moved)
-            )
-        change = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True))
+            before, after = (tree_leaves(called(net, w, args, kwargs)) for w in (weights, moved))
+        change = max(map(_change, before, after), default=0.0)
         return Proof(change, change < tolerance, self.share, len(self.groups), self.frozen)
 
     @torch.no_grad()
@@ -153,10 +155,16 @@ class Symmetry:
         """Runs several networks side by side on `inputs` (N, ...), `batch` rows at a time, and shows units at work.
 
         `look(tap, values)` sees the value of each tap in every network, as soon as it is there. Raises ValueError for
-        a model of several inputs.
+        a model of several inputs, and for inputs that have not as many dimensions as the example.
         """
         if len(self.program.inputs) != 1:
             raise ValueError(f"model: it takes {len(self.program.inputs)} tensors; only models of one can be watched")
+        example = next(t for t in tree_leaves(arguments(self.example)) if isinstance(t, Tensor))
+        if inputs.ndim != example.ndim:
+            raise ValueError(
+                f"inputs: {tuple(inputs.shape)}, but the example was {tuple(example.shape)}; "
+                "derive the symmetry from a batch"
+            )
         device = next(model.parameters(), inputs).device
         nets = [{name: t.to(device) for name, t in w.items()} for w in nets]
         taps: dict[str, list[Tap]] = {}
@@ -167,11 +175,15 @@ class Symmetry:
             for tap in taps.get(node, ()):
                 look(tap, values)
 
+        def retraced(x: Tensor) -> Program:
+            args, kwargs = tree_map(lambda t: x if t is example else t, arguments(self.example))
+            return trace(model, kwargs or args)
+
         programs: dict[int, Program] = {}
         for x in (part.to(device) for part in inputs.split(batch)):
             if len(x) not in programs:  # the graph may be bound to another batch size or device
                 fits = self.program.batch in (None, len(x)) and self.program.device == device
-                programs[len(x)] = self.program if fits else trace(model, x)
+                programs[len(x)] = self.program if fits else retraced(x)
             programs[len(x)].run(nets, x, show)
 
     @cached_property
@@ -212,6 +224,30 @@ class Symmetry:
 
     def __repr__(self) -> str:
         return summary(self.groups, self.share, self.frozen)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor of real or complex numbers in the precision of a dtype; all else as it is."""
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+        return value.to(dtype.to_complex() if value.is_complex() else dtype)
+    return value
+
+
+def _change(before: Any, after: Any) -> float:
+    """How much one output changes, relative to its largest finite entry."""
+    before, after = (torch.as_tensor(v) if isinstance(v, (Tensor, int, float, complex)) else v for v in (before, after))
+    if not isinstance(before, Tensor) or (before.shape == after.shape and torch.equal(before, after)):
+        return 0.0
+    if before.isnan().any():
+        raise FloatingPointError(
+            "example: the model's output holds a NaN, so no change of it can be measured; verify on other inputs, or "
+            "in dtype=torch.float64"
+        )
+    if before.shape != after.shape or not (before.is_floating_point() or before.is_complex()):
+        return 1.0
+    largest = before.abs().nan_to_num(posinf=0.0).max()
+    difference = torch.where(before == after, 0.0, (after - before).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return float(difference.max() / torch.where(largest > 0, largest, 1.0))
 
 
 def identity(symmetry: Symmetry) -> dict[str, Tensor]:

@@ -1,0 +1,237 @@
+"""Symmetries of models as they are called: what examples and outputs may hold, and what is told when a trace fails."""
+
+import dataclasses
+import logging
+import warnings
+from collections import UserDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clkit import alignment
+from clkit.weights import get_weights
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+POSITIVE = X.abs()
+ONE, SCALE = X[:1], torch.tensor([0.7])
+
+
+class Net(nn.Module):
+    """A hidden layer of eight units and an output layer; `call(net, *arguments)` is its forward."""
+
+    def __init__(self, call: Callable[..., Any], hidden: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.h, self.call = hidden or nn.Linear(6, 8), nn.Linear(8, 3), call
+
+    def out(self, x: Tensor) -> Tensor:
+        return self.h(self.a(x).relu())
+
+    def forward(self, *args, **kwargs):
+        return self.call(self, *args, **kwargs)
+
+
+def optional(net: Net, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return net.out(x) if mask is None else net.out(x) * mask
+
+
+def scaled(net: Net, x: Tensor, scale: Any) -> Tensor:
+    return net.h(net.a(x).relu() * scale)
+
+
+def pooled(net: Net, x: Tensor) -> Tensor:
+    return net.h(net.a(x).relu().mean((-1, -2)))
+
+
+EXAMPLES = {  # a forward, an example
+    "None": (optional, (X, None)),
+    "None in front": (lambda net, mask, x: net.out(x), (None, X)),
+    "a mask": (optional, (X, torch.ones(4, 1))),
+    "an integer": (scaled, (X, 2)),
+    "a number": (scaled, (X, 0.5)),
+    "a boolean": (lambda net, x, on: net.out(x) if on else x, (X, True)),
+    "a string that an operation has too": (lambda net, x, name: net.h(getattr(net.a(x), name)()), (X, "relu")),
+    "a dict": (lambda net, x, more: scaled(net, x, more["scale"]), (X, {"scale": 0.5, "mask": None})),
+    "nested": (lambda net, x, more: net.out(x) + net.out(more[0][0]) * more[1], (X, [(X + 1, None), 3])),
+    "a list": (lambda net, xs: net.out(xs[0]) + net.out(xs[1]), [X, X + 1]),
+    "by name": (optional, {"x": X}),
+    "by name, None": (optional, {"mask": None, "x": X}),
+    "a mapping, as tokenizers give": (optional, UserDict(x=X)),
+    "any arguments by name": (lambda net, **kw: net.out(kw["x"]) * kw["scale"], {"x": X, "scale": 2}),
+    "any arguments": (lambda net, *xs: net.out(xs[0]) + net.out(xs[1]), (X, X + 1)),
+    "a tensor without dimensions": (scaled, (X, torch.tensor(0.5))),
+    "a batch of one": (lambda net, x: net.out(x), ONE),
+    "one row, not a batch": (lambda net, x: net.out(x).sum(0), ONE),
+    "a vector": (lambda net, x: net.out(x), X[0]),
+    "a view of one row": (lambda net, x: net.out(x.view(6)), ONE),
+    "a scale of length one": (scaled, (X, SCALE)),
+    "a scale of length one in a batch of one": (scaled, (ONE, SCALE)),
+    "first dimensions differ": (lambda net, x, y: net.out(x) + net.out(y).mean(0), (X, X[:3])),
+    "the second has a batch of one": (lambda net, x, y: net.out(x) + net.out(y), (X, ONE)),
+    "the first has a batch of one": (lambda net, x, y: net.out(x) + net.out(y), (ONE, X)),
+    "empty slices": (lambda net, x: net.h(torch.cat([net.a(x)[:, :0], net.a(x).relu()], 1)), X),
+    "an empty batch beside": (lambda net, x: torch.cat([net.out(x[:0]), net.out(x)]), X),
+    "an empty sum": (lambda net, x: net.out(x) + (net.a(x)[:, 8:] * net.a(x)[:, :0]).sum(), X),
+    "complex": (lambda net, x: net.out((x * x).imag), torch.complex(X, X + 1)),
+}
+IMAGES = {"an image without a batch": (1, 12, 12), "an image": (1, 1, 12, 12), "images": (2, 1, 12, 12)}
+
+
+def changes(net: nn.Module, symmetry: alignment.Symmetry, example: Any = None) -> list[float]:
+    generators = (torch.Generator().manual_seed(k) for k in range(3))
+    return [symmetry.verify(net, example, dtype=torch.float64, generator=g).change for g in generators]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples(name):
+    call, example = EXAMPLES[name]
+    net = Net(call)
+    symmetry = alignment.symmetry(net, example)
+    assert symmetry.share == 1
+    assert max(changes(net, symmetry)) < 1e-14
+    assert symmetry.verify(net, example).holds
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images(name):
+    net = Net(pooled, nn.Conv2d(1, 8, 3))
+    symmetry = alignment.symmetry(net, torch.randn(IMAGES[name]))
+    assert symmetry.share == 1
+    assert max(changes(net, symmetry)) < 1e-14
+
+
+OUTPUTS = {  # of the output layer's result: an output, whether a wrong permutation changes it
+    "booleans": (lambda y: y > 0, True),
+    "integers": (lambda y: (y * 10).long(), True),
+    "None beside": (lambda y: (y, None), True),
+    "None": (lambda y: None, False),
+    "empty beside": (lambda y: (y[:, :0], y), True),
+    "empty": (lambda y: y[:0], False),
+    "nested": (lambda y: {"a": [y, (y.sum(), None)], "n": 3, "s": "s"}, True),
+    "without dimensions": (lambda y: y.sum(), True),
+    "zeros": (lambda y: y * 0, False),
+    "constants": (lambda y: torch.ones(3), False),
+    "with infinities": (lambda y: torch.cat([y, torch.full_like(y, -torch.inf)], 1), True),
+    "complex": (lambda y: torch.complex(y, -y), True),
+    "small": (lambda y: y * 1e-12, True),
+    "halves": (lambda y: y.bfloat16(), True),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs(name):
+    output, told = OUTPUTS[name]
+    net = Net(lambda net, x: output(net.out(x)))
+    symmetry = alignment.symmetry(net, X)
+    assert max(changes(net, symmetry)) < 1e-10
+    first, second = symmetry.axes["h.weight"]
+    still = dataclasses.replace(second, group=np.full_like(second.group, -1))
+    wrong = dataclasses.replace(symmetry, axes=symmetry.axes | {"h.weight": (first, still)})
+    proofs = [wrong.verify(net, dtype=torch.float64), wrong.verify(net)]
+    assert [p.change > 0.05 for p in proofs] == [not p.holds for p in proofs] == [told] * 2
+
+
+def test_a_change_is_relative_and_absolute_where_all_was_zero():
+    def net(first: float, then: float) -> float:
+        outputs = iter((first, then))
+        return nothing.verify(Net(lambda net, x: torch.tensor([next(outputs), 0.0])), X).change
+
+    nothing = alignment.symmetry(Net(lambda net, x: x), X)
+    assert net(2.0, 3.0) == 0.5
+    assert net(0.0, 0.25) == 0.25
+    assert net(torch.inf, torch.inf) == 0
+    assert net(1.0, torch.nan) == net(1.0, torch.inf) == net(torch.inf, 1.0) == torch.inf
+    with pytest.raises(FloatingPointError, match=r"example: the model's output holds a NaN.*other inputs"):
+        net(torch.nan, torch.nan)
+
+
+@pytest.mark.parametrize("net", [nn.Flatten(), nn.ReLU(), nn.Sequential()], ids=repr)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_models_without_parameters(net, rows):
+    symmetry = alignment.symmetry(net, X[:rows])
+    assert (symmetry.share, symmetry.groups) == (0, {})
+    assert "0 groups" in repr(symmetry) and not symmetry.table()
+    assert symmetry.verify(net, dtype=torch.float64).change == 0
+
+
+def test_tokens_stay_integers_in_double_precision():
+    net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    symmetry = alignment.symmetry(net, torch.arange(8).view(2, 4))
+    assert symmetry.share == 1
+    assert max(changes(net, symmetry)) < 1e-14
+
+
+class TestMatching:
+    @pytest.mark.parametrize("example", [(X, None), {"x": X}, {"x": ONE, "mask": None}], ids=["None", "name", "one"])
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_models_of_one_tensor_and_other_arguments(self, example, bound):
+        def call(net: Net, x: Tensor, mask: Tensor | None) -> Tensor:
+            return net.out(x) + (x.new_ones(int(x.shape[0]), 1) if bound else 1)
+
+        net = Net(call if isinstance(example, tuple) else lambda net, x, mask=None: call(net, x, mask))
+        symmetry, weights = alignment.symmetry(net, example), get_weights(net)
+        moved = alignment.permute(symmetry, p := alignment.random_permutations(symmetry), weights)
+        found = alignment.align(symmetry, net, weights, moved, X.repeat(9, 1) + torch.randn(36, 6), batch=12)
+        assert torch.equal(found.permutations["a"], alignment.invert(p)["a"])
+
+    def test_inputs_of_other_dimensions_than_the_example(self):
+        net, weights = (net := Net(pooled, nn.Conv2d(1, 8, 3))), get_weights(net)
+        symmetry = alignment.symmetry(net, torch.randn(1, 12, 12))
+        with pytest.raises(ValueError, match=r"inputs: \(5, 1, 12, 12\).*\(1, 12, 12\).*from a batch"):
+            alignment.align(symmetry, net, weights, weights, torch.randn(5, 1, 12, 12))
+
+
+def branching(net: Net, x: Tensor) -> Tensor:
+    warnings.warn("a warning of the model's own", stacklevel=1)
+    logging.getLogger("models").error("an error of the model's own")
+    return net.out(x) if x.sum() > 0 else x
+
+
+def sizes(net: Net, x: Tensor) -> Tensor:
+    if isinstance(x.shape[0], torch.SymInt):
+        raise TypeError("rows are counted\nin integers")
+    return branching(net, x)
+
+
+class TestFailures:
+    def test_both_errors_are_named_in_a_line_each_where_they_differ(self):
+        with pytest.raises(ValueError) as caught:
+            alignment.symmetry(nn.Sequential(Net(sizes)), X)
+        lines = str(caught.value).splitlines()
+        assert len(lines) == 2
+        assert "cannot follow 0 (Net.forward, line" in lines[0] and "rows are counted;" in lines[0]
+        assert "the example's sizes" in lines[1] and "data-dependent" in lines[1]
+
+    @pytest.mark.parametrize("example", [X, ONE])
+    def test_an_error_of_both_is_named_once(self, example):
+        with pytest.raises(ValueError, match=r"^model: [^\n]*data-dependent[^\n]*branches[^\n]*$"):
+            alignment.symmetry(Net(branching), example)
+
+    def test_examples_that_the_model_does_not_take(self):
+        for example in ((X, X, X), {"y": X}, [X], None, "x"):
+            with pytest.raises(ValueError, match=r"model: torch.export cannot follow"):
+                alignment.symmetry(Net(optional), example)
+
+    @pytest.mark.parametrize("net", [Net(branching), Net(sizes), Net(lambda net, x: net.out(x) + len(x))])
+    def test_nothing_is_spilled_and_logging_is_as_it_was(self, net, capfd, caplog):
+        logging.disable(logging.WARNING)
+        try:
+            for example in (X, ONE):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    try:
+                        alignment.symmetry(net, example)
+                    except ValueError:
+                        pass
+                assert not caught
+            assert logging.root.manager.disable == logging.WARNING
+        finally:
+            logging.disable(logging.NOTSET)
+        assert capfd.readouterr() == ("", "")
+        assert not vars(X) and not vars(ONE)
+        assert {record.name for record in caplog.records} <= {"torch.__trace"}  # which pytest alone hears
+        assert net.training

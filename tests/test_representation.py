@@ -519,7 +519,7 @@ class TestUnits:
             (lambda m, w, x: R.variance_ratio(m, w, (w,), x[:1]), "1 examples"),
             (lambda m, w, x: R.variance_ratio(m, w, ({},), x), "different names"),
             (lambda m, w, x: R.variance_ratio(m, w, (w,), x, ["nrom1"]), "'nrom1' is unknown"),
-            (lambda m, w, x: R.correlations(m, w, w, x[:1]), "1 rows"),
+            (lambda m, w, x: R.correlations(m, w, w, x[:1]), "1 examples"),
             (lambda m, w, x: R.matched(m, w, w, x, "fc"), "'fc' is unknown"),
             (lambda m, w, x: R.collapse(m, w, w, x, 2.0), "t: 2.0"),
         ],

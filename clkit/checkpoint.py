@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit import store
+from clkit import checks, store
 from clkit.data import Stream
 from clkit.learners.base import PLAIN, Learner
 
@@ -34,15 +34,11 @@ def read(path: Path | str) -> dict[str, Any]:
     Raises ValueError on a file that is damaged or something else, FileNotFoundError where there is none.
     """
     path = store.expand(path)
-    try:
+    remedy = "give another path, put a whole copy in its place, or delete it to begin anew"
+    with checks.explained(f"path: {path} is damaged or no saved run", remedy, of=ValueError):
         found = store.read_tree(path, "cuda" if torch.cuda.is_available() else "cpu")
         if not isinstance(found, dict) or not {"config", "state"} <= found.keys():
             raise ValueError("it holds something else")
-    except ValueError as error:
-        raise ValueError(
-            f"path: {path} is damaged or no saved run ({error}); give another path, put a whole copy in its place, or "
-            "delete it to begin anew"
-        ) from error
     return found
 
 

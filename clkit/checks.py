@@ -19,8 +19,8 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -152,6 +152,18 @@ def package(name: str, extra: str, setting: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"{setting} needs {name}, which is not installed: pip install 'clkit[{extra}]'") from error
+
+
+@contextmanager
+def explained(
+    what: str, remedy: str, *, of: type[Exception] | tuple[type[Exception], ...] = Exception, kind: Any = ValueError
+) -> Iterator[None]:
+    """Says what errors `of` some kind mean where they come from within: raises "what (the error); remedy" instead."""
+    try:
+        yield
+    except of as error:
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        raise kind(f"{what} ({first}); {remedy}") from error
 
 
 def parse(name: str, text: str, hint: Any) -> Any:

@@ -352,11 +352,9 @@ def decode(
     """
 
     def pixels(name: str) -> np.ndarray:
-        try:
-            with sources[name]() as image:
-                return _pixels(image, size, grey, ground)
-        except Exception as error:
-            raise ValueError(f"{name} cannot be read as an image ({error}); mend or remove it") from error
+        told = checks.explained(f"{name} cannot be read as an image", "mend or remove it")
+        with told, sources[name]() as image:
+            return _pixels(image, size, grey, ground)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # it starts no thread before it is given work
         arrays = list((pool.map if threaded else map)(pixels, sources))

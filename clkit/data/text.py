@@ -222,10 +222,8 @@ def _bytes(text: str) -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=4)
 def _tokenizer(path: str) -> Any:
     transformers, _ = local_only("tokenizer", path)
-    try:
+    with checks.explained(f"tokenizer: {path!r} has no tokenizer", "save one there"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the formats' readers raise
-        raise ValueError(f"tokenizer: {path!r} has no tokenizer ({error}); save one there") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: {path!r} is slow and cannot place its tokens in a text; use a fast one")
     return tokenizer
@@ -267,12 +265,10 @@ def _digest(text: str) -> bytes:
 
 def _utf8(read: Callable[[], bytes], source: str) -> str:
     """The text of a file, without the mark that some editors put before it."""
-    try:
+    with checks.explained(f"path: {source!r} is no UTF-8 text to be read", "save it as UTF-8"):
         text = read().decode("utf-8-sig")
         if "\0" in text:
             raise ValueError("it has null bytes, as binary files have")
-    except Exception as error:  # whatever zips raise
-        raise ValueError(f"path: {source!r} is no UTF-8 text to be read ({error}); save it as UTF-8") from error
     return text
 
 

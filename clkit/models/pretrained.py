@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -77,14 +76,10 @@ def _pretrained(name: str, weights: Path | str) -> dict[str, Tensor]:
     if str(weights) not in offered:
         raise checks.unknown("weights", str(weights), ["DEFAULT", *offered], others=["a safetensors file"])
     chosen = offered[str(weights)]
-    try:
+    place = Path(torch.hub.get_dir(), "checkpoints", Path(chosen.url).name)
+    remedy = f"connect, put {chosen.url} at {place}, or give a safetensors file"
+    with checks.explained(f"weights: {name}'s {str(weights)!r} cannot be downloaded", remedy):
         return dict(chosen.get_state_dict(progress=False, check_hash=True))
-    except Exception as error:  # whatever the network raises
-        place = Path(torch.hub.get_dir(), "checkpoints", Path(chosen.url).name)
-        raise ValueError(
-            f"weights: {name}'s {str(weights)!r} cannot be downloaded ({error}); connect, put {chosen.url} at {place}, "
-            "or give a safetensors file"
-        ) from error
 
 
 def _load_all_but_head(model: nn.Module, state: Mapping[str, Tensor], classes: int, name: str) -> None:
@@ -146,14 +141,12 @@ def clip(
     open_clip = checks.package("open_clip", "clip", f"name={name!r}")
     image_shape(stream, smallest=_patch(open_clip, name))
     source = _source(open_clip, name, weights)
+    remedy = (
+        "give a file of tensors (.safetensors, .bin, .pt) with its state dict, or connect for open_clip to download"
+    )
     with seeded(seed):
-        try:
+        with checks.explained(f"weights: {str(weights)!r} are not loaded into {name}", remedy):
             model = open_clip.create_model(name, precision="fp32", force_image_size=(height, width), **source)
-        except Exception as error:  # whatever the formats' readers raise
-            raise ValueError(
-                f"weights: {str(weights)!r} are not loaded into {name} ({shorten(str(error), 160)}); give a file of "
-                "tensors (.safetensors, .bin, .pt) with that model's state dict, or connect for open_clip to download"
-            ) from error
         tower: Any = model.visual
         projection = nn.Linear(*tower.proj.shape, bias=False)
     with torch.no_grad():
@@ -231,11 +224,9 @@ def huggingface(stream: Stream, path: Path | str, *, seed: int = 0) -> nn.Module
     transformers, folder = local_only("path", path)
     context = context_length(stream)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with seeded(seed), _quiet(transformers):
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **local)
-    except Exception as error:  # whatever the formats' readers raise
-        raise ValueError(f"path: {path} has no causal language model ({error}); save one there") from error
+    told = checks.explained(f"path: {path} has no causal language model", "save one there")
+    with told, seeded(seed), _quiet(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **local)
     sizes, classes = model.config.get_text_config(), len(stream.classes)
     if sizes.vocab_size < classes:
         raise ValueError(

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clkit.checks import explained
+
 T = TypeVar("T")
 MARK = "tensor of this file"
 log = logging.getLogger("clkit.store")
@@ -80,13 +82,11 @@ def writable(path: Path | str) -> Path:
     Raises ValueError, naming the path, if it cannot be written.
     """
     path = expand(path)
-    try:
+    with explained(f"path: {path} cannot be written", "give a file in a folder that can be", of=OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
-    except OSError as error:
-        raise ValueError(f"path: {path} cannot be written ({error}); give a file in a folder that can be") from error
     return path
 
 
@@ -96,7 +96,8 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     Folders on the way are made. Raises OSError, which names the path, where it cannot be written.
     """
     path = expand(path)
-    try:
+    remedy = "free its disk or give another place"
+    with explained(f"{path} cannot be written", remedy, of=(OSError, SafetensorError), kind=OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
@@ -107,8 +108,6 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
             neighbour.replace(path)
         finally:
             neighbour.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} cannot be written ({error}); free its disk or give another place") from error
 
 
 def attempt(write: Callable[[], object]) -> None:
@@ -145,12 +144,11 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = expand(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: {path} is not a file; give one that clkit wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = dict(json.loads((file.metadata() or {}).get("clkit", "{}")))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise ValueError(f"path: {path} is not a whole safetensors file ({error}); write it again") from error
+    damage = (SafetensorError, ValueError, TypeError)
+    told = explained(f"path: {path} is not a whole safetensors file", "write it again", of=damage)
+    with told, safe_open(path, framework="pt") as file:
+        header = dict(json.loads((file.metadata() or {}).get("clkit", "{}")))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     checksum = header.pop("checksum", None)
     if checksum is not None and checksum != _checksum(header, tensors):
         raise ValueError(f"path: {path} is damaged, its checksum does not fit its content; write it again")
@@ -170,12 +168,9 @@ def read_tree(path: Path | str, device: torch.device | str = "cpu") -> Any:
     Raises ValueError on a file that is damaged or something else, FileNotFoundError where there is none.
     """
     tensors, header = load_tensors(path)
-    try:
+    remedy = "give one that write_tree wrote"
+    with explained(f"path: {path} holds no tree of tensors", remedy, of=(ValueError, KeyError, TypeError)):
         return _unpack(json.loads(header["tree"]), tensors, device, {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"path: {path} holds no tree of tensors ({error!r}); give one that write_tree wrote"
-        ) from error
 
 
 def intact(path: Path, read: Callable[[Path], T]) -> T | None:

@@ -421,10 +421,8 @@ def find_device(device: torch.device | str) -> torch.device:
     """The device meant: "auto" is the first GPU if there is one, else the CPU. Raises ValueError if it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with checks.explained(f"device: {device!r} is unknown to torch", 'use "cpu", "cuda" or "auto"', of=RuntimeError):
         place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f'device: {device!r} is unknown to torch; use "cpu", "cuda" or "auto"') from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'device: {str(device)!r} was asked for and torch sees no GPU; use "cpu" or "auto"')
     return place

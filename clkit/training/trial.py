@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clkit import checks
 from clkit.consolidation import Merged
 from clkit.data import Batch, Stream, Task
 from clkit.evaluation import check_width, side_pass
@@ -51,18 +52,14 @@ def made(model: Any, stream: Stream, seed: int, device: torch.device) -> nn.Modu
     ValueError for weights that are not finite.
     """
     if isinstance(model, nn.Module):
-        try:
+        with checks.explained(
+            f"model: {type(model).__name__} cannot be copied", "give a factory of it", kind=TypeError
+        ):
             net = copy.deepcopy(unwrapped(model))
-        except Exception as error:
-            kind = type(model).__name__
-            raise TypeError(f"model: {kind} cannot be copied ({_short(error)}); give a factory of it") from error
     else:
-        try:
+        what = "model: the factory cannot be called as model(stream, seed=seed)"
+        with checks.explained(what, "let it take both", of=TypeError, kind=TypeError):
             inspect.signature(model, follow_wrapped=False).bind(stream, seed=seed)
-        except TypeError as error:
-            raise TypeError(
-                f"model: the factory cannot be called as model(stream, seed=seed) ({error}); let it take both"
-            ) from error
         net = model(stream, seed=seed)
         if not isinstance(net, nn.Module):
             raise TypeError(f"model: the factory gave {net!r:.80} ({type(net).__name__}); let it return a module")
@@ -111,7 +108,8 @@ def attempt(loop: Any) -> None:
 def check_outputs(model: nn.Module, batch: Batch, classes: int) -> int:
     """How many outputs a model has; raises unless it gives finite logits for every class in evaluation mode."""
     with torch.no_grad(), evaluation_mode(model):
-        logits = _tried("in evaluation mode", batch, lambda: model(batch.x))
+        with _tried("in evaluation mode", batch):
+            logits = model(batch.x)
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"model: it returns a {type(logits).__name__}, and logits, a tensor, are wanted; give a module whose "
@@ -135,12 +133,9 @@ def check_outputs(model: nn.Module, batch: Batch, classes: int) -> int:
 def check_step(model: nn.Module, batch: Batch, criterion: Criterion) -> None:
     """Raises ValueError unless the model in the mode it is in takes rows like a step's, and gives gradients."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
+    with _tried("in training mode", batch):
         loss = criterion(side_pass(model, batch.x), batch.y)
         torch.autograd.grad(loss, wanted, allow_unused=True)
-
-    _tried("in training mode", batch, step)
 
 
 def check_consolidation(rule: Any, model: nn.Module, x: Tensor, symmetry: Callable[[], Any]) -> None:
@@ -148,13 +143,9 @@ def check_consolidation(rule: Any, model: nn.Module, x: Tensor, symmetry: Callab
     if (check := getattr(rule, "check", None)) is not None:
         check(model, x)
     if getattr(rule, "uses_symmetry", False):
-        try:
+        what = f"model: units of {type(model).__name__} cannot be permuted, as {rule!r} does"
+        with checks.explained(what, "use align=None"):
             symmetry()
-        except Exception as error:
-            kind = type(model).__name__
-            raise ValueError(
-                f"model: units of {kind} cannot be permuted, as {rule!r} does; use align=None ({_short(error)})"
-            ) from error
 
 
 def checked(merged: Any, current: Weights, rule: Any) -> Merged:
@@ -190,21 +181,11 @@ def explained(task: Task) -> Iterator[None]:
         ) from error
 
 
-def _tried(mode: str, batch: Batch, call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception as error:
-        raise ValueError(
-            f"model: it fails {mode} on {len(batch.x)} prepared rows, {tuple(batch.x.shape)} {batch.x.dtype} "
-            f"({_short(error)}); give it what it takes, or a module that takes such rows"
-        ) from error
+def _tried(mode: str, batch: Batch) -> AbstractContextManager[None]:
+    what = f"model: it fails {mode} on {len(batch.x)} prepared rows, {tuple(batch.x.shape)} {batch.x.dtype}"
+    return checks.explained(what, "give it what it takes, or a module that takes such rows")
 
 
 def _cut(classes: int, model: nn.Module, args: Any, logits: Tensor) -> Tensor:
     """The hook of a model with more outputs than the stream has classes: they never count and never win."""
     return logits[..., :classes]
-
-
-def _short(error: Exception) -> str:
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__

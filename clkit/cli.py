@@ -1,14 +1,24 @@
-"""The command line: `clkit figures`, `clkit run`, `clkit bench`."""
+"""The command line: `clkit figures`, `clkit run`, `clkit bench`.
+
+What a shell can choose from is derived from the library itself. The options of a learner, a consolidation or a training
+are the fields of its dataclass; those of a stream or a model are the parameters of the function that makes it. Nothing
+here names a method.
+"""
 
 import argparse
+import inspect
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
-from clkit import benchmarks, checks, experiments
+from clkit import benchmarks, checks, data, experiments, models, training
+from clkit.consolidation import CONSOLIDATIONS
+from clkit.learners import LEARNERS
+from clkit.modulation import RULES, modulated
 
 GROUPS = ("training", "stream", "model", "rule", "learner", "consolidation")
 
@@ -59,26 +69,19 @@ def figures(argv: Sequence[str]) -> int:
     )
     parser.add_argument("names", nargs="*", help="paths, or how names in the repository begin (03); default: all there")
     parser.add_argument("--profile", choices=("fast", "paper"), default="fast", help="scale; default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where figures go; default: figures/")
+    place = {"dest": "figures", "type": Path, "metavar": "FOLDER"}
+    parser.add_argument("--out", **place, help="where figures go; default: figures/")
     parser.add_argument("--write", action="store_true", help="store outputs and parameters, normalised")
     parser.add_argument(
         "--check", action="store_true", help="keep nothing; fail where claims and laws print other than what is stored"
     )
     parser.add_argument("--jobs", type=_count, help="notebooks at once; default: one a core (fast), one (paper)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    chosen = parser.parse_all(argv)
+    parser.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
+    chosen = vars(parser.parse_all(argv))
     try:
-        if chosen.write and chosen.profile != "fast":
+        if chosen["write"] and chosen["profile"] != "fast":
             raise ValueError("--write: notebooks are committed as the fast profile leaves them; leave out --profile")
-        outcomes = experiments.execute(
-            experiments.find(chosen.names),
-            profile=chosen.profile,
-            figures=chosen.out,
-            write=chosen.write,
-            check=chosen.check,
-            jobs=chosen.jobs,
-            progress=not chosen.quiet,
-        )
+        outcomes = experiments.execute(experiments.find(chosen.pop("names")), **chosen)
     except (ValueError, OSError) as error:
         return _complain(error)
     rows = [
@@ -112,27 +115,17 @@ def run(argv: Sequence[str]) -> int:
         destinations = _add_settings(parser, parts)
         parsed = parser.parse_all(argv)
         settings: dict[str, dict[str, Any]] = {part: {} for part in GROUPS}
+        if parsed.data is not None:
+            settings["stream"]["path"] = parsed.data
         for destination, (part, option) in destinations.items():
             text = getattr(parsed, destination)
             if text is not None:
                 settings[part][option.name] = checks.parse(option.name, text, option.hint)
-            elif option.required and not (part == "stream" and parsed.data is not None):
+            elif option.required and option.name not in settings[part]:
                 raise ValueError(
                     f"{parts[part]} needs --{destination.replace('_', '-')}, {checks.expects(option.hint)}"
                 )
-        if parsed.data is not None:
-            settings["stream"]["path"] = parsed.data
-        result = experiments.run_single(
-            parts,
-            settings,
-            tasks=parsed.tasks,
-            scenario=parsed.scenario,
-            order=parsed.order,
-            seed=parsed.seed,
-            device=parsed.device,
-            progress=not parsed.quiet,
-            checkpoint=parsed.checkpoint,
-        )
+        result = _run(parsed, parts, settings)
     except (ValueError, TypeError, OSError) as error:
         return _complain(error)
     except (ArithmeticError, RuntimeError) as error:
@@ -148,6 +141,24 @@ def run(argv: Sequence[str]) -> int:
     print("\naccuracy on each task (across) after each task (down)")
     _print_table(("", *tasks), [(t, *(f"{a:.3f}" for a in row)) for t, row in enumerate(accuracy)])
     return 0
+
+
+def _run(parsed: argparse.Namespace, parts: Mapping[str, str], settings: Mapping[str, Any]) -> training.Result:
+    """Runs one configuration: `parts` names what is chosen, `settings` has what is not the default of each.
+
+    With a rule (modulation, a mask, ...) the model is a frozen network whose weights it makes, as `PerTask` needs it.
+    """
+    makers = {part: _maker(part, name) for part, name in parts.items()}
+    training.find_device(parsed.device)
+    recipe, learner, consolidation, dataset = (
+        makers[part](**settings[part]) for part in ("training", "learner", "consolidation", "stream")
+    )
+    stream = data.split(dataset, parsed.tasks, order=parsed.order, scenario=parsed.scenario)
+    model = partial(makers["model"], **settings["model"])
+    if parts["rule"] != "none":
+        model = partial(modulated, model=model, rule=makers["rule"](**settings["rule"]))
+    options: Any = {name: getattr(parsed, name) for name in ("seed", "device", "progress", "checkpoint")}
+    return training.run(stream, model, learner, consolidation, recipe, keep=False, **options)
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -189,7 +200,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         ("learner", "fine-tuning"),
         ("consolidation", "none"),
     ):
-        names = ", ".join(experiments.choices(part))
+        names = ", ".join(choices(part))
         group.add_argument(f"--{part}", default=default, metavar="NAME", help=f"{names}; default: %(default)s")
     group.add_argument("--data", metavar="PATH", help="a folder or zip of images, a subfolder a class, for the stream")
     group.add_argument("--tasks", type=_count, default=5, help="tasks to split the classes into; default: %(default)s")
@@ -197,30 +208,95 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--order", type=int, metavar="SEED", help="shuffle the classes; default: their own order")
     group.add_argument("--seed", type=int, default=0, help="of weights, batches and memories; default: %(default)s")
     group.add_argument("--device", default="auto", help="cpu, cuda or auto; default: %(default)s")
-    group.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="kept after every task; if there, gone on from; read by Result.load",
-    )
+    kept = "kept after every task; if there, gone on from; read by Result.load"
+    group.add_argument("--checkpoint", type=Path, metavar="FILE", help=kept)
     group.add_argument("--json", action="store_true", help="print everything as one JSON object")
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    group.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
 
 
-def _add_settings(parser: argparse.ArgumentParser, parts: dict[str, str]) -> dict[str, tuple[str, experiments.Option]]:
+def _add_settings(parser: argparse.ArgumentParser, parts: dict[str, str]) -> dict[str, tuple[str, "Option"]]:
     """The options of the parts chosen; where two parts share a name, the later one's gets its part in front."""
     taken = {action.dest for action in parser._actions}
     destinations = {}
     for part in GROUPS:
         title = part if part == "training" else f"{part} {parts[part]}"
-        group = parser.add_argument_group(title, experiments.about(part, parts[part]).replace("%", "%%"))
-        for option in experiments.options(part, parts[part]):
+        group = parser.add_argument_group(title, about(part, parts[part]).replace("%", "%%"))
+        for option in options(part, parts[part]):
             destination = option.name if option.name not in taken else f"{part}_{option.name}"
             taken.add(destination)
             takes = f"{checks.expects(option.hint)}; " + ("required" if option.required else f"default: {option.shown}")
             group.add_argument(f"--{destination.replace('_', '-')}", metavar="VALUE", help=takes.replace("%", "%%"))
             destinations[destination] = (part, option)
     return destinations
+
+
+class Option(NamedTuple):
+    """A setting of a part: its name, its default and the annotation that says which values it takes."""
+
+    name: str
+    default: Any
+    hint: Any
+
+    @property
+    def shown(self) -> str:
+        """The default, as one would write it in a shell."""
+        if isinstance(self.default, tuple | list):
+            return ",".join(map(str, self.default))
+        return str(self.default).lower() if self.default in (None, True, False) else str(self.default)
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is inspect.Parameter.empty
+
+
+def choices(part: str) -> list[str]:
+    """The names to choose from for a part: stream, model, rule, learner, consolidation or training."""
+    return list(_makers(part))
+
+
+def about(part: str, name: str) -> str:
+    """The first sentence of a choice's documentation."""
+    maker = _maker(part, name)
+    text = inspect.getdoc(maker.func if isinstance(maker, partial) else maker) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def options(part: str, name: str) -> list[Option]:
+    """The options of a part's choice, in order; those that no text can express are left out."""
+    maker = _maker(part, name)
+    function = maker.func if isinstance(maker, partial) else maker
+    hints = get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)
+    found = []
+    for parameter in inspect.signature(maker).parameters.values():
+        hint = checks.readable(hints.get(parameter.name, str))
+        if parameter.name not in ("stream", "seed", "progress") and hint and parameter.kind != parameter.VAR_KEYWORD:
+            found.append(Option(parameter.name, parameter.default, hint))
+    return found
+
+
+def _makers(part: str) -> Mapping[str, Callable[..., Any]]:
+    """What makes each choice of a part: all that the library has, by name."""
+    known = {"learner": LEARNERS, "consolidation": CONSOLIDATIONS, "training": {"training": training.Training}}
+    known["rule"] = {"none": _no_rule, **RULES}
+    if part in known:
+        return known[part]
+    public = vars(models if part == "model" else data).items()
+    functions = {n: f for n, f in public if n[0] != "_" and inspect.isfunction(inspect.unwrap(f) if callable(f) else f)}
+    if part == "model":
+        return {n: f for n, f in functions.items() if next(iter(inspect.signature(f).parameters), "") == "stream"}
+    made = {name: f for name, f in functions.items() if get_type_hints(f).get("return") is data.Dataset}
+    loader = made.pop("load")
+    return {**made, **{name: partial(loader, name) for name in data.TORCHVISION}}
+
+
+def _maker(part: str, name: str) -> Callable[..., Any]:
+    makers = _makers(part)
+    return makers[checks.choice(part, name, makers)]
+
+
+def _no_rule() -> None:
+    """The model computes with its own weights."""
 
 
 def _count(text: str) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clkit import checks, cli, experiments
+from clkit import checks, cli
 from clkit.learners import LEARNERS, PerTask
 
 QUICK = [
@@ -73,10 +73,10 @@ def test_where_two_parts_share_an_option_the_later_one_takes_its_parts_name(caps
     assert content["training"]["batch"] == 16 and "batch=4" in content["learner"]
 
 
-@pytest.mark.parametrize("name", experiments.choices("learner"))
+@pytest.mark.parametrize("name", cli.choices("learner"))
 def test_every_learner_runs_with_its_defaults_written_out(capsys, name):
-    taken = {o.name for part in CHOSEN for o in experiments.options(part, CHOSEN[part])}
-    options = experiments.options("learner", name)
+    taken = {o.name for part in CHOSEN for o in cli.options(part, CHOSEN[part])}
+    options = cli.options("learner", name)
     brief = {option.name: 1 for option in options if option.name.endswith("epochs")}
     argv = ["run", *QUICK, "--json", "--learner", name]
     if LEARNERS[name] is PerTask:
@@ -144,10 +144,10 @@ def test_a_diverging_run_is_one_line_and_status_1(capsys):
 
 @pytest.mark.parametrize("part", ["stream", "model", "learner", "consolidation"])
 def test_every_choice_has_options_that_take_their_own_defaults(part):
-    names = experiments.choices(part)
+    names = cli.choices(part)
     assert names
     for name in names:
-        for option in experiments.options(part, name):
+        for option in cli.options(part, name):
             if isinstance(option.default, int | float | str | None):
                 assert checks.parse(option.name, option.shown, option.hint) == option.default, (name, option)
 

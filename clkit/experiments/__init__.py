@@ -20,6 +20,5 @@ from clkit.experiments.jobs import SweepError
 from clkit.experiments.methods import Method, grid
 from clkit.experiments.notebooks import Outcome, execute, find
 from clkit.experiments.pages import Claims, Laws, Page, page, repository
-from clkit.experiments.single import Option, about, choices, options, run_single
 from clkit.experiments.statistics import Difference, contrasts, difference, paired_difference, summarise
 from clkit.experiments.sweep import Comparison, Study, accuracies, stored_weights, study, sweep

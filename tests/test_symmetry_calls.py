@@ -104,6 +104,60 @@ def test_images(name):
     assert max(changes(net, symmetry)) < 1e-14
 
 
+MASK = torch.tensor([True, False, True, True, False, True, True, False])
+PICKS = {  # of eight hidden units; how many they are then
+    "a mask": (lambda net, y: y[:, net.mask], 5),
+    "a mask's negation": (lambda net, y: y[:, ~net.mask], 3),
+    "where a mask is": (lambda net, y: y[:, net.mask.nonzero()[:, 0]], 5),
+    "a mask of the forward's own": (lambda net, y: y[:, [True, False] * 4], 4),
+    "a mask of numbers": (lambda net, y: y[:, torch.arange(8) < 6], 6),
+    "a mask twice": (lambda net, y: y[:, net.mask][:, torch.arange(5) > 1], 3),
+    "a mask, and no size known": (lambda net, y: y[:, net.mask].mean(1, keepdim=True), 1),
+    "a mask on the weights": (lambda net, y: y[:, net.mask] @ net.a.weight[net.mask] @ net.a.weight.T, 8),
+}
+MASKED = {
+    "a product": lambda net, y: y * net.mask,
+    "filled": lambda net, y: y.masked_fill(net.mask, 0.5),
+    "one or the other": lambda net, y: torch.where(net.mask, y, 0.1 * y),
+    "selected": lambda net, y: y.masked_select(net.mask).view(len(y), 5).repeat(1, 2)[:, :8],
+    "random": lambda net, y: y + torch.rand(8) * 0,
+}
+
+
+def masked(f: Callable[[Net, Tensor], Tensor], width: int) -> Net:
+    net = Net(lambda net, x: net.h(f(net, net.a(x).relu())))
+    net.h = nn.Linear(width, 3)
+    net.register_buffer("mask", MASK)
+    return net
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", PICKS)
+def test_masks_of_the_model_that_pick_units(name, rows):
+    net = masked(*PICKS[name])
+    symmetry = alignment.symmetry(net, X[:rows])
+    assert symmetry.share == 1
+    assert symmetry.program.batch is None
+    assert max(changes(net, symmetry)) < 1e-14
+    weights = get_weights(net)
+    x = torch.randn(40, 6)
+    moved = alignment.permute(symmetry, p := alignment.random_permutations(symmetry), weights)
+    found = alignment.align(symmetry, net, weights, moved, x).permutations
+    assert all(torch.equal(alignment.compose(p, found)[g], i) for g, i in alignment.identity(symmetry).items())
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_of_the_model_elsewhere(name):
+    net = masked(MASKED[name], 8)
+    assert max(changes(net, alignment.symmetry(net, X))) < 1e-14
+
+
+def test_a_mask_that_depends_on_the_input():
+    net = Net(lambda net, x: net.out(x) + net.a(x)[x[:, 0] > 0].mean())
+    with pytest.raises(ValueError, match="depends on the values of the input"):
+        alignment.symmetry(net, X)
+
+
 OUTPUTS = {  # of the output layer's result: an output, whether a wrong permutation changes it
     "booleans": (lambda y: y > 0, True),
     "integers": (lambda y: (y * 10).long(), True),

@@ -170,7 +170,7 @@ def _number(node: Node) -> Any:
 
 
 def _size(n: int | torch.SymInt) -> int:
-    hint = n.node.hint if isinstance(n, torch.SymInt) else n
+    hint = (n.node.hint or n.node.maybe_as_int()) if isinstance(n, torch.SymInt) else n
     if hint is None:
         raise ValueError(
             "model: the shape of a value in its graph depends on the values of the input; align the part of the model "

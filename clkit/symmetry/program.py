@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.modules import evaluation_mode
@@ -81,7 +81,7 @@ class Program:
 
 
 def _fill(arguments: Any, values: Mapping[Node, list[Any]], k: int) -> Any:
-    return torch.fx.map_arg(arguments, lambda node: values[node][k])
+    return map_arg(arguments, lambda node: values[node][k])
 
 
 def trace(model: nn.Module, example: Any, training: bool = False, functional: bool = False) -> Program:
@@ -95,7 +95,7 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
     with mode(model, training), warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # export prints its graph
         warnings.simplefilter("ignore")
         exported = _exported(model, *arguments(example))
-        if functional:
+        if functional or any(map(_open, exported.graph.nodes)):
             exported = exported.run_decompositions({})
     names = {_place(tensor): name for name, tensor in live_tensors(model).items()}
     signature = exported.graph_signature
@@ -111,6 +111,8 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
             sources[placeholder] = name
     written = {out: names.get(_place(held[target])) for out, target in signature.buffers_to_mutate.items()}
     module = exported.graph_module
+    if any(map(_open, module.graph.nodes)):
+        _settle(module.graph, constants)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     inputs = [n for n in placeholders if n.name in signature.user_inputs and isinstance(n.meta.get("val"), Tensor)]
     for node in placeholders:
@@ -128,6 +130,47 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
         next((int(size) for size in sizes if is_concrete_int(size)), None),
         next((n.meta["val"].device for n in inputs), torch.device("cpu")),
     )
+
+
+def _open(node: Node) -> bool:
+    """Does the size of a node's value depend on numbers?"""
+    value = node.meta.get("val")
+    shape = value.shape if isinstance(value, Tensor) else ()
+    return any(isinstance(n, torch.SymInt) and n.node.hint is None for n in shape)
+
+
+def _settle(graph: Graph, constants: dict[str, Tensor]) -> None:
+    """Gives numbers to sizes that depend on constants alone, as of what is picked by boolean masks of the model's own.
+
+    What picks becomes a constant: of a mask the indices of its elements. The graph must not work in place.
+    """
+    known: dict[Any, Any] = {n: constants[n.name] for n in graph.nodes if n.name in constants}
+
+    def placed(value: Tensor) -> Node:
+        place = graph.placeholder("picked")
+        place.meta["val"] = constants[place.name] = known[place] = value
+        return place
+
+    calls: list[Any] = [n for n in graph.nodes if n.op == "call_function"]
+    for node in calls:
+        first, sizes, random = 0, (), torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if known.keys() >= set(node.all_input_nodes) and not random:
+            known[node] = node.target(*map_arg(node.args, known.get), **map_arg(node.kwargs, known.get))
+            sizes = getattr(known[node], "shape", ())
+        elif base_name(node) == "index" and known.keys() >= {i for i in node.args[1] if i}:
+            picks = []
+            with graph.inserting_before(node):
+                for index in node.args[1]:
+                    values = [known[index]] if index else []
+                    if values and values[0].dtype == torch.bool:
+                        values = values[0].nonzero(as_tuple=True)
+                    picks += map(placed, values) if index else [None]
+            node.update_arg(1, picks)
+            places = [k for k, pick in enumerate(picks) if pick]
+            first = places[0] if places[-1] - places[0] < len(places) else 0  # else torch puts them in front
+            sizes = torch.broadcast_shapes(*(known[picks[k]].shape for k in places))
+        for n, size in zip(node.meta["val"].shape[first:] if sizes else (), sizes, strict=False):
+            torch._check(n == size)
 
 
 def arguments(example: Any) -> tuple[tuple, dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clkit import alignment, models
-from clkit.weights import get_weights, lerp
+from clkit.weights import combine, dot, equal, get_weights, lerp
 from test_alignment import NETS, example, stream
 from test_alignment_zoo import SMALL, randomise
 
@@ -285,6 +285,223 @@ class TestAlign:
             alignment.align(symmetry, net, reference, moving | {"conv1.weight": moving["conv1.weight"] * torch.nan}, x)
         with pytest.raises(ValueError, match="reference: names differ"):
             alignment.align(symmetry, net, {}, moving, x)
+
+
+class Mixer(nn.Module):
+    """A hidden axis of tokens beside the channels."""
+
+    def __init__(self, tokens: int = 12, channels: int = 24, hidden: int = 32):
+        super().__init__()
+        self.e, self.a, self.b = nn.Linear(6, channels), nn.Linear(tokens, hidden), nn.Linear(hidden, tokens)
+        self.f, self.h = nn.Linear(channels, channels), nn.Linear(channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.e(x)
+        z = z + self.b(self.a(z.transpose(1, 2)).relu()).transpose(1, 2)
+        return self.h((z + self.f(z).relu()).mean(1))
+
+
+class Beside(nn.Module):
+    """Axes that never show alone: two or three of them, on one activation."""
+
+    def __init__(self, *sizes: int):
+        super().__init__()
+        self.axes = "abc"[: len(sizes)]
+        self.w, self.b = nn.Parameter(torch.randn(6, *sizes)), nn.Parameter(torch.randn(sizes))
+        self.v = nn.Parameter(torch.randn(*sizes, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.einsum(f"nti,i{self.axes}->n{self.axes}", x, self.w) / 3
+        return torch.einsum(f"n{self.axes},{self.axes}k->nk", (z + self.b).tanh(), self.v)
+
+
+class Gram(nn.Module):
+    """One group on both axes of an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.v = nn.Linear(6, 9), nn.Parameter(torch.randn(9, 9, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x).tanh()
+        return torch.einsum("ncd,cdk->nk", (z.transpose(1, 2) @ z).relu(), self.v)
+
+
+class Heads(nn.Module):
+    """Heads that share the maps of their members, so that these move beside them."""
+
+    def __init__(self, heads: int = 5, size: int = 6):
+        super().__init__()
+        self.e, self.f, self.g = nn.Linear(6, heads * size), nn.Linear(size, 8), nn.Linear(8, 7)
+        self.heads, self.o = heads, nn.Linear(heads, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.e(x[:, 0]).unflatten(-1, (self.heads, -1)).tanh()
+        return self.o(self.g(self.f(z).tanh()).tanh().sum(-1))
+
+
+class Recurrent(nn.Module):
+    """One group on both axes of a weight."""
+
+    def __init__(self, units: int = 10):
+        super().__init__()
+        self.i, self.r, self.o = nn.Linear(6, units), nn.Linear(units, units), nn.Linear(units, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.i(x[:, 0]).tanh()
+        for t in range(1, 3):
+            z = (self.i(x[:, t]) + self.r(z)).tanh()
+        return self.o(z)
+
+
+MEETING = {
+    "mixer": Mixer,
+    "two": lambda: Beside(7, 9),
+    "three": lambda: Beside(5, 6, 7),
+    "gram": Gram,
+    "heads": Heads,
+    "recurrent": Recurrent,
+}
+
+
+def net_of(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return MEETING[name]().eval()
+
+
+class TestAxesThatMeet:
+    x = noise(64, 12, 6)
+
+    @pytest.mark.parametrize("name", MEETING)
+    def test_planted_permutations_of_many_networks(self, name):
+        symmetry = alignment.symmetry(net_of(name, 0), self.x[:2])
+        for seed in range(12):
+            net = net_of(name, seed)
+            first = alignment.random_permutations(symmetry, torch.Generator().manual_seed(seed))
+            moved = alignment.permute(symmetry, first, get_weights(net))
+            found = alignment.align(symmetry, net, get_weights(net), moved, self.x)
+            back = alignment.invert(first)
+            assert all(torch.equal(p, back[g]) for g, p in found.permutations.items()), seed
+            assert min(found.similarity.values()) > 0.999
+
+    def test_the_other_order_does_not_count(self):
+        """What is found for a network is what is found for a permuted copy of it, then permuted."""
+        a, b = net_of("mixer", 1), net_of("mixer", 2)
+        symmetry = alignment.symmetry(a, self.x[:2])
+        first = alignment.random_permutations(symmetry, torch.Generator().manual_seed(3))
+        moved = alignment.permute(symmetry, first, get_weights(b))
+        one, other = (alignment.align(symmetry, a, get_weights(a), w, self.x) for w in (get_weights(b), moved))
+        assert all(torch.equal(first[g][p], one.permutations[g]) for g, p in other.permutations.items())
+
+    @pytest.mark.parametrize("name", ["mixer", "two", "gram"])
+    def test_similarities_are_those_of_the_aligned_networks(self, name):
+        """And no assignment of one group alone makes them larger."""
+        nets = [net_of(name, seed) for seed in (1, 2)]
+        symmetry, (a, b) = alignment.symmetry(nets[0], self.x[:2]), map(get_weights, nets)
+        found = alignment.align(symmetry, nets[0], a, b, self.x)
+        aligned = alignment.permute(symmetry, found.permutations, b)
+        matrices = alignment.similarities(symmetry, nets[0], a, aligned, self.x).matrix
+        assert found.similarity == pytest.approx({g: m.diagonal().mean() for g, m in matrices.items()}, abs=1e-6)
+        before = alignment.similarities(symmetry, nets[0], a, b, self.x).matrix
+        total = sum(m.trace() for m in matrices.values())
+        assert total > sum(m.trace() for m in before.values())
+        for g in [] if name == "gram" else symmetry.groups:
+            best = alignment.assign(symmetry, matrices, [g])
+            again = alignment.permute(symmetry, best, aligned)
+            after = alignment.similarities(symmetry, nets[0], a, again, self.x).matrix
+            assert sum(m.trace() for m in after.values()) <= total + 1e-6
+
+    @pytest.mark.parametrize(("name", "more"), [("convnet", False), ("vit", False), ("mixer", True)])
+    def test_one_pass_where_no_axes_meet(self, name, more, monkeypatch):
+        net = net_of(name, 0) if more else randomise(NETS[name]())
+        x = self.x if more else example(name, 20)
+        symmetry, passes, watch = alignment.symmetry(net, x[:2]), [], alignment.Symmetry.watch
+        monkeypatch.setattr(alignment.Symmetry, "watch", lambda *a, **k: passes.append(1) or watch(*a, **k))
+        alignment.align(symmetry, net, get_weights(net), get_weights(net), x)
+        assert (len(passes) > 1) == more
+
+
+PAIRS = [(0, 1), (0, 2), (1, 2)]
+
+
+def compare_weights(symmetry, net, a, b, x) -> np.ndarray:
+    return alignment.similarities(symmetry, net, a, b, x).matrix["first"]
+
+
+class TestMany:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def nets():
+        nets = [Convolutions(seed=seed) for seed in range(4)]
+        return alignment.symmetry(nets[0], noise(2, 3, 4, 5)), nets[0], [*map(get_weights, nets)]
+
+    x = noise(20, 3, 4, 5)
+
+    @pytest.mark.parametrize("by", ["activations", "weights"])
+    @pytest.mark.parametrize("name", ["convnet", "vit", "mixer"])
+    def test_permuted_copies_come_to_the_order_of_the_first(self, name, by):
+        net = net_of(name, 0) if name in MEETING else randomise(NETS[name]())
+        x = noise(40, 12, 6) if name in MEETING else example(name, 40)
+        symmetry, weights = alignment.symmetry(net, x[:2]), get_weights(net)
+        planted = [alignment.random_permutations(symmetry, torch.Generator().manual_seed(k)) for k in range(4)]
+        copies = [alignment.permute(symmetry, p, weights) for p in planted]
+        found = alignment.align_many(symmetry, net, copies, x if by == "activations" else None, by=by)
+        for moved, result in zip(copies, found, strict=True):
+            assert equal(alignment.permute(symmetry, result.permutations, moved), copies[0])
+
+    @pytest.mark.parametrize("by", ["activations", "weights"])
+    def test_two_networks_get_what_align_finds(self, nets, by):
+        symmetry, net, (a, b, *_) = nets
+        one, other = alignment.align_many(symmetry, net, [a, b], self.x, by=by)
+        found = alignment.align(symmetry, net, a, b, self.x, by=by)
+        assert equal(one.permutations, alignment.identity(symmetry))
+        assert equal(other.permutations, found.permutations) and other.similarity == found.similarity
+
+    @pytest.mark.parametrize("by", ["activations", "weights"])
+    def test_the_order_of_the_list_does_not_count(self, nets, by):
+        symmetry, net, weights = nets
+        found = alignment.align_many(symmetry, net, weights, self.x, by=by)
+        for order in ([1, 0, 2, 3], [3, 1, 2, 0]):
+            again = alignment.align_many(symmetry, net, [weights[k] for k in order], self.x, by=by)
+            common = alignment.invert(found[order[0]].permutations)
+            for k, result in zip(order, again, strict=True):
+                assert equal(alignment.compose(found[k].permutations, common), result.permutations)
+
+    def test_no_network_alone_can_come_closer_to_the_others(self, nets):
+        """Against all permutations of its six units, by the sum over pairs of their similarities, taken one by one."""
+        symmetry, net, weights = nets
+        p = [r.permutations["first"].numpy() for r in alignment.align_many(symmetry, net, weights[:3], self.x)]
+        pairs = {(j, k): compare_weights(symmetry, net, weights[j], weights[k], self.x) for j, k in PAIRS}
+
+        def total(orders) -> float:
+            return sum(m[orders[j], orders[k]].sum() for (j, k), m in pairs.items())
+
+        for k in range(3):
+            others = [[np.array(q) if i == k else p[i] for i in range(3)] for q in itertools.permutations(range(6))]
+            assert total(p) >= max(map(total, others)) - 1e-6
+        first = [alignment.align(symmetry, net, weights[0], w, self.x).permutations["first"] for w in weights[:3]]
+        assert total(p) >= total([q.numpy() for q in first]) - 1e-6
+
+    @pytest.mark.parametrize("name", ["mixer", "recurrent"])
+    def test_by_weights_inner_products_grow(self, name):
+        nets = [net_of(name, seed) for seed in range(3)]
+        symmetry, weights = alignment.symmetry(nets[0], noise(2, 12, 6)), [*map(get_weights, nets)]
+        found = alignment.align_many(symmetry, nets[0], weights, by="weights")
+        ends = [alignment.permute(symmetry, r.permutations, w) for r, w in zip(found, weights, strict=True)]
+        assert sum(dot(ends[j], ends[k]) for j, k in PAIRS) > sum(dot(weights[j], weights[k]) for j, k in PAIRS)
+        for k, end in enumerate(ends):
+            rest = combine([w for j, w in enumerate(ends) if j != k], [0.5, 0.5])
+            again = alignment.align(symmetry, nets[0], rest, end, by="weights").permutations
+            assert equal(again, alignment.identity(symmetry))
+
+    def test_errors_come_before_any_work(self, nets):
+        symmetry, net, weights = nets
+        with pytest.raises(ValueError, match=r"networks: 1;"):
+            alignment.align_many(symmetry, net, weights[:1], self.x)
+        with pytest.raises(ValueError, match=r"networks\[1\]: names differ"):
+            alignment.align_many(symmetry, net, [weights[0], {}], self.x)
+        with pytest.raises(ValueError, match=r"inputs: .* by='weights'"):
+            alignment.align_many(symmetry, net, weights)
 
 
 @pytest.mark.gpu

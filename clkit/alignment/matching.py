@@ -1,7 +1,9 @@
 """Matching: which unit of one network corresponds to which of another, by their activations or by their weights."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, cycle, islice
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,18 +14,21 @@ from torch import Tensor, nn
 from clkit import checks
 from clkit.checks import Count
 from clkit.modules import frozen_tensors
-from clkit.symmetry.elements import Element, Permutations
+from clkit.symmetry import Permutations, Symmetry, compose, identity, invert, permute
+from clkit.symmetry.elements import Element
 from clkit.symmetry.points import Ids
-from clkit.symmetry.structure import Symmetry, Tap, check_weights, identity
-from clkit.weights import Weights, check_finite
+from clkit.symmetry.structure import Tap, check_weights
+from clkit.weights import Weights, check_finite, combine, dot, equal
 
+By = Literal["activations", "weights"]
 Statistic = Literal["pearson", "clewi2024"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 ROUNDS = 100
 HINT = 1e-4  # what weights count beside correlations, where these tie
 ALIKE = 1e-5  # correlations that differ less tie: rounding of activations
 TIE = 1e-9  # of units that look alike, the one that stays is preferred
-Matrices = Mapping[str, NDArray[np.float64]]
+Matrix = NDArray[np.float64]
+Matrices = dict[str, Matrix]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +37,8 @@ class Alignment:
 
     `permutations`; `similarity`, a mean over matched units (of correlations; of cosines if matched by weights; of
     their members for blocks); `identity`, the share of units that stay; `degenerate`, how many units never vary in
-    one of the networks, for groups that have such: they were told apart by their weights.
+    one of the networks, for groups that have such: they were told apart by their weights. Of many networks, the
+    reference is the mean of the others.
     """
 
     permutations: dict[str, Tensor]
@@ -49,7 +55,7 @@ def align(
     moving: Weights,
     inputs: Tensor | None = None,
     *,
-    by: Literal["activations", "weights"] = "activations",
+    by: By = "activations",
     statistic: Statistic = "pearson",
     batch: Count = 32,
     generator: torch.Generator | None = None,
@@ -62,44 +68,88 @@ def align(
     ("junctures"). Blocks (heads, groups of a convolution) are matched by how well their members match. The papers
     leave open what becomes of units that never vary (dead ReLUs): here their weights tell them apart.
 
+    Where one activation holds several axes that move (tokens and channels), what it says about one depends on the
+    others. Such a group begins with what other activations say, or with values sorted along the other axes. Then
+    these groups take turns, each with a pass over `inputs` in which all are permuted as found so far, as long as the
+    sum of similarities grows.
+
     By weights (git re-basin, algorithm 1): each group in turn gets the assignment that maximises the inner product of
     all parameters, the others held, until nothing changes. The first round goes from the input to the output;
-    `generator` draws the order of later ones. Weights of grouped convolutions do not take part, for what they say
-    about one axis depends on the other. Running statistics are no parameters.
+    `generator` draws the order of later ones and stays as it is. A group on two axes of one weight takes a step only
+    if the product grows. Weights of grouped convolutions do not take part, for what they say about one axis depends
+    on the other. Running statistics are no parameters.
 
     `model` is any model of the architecture; it is left as it is. Units of its frozen parts stay where they are. Raises
     ValueError for weights that do not fit the symmetry or are not finite, and for no inputs.
     """
-    for name, weights in (("reference", reference), ("moving", moving)):
+    nets = {"reference": reference, "moving": moving}
+    return _matcher(symmetry, model, nets, inputs, by, statistic, batch, generator).align()[1]
+
+
+@checks.arguments
+def align_many(
+    symmetry: Symmetry,
+    model: nn.Module,
+    networks: Sequence[Weights],
+    inputs: Tensor | None = None,
+    *,
+    by: By = "activations",
+    statistic: Statistic = "pearson",
+    batch: Count = 32,
+    generator: torch.Generator | None = None,
+) -> list[Alignment]:
+    """Finds, for each of several networks, the permutations that bring all to the order of the first, which stays.
+
+    Each network in turn is matched to the mean of the others as they then stand, until none moves (git re-basin
+    2209.04836, algorithm 3). At every step the sum over pairs of networks grows: of the inner products of their
+    parameters, or of the correlations of matched units. The latter come from one pass of all networks. Added up over
+    the others, they are covariances with the sum of the others' standardised activations.
+
+    The paper begins with the networks as they are. Here all are first matched to the one that is most like the others
+    and then take turns by how alike they are, so their order in the list counts only among ties. Two networks get
+    what `align` finds. Arguments and errors are those of `align`.
+    """
+    if len(networks) < 2:
+        raise ValueError(f"networks: {len(networks)}; a common order takes two or more")
+    nets = {f"networks[{k}]": weights for k, weights in enumerate(networks)}
+    return _matcher(symmetry, model, nets, inputs, by, statistic, batch, generator).align()
+
+
+def _matcher(
+    symmetry: Symmetry,
+    model: nn.Module,
+    nets: Mapping[str, Weights],
+    inputs: Tensor | None,
+    by: By,
+    statistic: Statistic,
+    batch: int,
+    generator: torch.Generator | None,
+) -> "_Matcher":
+    """What matches the networks, and complains of them by name."""
+    for name, weights in nets.items():
         check_weights(symmetry, weights, name)
         check_finite(weights, name)
     still = frozen_tensors(model)
     held = {symmetry.root(g) for g, places in symmetry.places.items() if any(name in still for name, *_ in places)}
     free = [root for root in symmetry.roots if root not in held]
     if by == "weights":
-        permutations = _match_weights(symmetry, free, reference, moving, generator or torch.Generator().manual_seed(0))
-        pair = _Pair(symmetry, reference, moving, permutations)
-        return _result(symmetry, permutations, {g: pair.cosines(g) for g in symmetry.groups}, {})
+        return _ByWeights(symmetry, [*nets.values()], free, generator or torch.Generator().manual_seed(0))
     if inputs is None or not len(inputs):
         raise ValueError("inputs: matching by activations needs examples, got none; pass some or use by='weights'")
-    found = similarities(symmetry, model, reference, moving, inputs, statistic=statistic, batch=batch)
-    permutations = _match_activations(symmetry, free, found, reference, moving)
-    vague = {g: int((a | b).sum()) for g, (a, b) in found.constant.items()}
-    return _result(symmetry, permutations, found.matrix, {g: n for g, n in vague.items() if n})
+    measure = partial(_measure, symmetry, model, inputs, statistic, batch)
+    return _ByActivations(symmetry, [*nets.values()], free, measure)
 
 
 @dataclass(frozen=True, eq=False)
 class Similarities:
     """By group: `matrix[i, j]`, how alike unit i of the reference and unit j of the moving network are.
 
-    `constant` holds, for both networks, which units never vary; their entries are 0.
+    Entries of a unit that never varies are 0.
     """
 
-    matrix: dict[str, NDArray[np.float64]]
-    constant: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]
+    matrix: dict[str, Matrix]
 
 
-@torch.no_grad()
 @checks.arguments
 def similarities(
     symmetry: Symmetry,
@@ -113,48 +163,75 @@ def similarities(
 ) -> Similarities:
     """Compares the units of two networks on `inputs` (N, ...) by Pearson's correlation over examples and positions.
 
-    Entries are in [-1, 1]; those of a residual stream are means over the places where it is read. Deviations from the
-    first batch's means are multiplied batch by batch, in the precision of the activations (float32 at least). The
-    products are added up in double precision. Raises ValueError for a model of several inputs.
+    Entries are in [-1, 1]; those of a residual stream are means over the places where it is read. Positions are
+    compared as they stand. Where another axis of an activation moves too (tokens beside channels), this means
+    something only if both networks have it in one order: permute one of them as `align` finds.
+
+    Deviations from the first batch's means are multiplied batch by batch, in the precision of the activations (float32
+    at least). The products are added up in double precision. Raises ValueError for a model of several inputs.
 
     `statistic="clewi2024"` is what CLeWI's released code computes: it divides by the number of images where that of
     positions belongs. Let c be the covariance of two units over HW positions an image, m their means, s their
     deviations. It is (c - (HW - 1) m1 m2) / (d1 d2) with d^2 = s^2 + (HW - 1)^2 m^2: correlation only where HW = 1.
     """
-    moments = {tap: [_Moments(tap, group, slots) for group, slots in tap.slots.items()] for tap in symmetry.taps}
+    moments = [_Moments(tap, group) for tap in symmetry.taps for group in tap.slots]
+    return Similarities(_mean(_measure(symmetry, model, inputs, statistic, batch, [reference, moving], moments)[0, 1]))
+
+
+Shown = list[tuple[str, Matrix]]  # groups, each as often as it is seen, and how alike units are there
+
+
+@torch.no_grad()
+def _measure(
+    symmetry: Symmetry,
+    model: nn.Module,
+    inputs: Tensor,
+    statistic: Statistic,
+    batch: int,
+    nets: Sequence[Weights],
+    moments: "Sequence[_Moments]",
+) -> dict[tuple[int, int], Shown]:
+    """One pass of networks over `inputs`: what it shows of each pair of them."""
+    at: dict[Tap, list[_Moments]] = {}
+    for m in moments:
+        at.setdefault(m.tap, []).append(m)
 
     def look(tap: Tap, values: list[Tensor]) -> None:
-        for m in moments[tap]:
+        for m in at.get(tap, ()):
             m.add(values)
 
-    symmetry.watch(model, (reference, moving), inputs, look, batch=batch)
-    matrix: dict[str, NDArray[np.float64]] = {}
-    constant: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
-    times: dict[str, int] = {}
-    for m in (m for ms in moments.values() for m in ms):
-        found, (a, b) = m.compare(len(inputs) if statistic == "clewi2024" else None)
-        c, d = constant.get(m.group, (True, True))
-        matrix[m.group], constant[m.group] = matrix.get(m.group, 0.0) + found, (a & c, b & d)
-        times[m.group] = times.get(m.group, 0) + 1
-    return Similarities({g: total / times[g] for g, total in matrix.items()}, constant)
+    symmetry.watch(model, nets, inputs, look, batch=batch)
+    images = len(inputs) if statistic == "clewi2024" else None
+    return {(j, k): [(m.group, m.compare(j, k, images)) for m in moments] for j, k in combinations(range(len(nets)), 2)}
+
+
+def _mean(shown: Shown) -> Matrices:
+    rows = {group: [m for g, m in shown if g == group] for group, _ in shown}
+    return {group: np.mean(matrices, axis=0) for group, matrices in rows.items()}
 
 
 class _Moments:
-    """Sums over positions of the values of one group's units in two networks, of their squares and products."""
+    """Sums over positions of the values of one group's units in networks, of their squares and products in pairs.
 
-    def __init__(self, tap: Tap, group: str, slots: Ids) -> None:
-        self.tap, self.group, self.slots, self.count = tap, group, slots, 0
+    `ordered` sorts the values of a unit along the other axes that move, so that their order does not count.
+    """
+
+    def __init__(self, tap: Tap, group: str, ordered: bool = False) -> None:
+        self.tap, self.group, self.slots, self.ordered, self.count = tap, group, tap.slots[group], ordered, 0
         self.shift: list[Tensor] = []
         self.sums: list[Tensor] = []
         self.squares: list[Tensor] = []
-        self.products = torch.zeros(())
+        self.products: dict[tuple[int, int], Tensor] = {}
 
     def add(self, values: list[Tensor]) -> None:
-        """Takes one batch's values of both networks."""
+        """Takes one batch's values of all networks."""
         now = []
         for k, value in enumerate(values):
             view = self.tap.read(value)
-            places, rest = len(self.tap.places), tuple(range(len(self.tap.places), view.ndim))
+            places = len(self.tap.places)
+            if self.ordered:
+                view = view.flatten(places, places + len(self.tap.others) - 1).sort(places).values
+            rest = tuple(range(places, view.ndim))
             if len(self.shift) == k:
                 self.shift.append(view.to(torch.promote_types(view.dtype, torch.float32)).mean(rest, keepdim=True))
             rows = torch.empty(view.shape, dtype=self.shift[k].dtype, device=view.device)
@@ -163,13 +240,15 @@ class _Moments:
         if not self.count:
             self.sums = [v.new_zeros(v.shape[:2], dtype=torch.float64) for v in now]
             self.squares = [s.clone() for s in self.sums]
-            self.products = torch.zeros(len(now[0]), now[0].shape[1], now[1].shape[1], dtype=torch.float64)
-            self.products = self.products.to(now[0].device)
+            shape = (*self.slots.shape, self.slots.shape[1])
+            pairs = combinations(range(len(now)), 2)
+            self.products = {pair: now[0].new_zeros(shape, dtype=torch.float64) for pair in pairs}
         self.count += now[0].shape[2]
         for k, rows in enumerate(now):
             self.sums[k] += rows.sum(2)
             self.squares[k] += torch.linalg.vector_norm(rows, dim=2).square()
-        self.products += now[0] @ now[1].mT
+        for (j, k), products in self.products.items():
+            products += now[j] @ now[k].mT
 
     def _pick(self, rows: Tensor) -> Tensor:
         """The rows of the group's units, as (lanes, units, positions in the data)."""
@@ -177,35 +256,34 @@ class _Moments:
             rows = rows[torch.from_numpy(self.slots.ravel()).to(rows.device)]
         return rows.unflatten(0, self.slots.shape)
 
-    def compare(self, images: int | None) -> tuple[NDArray[np.float64], list[NDArray[np.bool_]]]:
-        """The similarities of all pairs, a mean over lanes, and which units are constant, of either network.
+    def compare(self, j: int, k: int, images: int | None) -> Matrix:
+        """How alike the units of two networks are, a mean over lanes; 0 for what is constant.
 
         `images`: their number for the statistic of CLeWI's code, None for Pearson's.
         """
-        offsets = [s / self.count for s in self.sums]
-        means = [
-            self._pick(shift.double().flatten()[:, None])[..., 0] + offset
-            for shift, offset in zip(self.shift, offsets, strict=True)
-        ]
-        spreads = [s / self.count - o.square() for s, o in zip(self.squares, offsets, strict=True)]
-        spreads = [torch.where(v > 1e-12 * m.square(), v, 0.0).sqrt() for v, m in zip(spreads, means, strict=True)]
-        shared = self.products / self.count - offsets[0][:, :, None] * offsets[1][:, None, :]
-        constant = [(s == 0).all(0).cpu().numpy() for s in spreads]
-        least = 0.0
+        (a, mean_a, spread_a), (b, mean_b, spread_b) = self._statistics(j), self._statistics(k)
+        shared, least = self.products[j, k] / self.count - a[:, :, None] * b[:, None, :], 0.0
         if images:
-            n, wide = self.count, self.count / images
-            shared = wide * (shared - (wide - 1) * means[0][:, :, None] * means[1][:, None, :])
-            spreads = [
+            n, wide, least = self.count, self.count / images, 1e-4
+            shared = wide * (shared - (wide - 1) * mean_a[:, :, None] * mean_b[:, None, :])
+            spread_a, spread_b = (
                 (n / max(n - 1, 1) * wide * (s.square() + (wide - 1) ** 2 * m.square())).sqrt()
-                for s, m in zip(spreads, means, strict=True)
-            ]
-            least = 1e-4
-        scale = spreads[0][:, :, None] * spreads[1][:, None, :] + least
-        matrix = torch.where(scale > 0, shared / scale, 0.0).clamp(-1, 1)
-        return matrix.mean(0).cpu().numpy(), constant
+                for s, m in ((spread_a, mean_a), (spread_b, mean_b))
+            )
+        scale = spread_a[:, :, None] * spread_b[:, None, :] + least
+        return torch.where(scale > 0, shared / scale, 0.0).clamp(-1, 1).mean(0).cpu().numpy()
+
+    def _statistics(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the units of a network: how far their means are from `shift`, the means, and the deviations."""
+        offset = self.sums[k] / self.count
+        mean = self._pick(self.shift[k].double().flatten()[:, None])[..., 0] + offset
+        variance = self.squares[k] / self.count - offset.square()
+        return offset, mean, torch.where(variance > 1e-12 * mean.square(), variance, 0.0).sqrt()
 
 
-def assign(symmetry: Symmetry, matrices: Matrices, groups: Iterable[str] | None = None) -> dict[str, Tensor]:
+def assign(
+    symmetry: Symmetry, matrices: Mapping[str, Matrix], groups: Iterable[str] | None = None
+) -> dict[str, Tensor]:
     """The permutations (units,) that maximise the sum of similarities (units, units); units without any stay.
 
     Blocks are matched by their own similarity plus that of their best matched members. `groups` picks some (default:
@@ -214,13 +292,13 @@ def assign(symmetry: Symmetry, matrices: Matrices, groups: Iterable[str] | None 
     out: dict[str, Ids] = {}
     for name in symmetry.roots if groups is None else groups:
         out |= {g: np.arange(symmetry.groups[g].units) for g in symmetry.family(name)}
-        for member, rows, columns in _assign(symmetry, matrices, name, 0, 0)[1]:
+        for member, rows, columns in _matched(symmetry, matrices, name, 0, 0)[1]:
             out[member][rows] = columns
     return {name: torch.from_numpy(out[name]) for name in symmetry.groups if name in out}
 
 
-def _assign(
-    symmetry: Symmetry, matrices: Matrices, name: str, i: int, j: int
+def _matched(
+    symmetry: Symmetry, matrices: Mapping[str, Matrix], name: str, i: int, j: int
 ) -> tuple[float, list[tuple[str, Ids, Ids]]]:
     """Matches block i of a group in the reference with block j in the moving network: the gain, and the pairs."""
     from scipy.optimize import linear_sum_assignment
@@ -229,7 +307,7 @@ def _assign(
     rows, columns = i * size + np.arange(size), j * size + np.arange(size)
     gain = matrices[name][np.ix_(rows, columns)] if name in matrices else np.zeros((size, size))
     inner = {
-        (a, b): [_assign(symmetry, matrices, m, i * size + a, j * size + b) for m in members]
+        (a, b): [_matched(symmetry, matrices, m, i * size + a, j * size + b) for m in members]
         for a in range(size if members else 0)
         for b in range(size)
     }
@@ -242,24 +320,181 @@ def _assign(
     return float(gain[a, b].sum()), pairs
 
 
-def _match_activations(
-    symmetry: Symmetry, free: list[str], found: Similarities, reference: Weights, moving: Weights
-) -> dict[str, Tensor]:
-    """`assign` of free groups, with the weights to tell apart units that look alike, never vary or are not seen."""
-    blind = {g: np.zeros((group.units,) * 2) for g, group in symmetry.groups.items() if not symmetry.members[g]}
-    matrices = blind | found.matrix
-    vague = {g: (_ties(m), _ties(m.T)) for g, m in matrices.items()}
-    vague = {g: ties for g, ties in vague.items() if min(map(len, ties)) > 1}
+Found = list[dict[str, Tensor]]  # how each network is permuted so far
 
-    def with_hints(root: str, permutations: Permutations) -> Matrices:
-        hinted, pair = dict(matrices), _Pair(symmetry, reference, moving, permutations)
-        for g in (g for g in symmetry.family(root) if g in vague):
-            hinted[g] = hinted[g].copy()
-            hinted[g][np.ix_(*vague[g])] += HINT * pair.cosines(g, *vague[g])
-        return hinted
 
-    roots = [root for root in dict.fromkeys(symmetry.root(g) for g in vague) if root in free]
-    return _in_turn(symmetry, identity(symmetry) | assign(symmetry, matrices, free), roots, with_hints)
+class _Matcher:
+    """Networks on the way to a common order."""
+
+    def __init__(self, symmetry: Symmetry, nets: Sequence[Weights], free: list[str]) -> None:
+        self.symmetry, self.nets, self.free, self.order = symmetry, nets, free, [*range(len(nets))]
+
+    def step(self, found: Found, k: int, others: list[int], roots: list[str]) -> dict[str, Tensor]:
+        """How network k must move on to look like the mean of others, in the groups of some roots."""
+        raise NotImplementedError
+
+    def alike(self, found: Found, k: int, others: list[int]) -> Matrices:
+        """How alike the units of the mean of others and those of network k are, as they stand."""
+        raise NotImplementedError
+
+    def value(self, found: Found, *pairs: tuple[int, int]) -> float:
+        """How alike the matched units of pairs of networks are, in sum."""
+        return float(sum(m.trace() for j, k in pairs for m in self.alike(found, k, [j]).values()))
+
+    def run(self) -> Found:
+        """Matches all networks to the one that is most like the others, and then in turns."""
+        start, pairs = [identity(self.symmetry) for _ in self.nets], [*combinations(self.order, 2)]
+        steps = {(j, k): self.step(start, k, [j], self.free) for j, k in pairs}
+        if len(pairs) == 1:
+            self.order = [1]
+            return [start[0], steps[0, 1]]
+        steps |= {(k, j): invert(steps[j, k]) for j, k in pairs}
+        values = {pair: self.value([steps.get((pair[0], k), p) for k, p in enumerate(start)], pair) for pair in pairs}
+        first, *rest = sorted(self.order, key=lambda k: -sum(value for pair, value in values.items() if k in pair))
+        self.order = [*rest, first]
+        return self.turns([steps.get((first, k), start[k]) for k in range(len(start))], self.free)
+
+    def turns(self, found: Found, roots: list[str]) -> Found:
+        """Matches each network to the mean of the others until none moves."""
+        found, settled = [*found], set()
+        for k in islice(cycle(self.order), ROUNDS * len(found)):
+            step = self.step(found, k, [j for j in range(len(found)) if j != k], roots)
+            if not equal(step, identity(self.symmetry)):
+                found[k], settled = compose(found[k], step), set()
+            settled.add(k)
+            if len(settled) == len(self.order):
+                break
+        return found
+
+    def pair(self, found: Found, k: int, others: list[int]) -> tuple[Weights, Weights]:
+        """The mean of others, and network k, as they stand."""
+        moving, *rest = (permute(self.symmetry, found[i], self.nets[i]) for i in (k, *others))
+        return combine(rest, [1 / len(rest)] * len(rest)), moving
+
+    def align(self) -> list[Alignment]:
+        """The whole way, in the order of the first network."""
+        found = self.run()
+        found = [compose(permutations, invert(found[0])) for permutations in found]
+        return [self.result(found, k) for k in range(len(found))]
+
+    def result(self, found: Found, k: int) -> Alignment:
+        """How network k came to where it is, and how much it looks like the mean of the others there."""
+        matrices = self.alike(found, k, [j for j in range(len(found)) if j != k])
+        similarity: dict[str, float] = {}
+        for g in reversed(self.symmetry.groups):
+            if g in matrices and matrices[g].any():
+                similarity[g] = float(matrices[g].diagonal().mean())
+            elif inside := [similarity[m] for m in self.symmetry.members[g] if m in similarity]:
+                similarity[g] = sum(inside) / len(inside)
+        constant = {g: int((~m.any(0) | ~m.any(1)).sum()) for g, m in matrices.items()}
+        return Alignment(
+            found[k],
+            {g: similarity[g] for g in self.symmetry.groups if g in similarity},
+            {g: float((p == torch.arange(len(p))).double().mean()) for g, p in found[k].items()},
+            {g: n for g, n in constant.items() if n},
+        )
+
+
+class _ByWeights(_Matcher):
+    def __init__(self, symmetry: Symmetry, nets: Sequence[Weights], free: list[str], draws: torch.Generator) -> None:
+        super().__init__(symmetry, nets, free)
+        self.draws = draws
+
+    def step(self, found: Found, k: int, others: list[int], roots: list[str]) -> dict[str, Tensor]:
+        pair = partial(_Pair, self.symmetry, *self.pair(found, k, others))
+
+        def products(root: str, permutations: Permutations) -> Matrices:
+            return {g: pair(permutations).compare(g)[0] for g in self.symmetry.family(root)}
+
+        def total(root: str, permutations: Permutations) -> float:
+            return pair(permutations).total(root)
+
+        return _in_turn(self.symmetry, identity(self.symmetry), roots, products, self.draws.clone_state(), total)
+
+    def alike(self, found: Found, k: int, others: list[int]) -> Matrices:
+        pair = _Pair(self.symmetry, *self.pair(found, k, others), {})
+        return {g: pair.cosines(g) for g, places in self.symmetry.places.items() if places}
+
+
+class _ByActivations(_Matcher):
+    """What a group shows alone is measured once; what it shows beside others, with the networks as they stand."""
+
+    def __init__(
+        self,
+        symmetry: Symmetry,
+        nets: Sequence[Weights],
+        free: list[str],
+        measure: "Callable[[Sequence[Weights], Sequence[_Moments]], dict[tuple[int, int], Shown]]",
+    ) -> None:
+        super().__init__(symmetry, nets, free)
+        self.measure, places = measure, [(tap, group) for tap in symmetry.taps for group in tap.slots]
+        self.beside = [
+            (tap, g) for tap, g in places if any(symmetry.root(o) in free for o in sum(tap.others.values(), ()))
+        ]
+        alone = [place for place in places if place not in self.beside]
+        self.known = {group for _, group in alone}
+        hidden = [place for place in self.beside if place[1] not in self.known]
+        first = measure(nets, [_Moments(*p) for p in alone] + [_Moments(*p, ordered=True) for p in hidden])
+        self.alone = {pair: shown[: len(alone)] for pair, shown in first.items()}
+        self.seen = {pair: _mean(shown) for pair, shown in first.items()}
+
+    def run(self) -> Found:
+        """After that, groups beside others take turns as long as the networks become more alike."""
+        found, pairs = super().run(), [*self.seen]
+        roots = [r for r in dict.fromkeys(self.symmetry.root(g) for _, g in self.beside) if r in self.free]
+        hidden = [r for r in roots if self.known.isdisjoint(self.symmetry.family(r))]
+        parts, settled = [hidden, roots, *([root] for root in roots)] if roots else [], set()
+        if roots:
+            self.look(found)
+        for i, part in cycle(enumerate(parts)):
+            new, seen, value = self.turns(found, part), self.seen, self.value(found, *pairs)
+            settled.add(i)
+            if not all(map(equal, new, found)):
+                self.look(new)
+                if self.value(new, *pairs) > value + TIE:
+                    found, settled = new, set()
+                else:
+                    self.seen = seen
+            if len(settled) == len(parts):
+                break
+        return found
+
+    def look(self, found: Found) -> None:
+        """Measures again what groups show beside others."""
+        nets = [permute(self.symmetry, p, net) for p, net in zip(found, self.nets, strict=True)]
+        back = [invert(permutations) for permutations in found]
+        for (j, k), shown in self.measure(nets, [_Moments(*place) for place in self.beside]).items():
+            shown = [(g, m[np.ix_(back[j][g].numpy(), back[k][g].numpy())]) for g, m in shown]
+            self.seen = self.seen | {(j, k): _mean(self.alone[j, k] + shown)}
+
+    def step(self, found: Found, k: int, others: list[int], roots: list[str]) -> dict[str, Tensor]:
+        """Matches by similarities; weights tell apart units that look alike, never vary or are not seen."""
+        groups = [g for root in roots for g in self.symmetry.family(root)]
+        blind = {g: np.zeros((self.symmetry.groups[g].units,) * 2) for g in groups if not self.symmetry.members[g]}
+        matrices = blind | self.alike(found, k, others)
+        vague = {g: (_ties(matrices[g]), _ties(matrices[g].T)) for g in groups if g in matrices}
+        vague = {g: ties for g, ties in vague.items() if min(map(len, ties)) > 1}
+        step = identity(self.symmetry) | assign(self.symmetry, matrices, roots)
+        if not vague:
+            return step
+        pair = partial(_Pair, self.symmetry, *self.pair(found, k, others))
+
+        def with_hints(root: str, permutations: Permutations) -> Matrices:
+            hinted = dict(matrices)
+            for g in (g for g in self.symmetry.family(root) if g in vague):
+                hinted[g] = hinted[g].copy()
+                hinted[g][np.ix_(*vague[g])] += HINT * pair(permutations).cosines(g, *vague[g])
+            return hinted
+
+        return _in_turn(self.symmetry, step, [*dict.fromkeys(map(self.symmetry.root, vague))], with_hints)
+
+    def alike(self, found: Found, k: int, others: list[int]) -> Matrices:
+        matrices = [self.seen[j, k] if j < k else {g: m.T for g, m in self.seen[k, j].items()} for j in others]
+        orders = [{g: p.numpy() for g, p in found[i].items()} for i in (*others, k)]
+        return {
+            g: np.mean([m[g][np.ix_(order[g], orders[-1][g])] for m, order in zip(matrices, orders, strict=False)], 0)
+            for g in matrices[0]
+        }
 
 
 def _ties(matrix: NDArray[np.float64]) -> Ids:
@@ -270,34 +505,36 @@ def _ties(matrix: NDArray[np.float64]) -> Ids:
     return np.flatnonzero(best[:, 1] - best[:, 0] <= ALIKE)
 
 
-def _match_weights(
-    symmetry: Symmetry, free: list[str], reference: Weights, moving: Weights, generator: torch.Generator
-) -> dict[str, Tensor]:
-    def products(root: str, permutations: Permutations) -> Matrices:
-        pair = _Pair(symmetry, reference, moving, permutations)
-        return {g: pair.compare(g)[0] for g in symmetry.family(root)}
-
-    return _in_turn(symmetry, identity(symmetry), free, products, generator)
-
-
 def _in_turn(
     symmetry: Symmetry,
     permutations: dict[str, Tensor],
     roots: list[str],
     compare: Callable[[str, Permutations], Matrices],
     generator: torch.Generator | None = None,
+    value: Callable[[str, Permutations], float] | None = None,
 ) -> dict[str, Tensor]:
-    """Assigns one root's groups after the other, the rest held, until nothing changes; `generator` shuffles rounds."""
-    order = roots
+    """Assigns one root's groups after the other, the rest held, until nothing changes; `generator` shuffles rounds.
+
+    A root that meets itself takes a step only if that raises its `value`.
+    """
+    order, tied = roots, {root for root in roots if value and _meets_itself(symmetry, root)}
     for _ in range(ROUNDS if roots else 0):
-        before = dict(permutations)
+        before = permutations
         for root in order:
-            permutations |= assign(symmetry, compare(root, permutations), [root])
-        if all(torch.equal(before[g], p) for g, p in permutations.items()):
+            new = permutations | assign(symmetry, compare(root, permutations), [root])
+            if value is None or root not in tied or value(root, new) > value(root, permutations):
+                permutations = new
+        if equal(permutations, before):
             break
         if generator:
             order = [roots[k] for k in torch.randperm(len(roots), generator=generator)]
     return permutations
+
+
+def _meets_itself(symmetry: Symmetry, root: str) -> bool:
+    """Does one weight hold a root's groups on two axes?"""
+    axes = {(weight, dim) for g in symmetry.family(root) for weight, dim, _ in symmetry.places[g]}
+    return len(axes) > len({weight for weight, _ in axes})
 
 
 class _Pair:
@@ -313,6 +550,12 @@ class _Pair:
         """Of each two units: their inner product over their lengths, 0 where there is nothing."""
         products, lengths = self.compare(name, rows, columns)
         return np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
+
+    def total(self, root: str) -> float:
+        """The inner product of the weights that hold a group or one in it."""
+        names = {weight for g in self.symmetry.family(root) for weight, *_ in self.symmetry.places[g]}
+        moved = {name: self.element.move(self.symmetry.axes[name], self.moving[name]) for name in names}
+        return dot({name: self.reference[name] for name in sorted(names)}, moved)
 
     def compare(
         self, name: str, rows: Ids | None = None, columns: Ids | None = None
@@ -335,20 +578,3 @@ class _Pair:
                 squares[k][:] += pair[k].square().sum(1).cpu().numpy()
             products += (pair[0] @ pair[1].mT).cpu().numpy()
         return products, np.sqrt(np.outer(*squares))
-
-
-def _result(
-    symmetry: Symmetry, permutations: dict[str, Tensor], matrices: Matrices, degenerate: dict[str, int]
-) -> Alignment:
-    similarity: dict[str, float] = {}
-    for g in reversed(symmetry.groups):
-        if g in matrices and matrices[g].any():
-            similarity[g] = float(matrices[g][np.arange(len(permutations[g])), permutations[g].numpy()].mean())
-        elif inside := [similarity[m] for m in symmetry.members[g] if m in similarity]:
-            similarity[g] = sum(inside) / len(inside)
-    return Alignment(
-        permutations,
-        {g: similarity[g] for g in symmetry.groups if g in similarity},
-        {g: float((p == torch.arange(len(p))).double().mean()) for g, p in permutations.items()},
-        degenerate,
-    )

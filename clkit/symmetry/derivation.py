@@ -1,7 +1,7 @@
 """Deriving a symmetry: one walk through a model's graph ties and pins points, and what is left is the symmetry."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,9 @@ READERS = frozenset(
     "linear matmul mm scaled_dot_product_attention".split()
 )
 PASSED = VIEWS | frozenset(
-    "_unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d clone constant_pad_nd dropout getitem "
-    "index mean pad roll swapaxes".split()
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d _to_copy _unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d clone constant_pad_nd dropout getitem index index_select "
+    "mean pad roll swapaxes".split()
 )
 
 
@@ -305,40 +306,47 @@ def _taps(program: Program, values: Mapping[Node, Any], slots: Callable[[Ids], d
     for node in nodes:
         if not driven.isdisjoint(node.all_input_nodes):
             driven.add(node)
-    read: dict[Node, None] = {}
-    for node in nodes:
-        if node.op == "call_function" and base_name(node) in READERS:
-            weight = node.args[1] if base_name(node).startswith(("conv", "linear")) else None
-            for source in (n for n in node.all_input_nodes if n is not weight):
-                while source.op == "call_function" and base_name(source) in PASSED:
-                    source = source.all_input_nodes[0]
-                if source.op == "call_function":
-                    read[source] = None
+    readers = [n for n in nodes if n.op == "call_function" and base_name(n) in READERS]
+    read = dict.fromkeys(_origin(source, values) for reader in readers for source in reader.all_input_nodes)
     shown: set[str] = set()
     taps: list[Tap] = []
-    rest = [n for n in nodes if n.op == "call_function" and n not in read and n in driven]
+    rest = [n for n in nodes if n not in read and n in driven]
     for some in ([n for n in read if n in driven], [n for n in read if n not in driven], rest):
         new = []
         for node in some:
-            if isinstance(label := values[node], Label):
-                for span in label.spans:
-                    own = {g: rows for g, rows in slots(span.points.ravel()).items() if g not in shown}
-                    new.append(Tap(node.name, *_split(label, span), own))
+            if node.op != "call_function" or not isinstance(label := values[node], Label):
+                continue
+            moving = [(span, rows) for span in label.spans if (rows := slots(span.points.ravel()))]
+            sizes, places = _split(label, [span for span, _ in moving])
+            for k, (_, rows) in enumerate(moving):
+                others = {d: tuple(other) for j, (_, other) in enumerate(moving) if j != k for d in places[j]}
+                own = {g: positions for g, positions in rows.items() if g not in shown}
+                new.append(Tap(node.name, sizes, places[k], own, others))
         taps += [t for t in new if t.slots]
         shown |= {g for t in new for g in t.slots}
     return tuple(taps)
 
 
-def _split(label: Label, span: Span) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """How a value's dimensions are split into factors so that those of a span are dimensions; and which these are."""
+def _origin(node: Node, values: Mapping[Node, Any]) -> Node:
+    """The tensor that a value is taken from by pooling and views."""
+    origin = node
+    while node.op == "call_function" and base_name(node) in PASSED:
+        node = node.all_input_nodes[0]
+        origin = node if isinstance(values[node], Label) else origin
+    return origin
+
+
+def _split(label: Label, spans: Sequence[Span]) -> tuple[tuple[tuple[int, ...], ...], list[tuple[int, ...]]]:
+    """How a value's dimensions are split so that the factors of spans are dimensions; and which these are, by span."""
+    held = {f for span in spans for f in span.factors}
     sizes, places, count = [], {}, 0
     for row in label.dims:
-        inside = any(f in span.factors for f in row)
-        loose = next((k for k, f in enumerate(row) if f not in span.factors), None)
+        inside = not held.isdisjoint(row)
+        loose = next((k for k, f in enumerate(row) if f not in held), None)
         cuts = tuple(-1 if k == loose else f.size for k, f in enumerate(row))
         sizes.append(cuts if inside and len(row) > 1 else ())
         for f in row if inside else row[:1]:
             places[f] = count
             count += inside
         count += not inside
-    return tuple(sizes), tuple(places[f] for f in span.factors)
+    return tuple(sizes), [tuple(places[f] for f in span.factors) for span in spans]

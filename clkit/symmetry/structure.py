@@ -26,23 +26,26 @@ from clkit.weights import Weights, live_tensors
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """A value of the graph that shows units: the result of `node`, where operations that mix channels read it.
+    """An axis of a value that shows units: of the result of `node`, as operations that mix channels read it.
 
     Each dimension of the value is split into `sizes` (-1: what is left); the new dimensions `places`, flattened,
     hold the positions; `slots[group]` has one row of positions, in the order of the group's units, for each lane.
+    `others` are the new dimensions that hold other axes of the value which move, with the groups that lie there.
     """
 
     node: str
     sizes: tuple[tuple[int, ...], ...]
     places: tuple[int, ...]
     slots: dict[str, Ids]
+    others: dict[int, tuple[str, ...]]
 
     def read(self, value: Tensor) -> Tensor:
-        """A view of the value with the dimensions that hold positions of the part in front."""
+        """A view of the value with the dimensions that hold positions in front, and then those of other axes."""
         for dim in reversed(range(len(self.sizes))):
             if self.sizes[dim]:
                 value = value.unflatten(dim, self.sizes[dim])
-        return value.movedim(self.places, tuple(range(len(self.places))))
+        front = (*self.places, *self.others)
+        return value.movedim(front, tuple(range(len(front))))
 
 
 def slots_of(group: Ids, index: Ids, lane: Ids) -> dict[int, Ids]:

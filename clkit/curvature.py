@@ -16,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit import checks
-from clkit.checks import Count
 from clkit.data.core import IGNORED, cuts
 from clkit.modules import called, hooked, unwrapped
 from clkit.weights import Weights, set_weights
@@ -40,7 +39,7 @@ def fisher(
     y: Tensor | None = None,
     space: Tensor | None = None,
     generator: torch.Generator | None = None,
-    chunk: Count | None = None,
+    chunk: checks.Count | None = None,
 ) -> dict[str, Tensor]:
     """The diagonal Fisher information: the mean over examples of the squared gradient of the log-likelihood.
 
@@ -93,7 +92,7 @@ def fisher(
 
 
 @checks.arguments
-def sensitivity(model: nn.Module, x: Tensor, *, chunk: Count | None = None) -> dict[str, Tensor]:
+def sensitivity(model: nn.Module, x: Tensor, *, chunk: checks.Count | None = None) -> dict[str, Tensor]:
     """How much the squared length of the outputs reacts to each parameter.
 
     The mean over examples of |d ||f(x)||^2 / d theta_i|: the importance of Memory Aware Synapses (Aljundi et al. 2018,
@@ -105,7 +104,7 @@ def sensitivity(model: nn.Module, x: Tensor, *, chunk: Count | None = None) -> d
 
 @checks.arguments
 @torch.no_grad()
-def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: Count = 64) -> dict[str, Tensor]:
+def grams(model: nn.Module, weights: Weights, x: Tensor, *, chunk: checks.Count = 64) -> dict[str, Tensor]:
     """The Gram matrices X^T X of the inputs of linear layers and convolutions, by the name of the layer's weight.
 
     For every `nn.Linear` that is called, X has a row for each input vector (in); for every ungrouped `nn.Conv2d` one

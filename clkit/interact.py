@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from clkit import checks
-from clkit.checks import Count, Index
 
 
 @checks.arguments
@@ -20,8 +19,8 @@ def slider(
     values: Sequence[Any],
     label: str = "α",
     *,
-    start: Index = 0,
-    dpi: Count | Literal["figure"] = "figure",
+    start: checks.Index = 0,
+    dpi: checks.Count | Literal["figure"] = "figure",
 ) -> "Slider":
     """A slider over `values` with the figure that `draw(value)` makes of each.
 

@@ -6,7 +6,7 @@ the model, with one scratch copy of it.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from clkit import alignment, checks, metrics, normalization, weights
-from clkit.checks import Count
 from clkit.data import Stream, Task
 from clkit.evaluation import EVALUATION_BATCH, evaluate
 from clkit.weights import Weights
@@ -69,9 +68,9 @@ def curve(
     ts: int | ArrayLike = 21,
     *,
     refresh: Tensor | None = None,
-    seen: Count | None = None,
+    seen: checks.Count | None = None,
     predict: Predict | None = None,
-    batch: Count = EVALUATION_BATCH,
+    batch: checks.Count = EVALUATION_BATCH,
 ) -> Curve:
     """Loss and test accuracy on each task of `stream` along `path`, or along the segment from a to b for `path=(a, b)`.
 
@@ -81,14 +80,11 @@ def curve(
     Waits for the device once a position. Raises ValueError for no positions and for more tasks than there are.
     """
     positions = _positions(ts)
-    device = next(model.parameters()).device
-    stream = _first(stream, seen).to(device)
+    measure = _measure(model, stream, seen, refresh, predict, batch)
     if isinstance(path, tuple):
-        a, b = (_on(device, end) for end in path)
+        a, b = (_on(next(model.parameters()).device, end) for end in path)
         path = segment(a, b)
-    scratch = copy.deepcopy(model)
-    inputs = None if refresh is None else refresh.to(device)
-    rows = [_measure(scratch, path(float(t)), stream, inputs, predict, batch) for t in positions]
+    rows = [measure(path(float(t))) for t in positions]
     loss, accuracy = (np.stack(column) for column in zip(*rows, strict=True))
     return Curve(positions, loss, accuracy)
 
@@ -103,7 +99,7 @@ def interpolation(
     *,
     ts: int | ArrayLike = 21,
     symmetry: alignment.Symmetry | None = None,
-    seen: Count | None = None,
+    seen: checks.Count | None = None,
     variants: tuple[Variant, ...] = VARIANTS,
 ) -> dict[str, Curve]:
     """The four curves from `new` (t = 0) to `old` (t = 1) that show what alignment and re-estimation each do.
@@ -174,13 +170,13 @@ def plane(
     model: nn.Module,
     corners: Sequence[Weights],
     stream: Stream,
-    points: Count = 15,
+    points: checks.Count = 15,
     *,
     margin: float = 0.25,
     refresh: Tensor | None = None,
-    seen: Count | None = None,
+    seen: checks.Count | None = None,
     predict: Predict | None = None,
-    batch: Count = EVALUATION_BATCH,
+    batch: checks.Count = EVALUATION_BATCH,
 ) -> Plane:
     """Loss and accuracy on the plane through three weights (a, b, c), `points` by `points`, in true proportions.
 
@@ -191,9 +187,8 @@ def plane(
     """
     if len(corners) != 3:
         raise ValueError(f"corners: {len(corners)} weights were given; a plane goes through three")
-    device = next(model.parameters()).device
-    stream = _first(stream, seen).to(device)
-    corners = [_on(device, corner) for corner in corners]
+    measure = _measure(model, stream, seen, refresh, predict, batch)
+    corners = [_on(next(model.parameters()).device, corner) for corner in corners]
     running = [weights.statistics(corner) for corner in corners]
     a, b, c = ({name: t for name, t in corner.items() if not weights.is_statistic(name)} for corner in corners)
     to_b, to_c = weights.sub(b, a), weights.sub(c, a)
@@ -206,15 +201,13 @@ def plane(
     flat = np.array([[0, 0], [width, 0], [along, height]])
     low, high = flat.min(0), flat.max(0)
     xs, ys = np.linspace(low - margin * (high - low), high + margin * (high - low), points, axis=1)
-    scratch = copy.deepcopy(model)
-    inputs = None if refresh is None else refresh.to(device)
     loss, accuracy = np.empty((points, points)), np.empty((points, points))
     for i, j in np.ndindex(points, points):
         x, y = xs[j] / width, ys[i] / height
         part_b = x - y * along / width
         parts = np.clip([1 - part_b - y, part_b, y], 0, None)
         spot = weights.combine([a, to_b, aside], [1.0, x, y]) | weights.combine(running, (parts / parts.sum()).tolist())
-        losses, accuracies = _measure(scratch, spot, stream, inputs, predict, batch)
+        losses, accuracies = measure(spot)
         loss[i, j], accuracy[i, j] = losses.mean(), accuracies.mean()
     return Plane(xs, ys, loss, accuracy, flat)
 
@@ -227,13 +220,22 @@ def to_frame(curves: Mapping[str, Curve]) -> pd.DataFrame:
 
 
 def _measure(
-    scratch: nn.Module, at: Weights, stream: Stream, inputs: Tensor | None, predict: Predict | None, batch: int
-) -> tuple[np.ndarray, np.ndarray]:
-    if inputs is not None:
-        at = normalization.refresh(scratch, _on(inputs.device, at), inputs)
-    weights.set_weights(scratch, at)
-    found = evaluate(scratch, stream, predict=predict, batch=batch)
-    return found.loss, found.accuracy
+    model: nn.Module, stream: Stream, seen: int | None, refresh: Tensor | None, predict: Predict | None, batch: int
+) -> Callable[[Weights], tuple[np.ndarray, np.ndarray]]:
+    """A function that gives loss and accuracy (tasks,) of weights, as `curve` measures them, in one scratch copy."""
+    if (seen or 0) > len(stream):
+        raise ValueError(f"seen: {seen} of {len(stream)} tasks; give a number from 1 to {len(stream)}")
+    device, scratch = next(model.parameters()).device, copy.deepcopy(model)
+    stream = replace(stream, tasks=stream.tasks[:seen]).to(device)
+
+    def measure(at: Weights) -> tuple[np.ndarray, np.ndarray]:
+        if refresh is not None:
+            at = normalization.refresh(scratch, _on(device, at), refresh.to(device))
+        weights.set_weights(scratch, at)
+        found = evaluate(scratch, stream, predict=predict, batch=batch)
+        return found.loss, found.accuracy
+
+    return measure
 
 
 def _positions(ts: int | ArrayLike) -> np.ndarray:
@@ -245,12 +247,6 @@ def _positions(ts: int | ArrayLike) -> np.ndarray:
     if positions.ndim != 1 or not len(positions) or not np.isfinite(positions).all():
         raise ValueError(f"ts: {ts} are not positions; give a number of them or a list such as [0, 0.5, 1]")
     return positions
-
-
-def _first(stream: Stream, seen: int | None) -> Stream:
-    if (seen or 0) > len(stream):
-        raise ValueError(f"seen: {seen} of {len(stream)} tasks; give a number from 1 to {len(stream)}")
-    return Stream(stream.name, stream.tasks[:seen], stream.classes, stream.scenario)
 
 
 def _on(device: torch.device, w: Weights) -> Weights:

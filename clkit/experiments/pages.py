@@ -195,7 +195,8 @@ class Page:
         return {}
 
     def _write(self, file: str, content: Any) -> None:
-        write_json(self.figures / file, _finite(content))
+        """Writes a JSON file; NaN and infinities as null, which every reader of JSON knows."""
+        write_json(self.figures / file, json.loads(json.dumps(content), parse_constant=lambda _: None))
 
     def _record(self) -> None:
         """Writes down the parameters, and the claims and laws checked so far."""
@@ -285,28 +286,14 @@ def _fitting(value: Any, recorded: Any) -> Any:
 
 def _legible(value: Any) -> Any:
     """Plain JSON, with the repr of whatever else is in it: of learners and other settings it is the record."""
-    if isinstance(value, Mapping):
-        return {str(key): _legible(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | range):
-        return [_legible(item) for item in value]
-    if inspect.isroutine(value) or isinstance(value, partial):
-        return label(value)
-    try:
-        return plain(value)
-    except TypeError:
-        text = repr(value)
+
+    def told(thing: Any) -> str:
+        text = label(thing) if inspect.isroutine(thing) or isinstance(thing, partial) else repr(thing)
         if re.search(r" at 0x[0-9a-f]+>", text):
-            raise TypeError(f"config: {text} says nothing that could be found again; give plain values") from None
+            raise TypeError(f"config: {text} says nothing that could be found again; give plain values")
         return text
 
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities as null, which every reader of JSON knows."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return plain(value, told)
 
 
 def _packed(value: Any) -> Any:

@@ -1,8 +1,7 @@
 """Learning rules, one family each file: what a step minimises and what is remembered."""
 
-from clkit.learners.anchored import EWC, L2, MAS, SI, DecoupledL2, OnlineEWC
+from clkit.learners.anchored import EWC, L2, MAS, SI, DecoupledL2, OnlineEWC, Sum
 from clkit.learners.base import Criterion, LabelSpace, Learner, Setting
-from clkit.learners.combined import Sum
 from clkit.learners.distillation import DER, DERpp, LwF
 from clkit.learners.exemplars import BiC, GDumb, ICaRL
 from clkit.learners.per_task import PerTask

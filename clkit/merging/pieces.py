@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from clkit import checks
-from clkit.checks import Range
 from clkit.weights import Weights, check_finite, check_range, check_same, combine, finite, floating, is_statistic
 
 ENTRIES = 2**14  # of a piece on the CPU: five of them and a few temporaries fit into a megabyte
@@ -23,9 +22,9 @@ ENTRIES_ELSEWHERE = 2**22  # on an accelerator, where a kernel's start costs mor
 SELECTED = 2**18  # so many values of a task are selected from at once; of more, a sample brackets the threshold first
 SAMPLE = 2**16
 
-Density = Annotated[float, Range(0, 1, "low", "the share of entries that are kept")]
-Scale = Annotated[float, Range(means="1, 1 / n, or one tuned on held-out data")]
-Seed = Annotated[int, Range(0, 2**63 - 1)]
+Density = Annotated[float, checks.Range(0, 1, "low", "the share of entries that are kept")]
+Scale = Annotated[float, checks.Range(means="1, 1 / n, or one tuned on held-out data")]
+Seed = Annotated[int, checks.Range(0, 2**63 - 1)]
 
 
 def on_parameters(

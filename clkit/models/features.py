@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from clkit import checks, tangent
-from clkit.checks import Count
 from clkit.modules import evaluation_mode, hooked, unwrapped
 from clkit.weights import Weights, set_weights
 
@@ -40,7 +39,7 @@ def activations(model: nn.Module, x: Tensor, layers: Sequence[str] | None = None
 
 @checks.arguments
 def features(
-    model: nn.Module, x: Tensor, layer: str | None = None, *, weights: Weights | None = None, batch: Count = 512
+    model: nn.Module, x: Tensor, layer: str | None = None, *, weights: Weights | None = None, batch: checks.Count = 512
 ) -> Tensor:
     """The output (N, ...) of the module named `layer` for all of `x` (N, ...), or the inputs of the last linear one.
 

@@ -59,18 +59,23 @@ def hash_tensor(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {entries}"
 
 
-def plain(value: Any) -> Any:
-    """Turns arrays, tensors, numpy's numbers, tuples and paths into what JSON knows; else raises TypeError."""
+def plain(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
+    """Turns arrays, tensors, numpy's numbers, tuples and paths into what JSON knows.
+
+    What is none of these is what `other` gives for it; without that, raises TypeError.
+    """
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return plain(value.tolist(), other)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
         return value.as_posix()
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, other) for key, item in value.items()}
     if isinstance(value, list | tuple | range):
-        return [plain(item) for item in value]
+        return [plain(item, other) for item in value]
+    if other is not None:
+        return other(value)
     raise TypeError(
         f"{type(value).__name__} {value!r:.60} cannot be stored; give numbers, text, lists, arrays or dicts"
     )

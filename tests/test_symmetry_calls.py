@@ -203,6 +203,53 @@ def test_a_change_is_relative_and_absolute_where_all_was_zero():
         net(torch.nan, torch.nan)
 
 
+class Stateful(Net):
+    """It writes into its argument and its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda net, x: net.out(x))
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("mean", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        self.calls.add_(1)
+        self.mean.mul_(0.5).add_(self.a(x).mean(0))
+        return self.out(x) * self.calls + self.h(self.mean)
+
+
+def test_arguments_and_buffers_are_left_alone():
+    net, x = Stateful(), X.clone()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    symmetry = alignment.symmetry(net, x)
+    assert symmetry.share == 1
+    assert symmetry.verify(net).change < 1e-5 and max(changes(net, symmetry)) < 1e-14
+    assert torch.equal(x, X) and all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapped", [nn.DataParallel, torch.compile])
+def test_wrapped_models(wrapped):
+    net = wrapped(Net(lambda net, x: net.out(x)))
+    assert max(changes(net, alignment.symmetry(net, X))) < 1e-14
+
+
+def test_parameters_without_elements():
+    net = Net(lambda net, x: net.out(x) + net.nothing.sum())
+    net.nothing = nn.Parameter(torch.empty(0, 4))
+    symmetry = alignment.symmetry(net, X)
+    assert symmetry.share == 1
+    assert max(changes(net, symmetry)) < 1e-14
+
+
+def test_tensors_made_for_inference():
+    net = Net(lambda net, x: net.out(x))
+    with torch.inference_mode():
+        x = X * 2
+    assert max(changes(net, alignment.symmetry(net, x))) < 1e-14
+    with torch.inference_mode():
+        assert alignment.symmetry(net, X).verify(net).holds
+
+
 @pytest.mark.parametrize("net", [nn.Flatten(), nn.ReLU(), nn.Sequential()], ids=repr)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_models_without_parameters(net, rows):
@@ -264,6 +311,13 @@ class TestFailures:
     def test_an_error_of_both_is_named_once(self, example):
         with pytest.raises(ValueError, match=r"^model: [^\n]*data-dependent[^\n]*branches[^\n]*$"):
             alignment.symmetry(Net(branching), example)
+
+    def test_outputs_of_an_unknown_kind(self):
+        class Cache:
+            pass
+
+        with pytest.raises(ValueError, match=r"Cache'> in output.*tensors alone \(use_cache=False\)"):
+            alignment.symmetry(Net(lambda net, x: (net.out(x), Cache())), X)
 
     def test_examples_that_the_model_does_not_take(self):
         for example in ((X, X, X), {"y": X}, [X], None, "x"):

@@ -193,8 +193,8 @@ def _exported(model: nn.Module, *example: Any) -> torch.export.ExportedProgram:
     twice = [tree_map(lambda t: torch.cat([t, t]) if batched(t) else t, example)] if alone else []
     errors = []
     for call, free in product([*twice, example], (True, False)):
-        # an export that fails leaves marks on the tensors, so that a second one would fail alike
-        args, kwargs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, call)
+        # an export that fails leaves marks on the tensors, with which a second one would fail alike
+        args, kwargs = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, call)
         sizes = torch.export.ShapesCollection()
         for t in filter(batched, tree_leaves((args, kwargs)) if free else ()):
             sizes[t] = {0: torch.export.Dim.AUTO}
@@ -248,13 +248,12 @@ def _place(tensor: Tensor) -> tuple:
 
 def _untraceable(model: nn.Module, errors: Sequence[Exception]) -> str:
     first, *others = dict.fromkeys(_blamed(model, error) for error in errors)
-    remedy = "write that forward without branches on the values of tensors, or align the part of the model before it"
-    return "\n".join(
-        [
-            f"model: torch.export cannot follow {first}; {remedy}",
-            *(f"With the example's sizes alone it cannot follow {other}" for other in others),
-        ]
+    remedy = (
+        "write that forward without branches on the values of tensors, call it so that it gives tensors alone "
+        "(use_cache=False), or align the part of the model before it"
     )
+    lines = [f"With the example's sizes alone it cannot follow {other}" for other in others]
+    return "\n".join([f"model: torch.export cannot follow {first}; {remedy}", *lines])
 
 
 def _blamed(model: nn.Module, error: Exception) -> str:

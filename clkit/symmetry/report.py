@@ -1,15 +1,14 @@
 """A symmetry in words: a table of what each axis of the weights follows, and a summary."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from clkit.symmetry.elements import Axis, Group
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What one axis of one weight follows, in words."""
 
     parameter: str
@@ -22,9 +21,8 @@ class Table(list[Row]):
     """Rows that print as a table."""
 
     def __str__(self) -> str:
-        cells = [("parameter", "axis", "size", "follows")]
-        cells += [(r.parameter, str(r.axis), str(r.size), r.follows) for r in self]
-        widths = [max(len(c[k]) for c in cells) for k in range(3)]
+        cells = [Row._fields, *self]
+        widths = [max(len(str(c[k])) for c in cells) for k in range(3)]
         return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in cells)
 
 

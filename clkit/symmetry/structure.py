@@ -5,6 +5,7 @@ that is to blame. An element of it is a permutation of the units of each group.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clkit.modules import called
+from clkit.modules import called, unwrapped
 from clkit.symmetry.elements import Axis, Element, Group, Permutations
 from clkit.symmetry.points import Ids
 from clkit.symmetry.program import Program, arguments, mode, trace
@@ -92,7 +93,7 @@ class Symmetry:
         """
         moved = total = 0.0
         for name, axes in self.axes.items():
-            still = [float((axis.group < 0).mean()) for axis in axes]
+            still = [float((axis.group < 0).mean()) for axis in axes if axis.group.size]
             bound = all(self.reasons[r] == "output" for axis in axes for r in axis.reason.ravel() if r)
             if name not in self.buffers and not (prod(still) == 1 and bound):
                 size = prod(axis.group.shape[-1] for axis in axes)
@@ -102,13 +103,11 @@ class Symmetry:
     @property
     def frozen(self) -> dict[str, int]:
         """Why positions on the weights' axes stand still: reason -> how many."""
-        counts: dict[str, int] = {}
-        for axes in self.axes.values():
-            for axis in axes:
-                still = axis.reason[axis.reason > 0]
-                for number, n in zip(*np.unique(still, return_counts=True), strict=True):
-                    counts[self.reasons[number]] = counts.get(self.reasons[number], 0) + int(n)
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+        counts: Counter[str] = Counter()
+        for axis in (axis for axes in self.axes.values() for axis in axes):
+            numbers, times = np.unique(axis.reason[axis.reason > 0], return_counts=True)
+            counts.update(dict(zip((self.reasons[n] for n in numbers), times.tolist(), strict=True)))
+        return dict(counts.most_common())
 
     def table(self) -> Table:
         """One row for each axis of each weight; `a | b` puts groups one after the other, `a x 4` is one four times."""
@@ -136,13 +135,20 @@ class Symmetry:
         Changes are relative to an output's largest finite entry, absolute if that is 0; infinite where numbers become
         infinite or NaN. Raises FloatingPointError if the output holds a NaN to begin with.
         """
-        net, (args, kwargs) = model, arguments(self.example if example is None else example)
-        if dtype:
-            net, args, kwargs = copy.deepcopy(model).to(dtype), *tree_map(lambda t: _cast(t, dtype), (args, kwargs))
+        net = copy.deepcopy(unwrapped(model)).to(dtype) if dtype else unwrapped(model)
         weights = live_tensors(net)
         moved = permute(self, random_permutations(self, generator or torch.Generator().manual_seed(0)), weights)
+
+        def outputs(w: Weights) -> list[Tensor]:
+            """On copies of the arguments and buffers, into which a forward may write."""
+            args, kwargs = tree_map(lambda t: _copy(t, dtype), arguments(self.example if example is None else example))
+            own = {name: buffer.clone() for name, buffer in net.named_buffers()}
+            own |= {name: tensor.clone() if name in own else tensor for name, tensor in w.items()}
+            leaves = tree_leaves(called(net, own, args, kwargs))
+            return [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, (Tensor, int, float, complex))]
+
         with mode(net, training=False):
-            before, after = (tree_leaves(called(net, w, args, kwargs)) for w in (weights, moved))
+            before, after = outputs(weights), outputs(moved)
         change = max(map(_change, before, after), default=0.0)
         return Proof(change, change < tolerance, self.share, len(self.groups), self.frozen)
 
@@ -229,23 +235,21 @@ class Symmetry:
         return summary(self.groups, self.share, self.frozen)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A tensor of real or complex numbers in the precision of a dtype; all else as it is."""
-    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-        return value.to(dtype.to_complex() if value.is_complex() else dtype)
-    return value
+def _copy(value: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of a tensor, of real or complex numbers in the precision of a dtype; all else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if dtype and value.is_complex():
+        dtype = dtype.to_complex()
+    return value.to(dtype if value.is_floating_point() or value.is_complex() else None, copy=True)
 
 
-def _change(before: Any, after: Any) -> float:
+def _change(before: Tensor, after: Tensor) -> float:
     """How much one output changes, relative to its largest finite entry."""
-    before, after = (torch.as_tensor(v) if isinstance(v, (Tensor, int, float, complex)) else v for v in (before, after))
-    if not isinstance(before, Tensor) or (before.shape == after.shape and torch.equal(before, after)):
+    if before.shape == after.shape and torch.equal(before, after):
         return 0.0
     if before.isnan().any():
-        raise FloatingPointError(
-            "example: the model's output holds a NaN, so no change of it can be measured; verify on other inputs, or "
-            "in dtype=torch.float64"
-        )
+        raise FloatingPointError("example: the model's output holds a NaN, so no change can be told; try other inputs")
     if before.shape != after.shape or not (before.is_floating_point() or before.is_complex()):
         return 1.0
     largest = before.abs().nan_to_num(posinf=0.0).max()
@@ -264,16 +268,11 @@ def random_permutations(symmetry: Symmetry, generator: torch.Generator | None = 
     For each group it gives a tensor (units,), on the CPU.
     """
     drawn: dict[str, Tensor] = {}
-
-    def draw(name: str) -> Tensor:
-        if name not in drawn:
-            group = symmetry.groups[name]
-            block = draw(group.within) if group.within else torch.zeros(1, dtype=torch.int64)
-            inner = [torch.randperm(group.size, generator=generator) for _ in range(group.blocks)]
-            drawn[name] = (block[:, None] * group.size + torch.stack(inner)).flatten()
-        return drawn[name]
-
-    return {name: draw(name) for name in symmetry.groups}
+    for name, group in symmetry.groups.items():  # blocks come before what is in them
+        block = drawn[group.within] if group.within else torch.zeros(1, dtype=torch.int64)
+        inner = [torch.randperm(group.size, generator=generator) for _ in range(group.blocks)]
+        drawn[name] = (block[:, None] * group.size + torch.stack(inner)).flatten()
+    return drawn
 
 
 def permute(symmetry: Symmetry, permutations: Permutations, weights: Weights) -> dict[str, Tensor]:

@@ -131,11 +131,10 @@ def masked(f: Callable[[Net, Tensor], Tensor], width: int) -> Net:
     return net
 
 
-@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", PICKS)
-def test_masks_of_the_model_that_pick_units(name, rows):
+def test_masks_of_the_model_that_pick_units(name):
     net = masked(*PICKS[name])
-    symmetry = alignment.symmetry(net, X[:rows])
+    symmetry = alignment.symmetry(net, X if "twice" in name else ONE)
     assert symmetry.share == 1
     assert symmetry.program.batch is None
     assert max(changes(net, symmetry)) < 1e-14
@@ -205,6 +204,9 @@ def test_a_change_is_relative_and_absolute_where_all_was_zero():
 
 class Stateful(Net):
     """It writes into its argument and its buffers."""
+
+    calls: Tensor
+    mean: Tensor
 
     def __init__(self) -> None:
         super().__init__(lambda net, x: net.out(x))

@@ -44,27 +44,23 @@ class Program:
         """The weights that some operation reads."""
         return set(self.sources.values())
 
-    def run(self, nets: Sequence[Weights], x: Tensor, look: Callable[[str, list[Any]], None]) -> list[Any]:
-        """The output of several networks side by side; `look(node, values)` sees each result as soon as it is there."""
+    def run(self, nets: Sequence[Weights], x: Tensor, look: Callable[[str, list[Any]], None]) -> None:
+        """Runs several networks side by side; `look(node, values)` sees each result as soon as it is there."""
         fixed = [self.constants | {place: w[name] for place, name in self.sources.items()} for w in nets]
         values: dict[Node, list[Any]] = {}
         for node, last in self._steps:
-            if node.op == "output":
-                return [_fill(node.args[0], values, k) for k in range(len(nets))]
             if node.op == "placeholder":
                 given = [f.get(node.name, x) for f in fixed]
                 values[node] = [t.clone() for t in given] if node in self._overwritten else given
             elif node.op == "get_attr":
                 values[node] = [operator.attrgetter(str(node.target))(self.module)] * len(nets)
-            else:
-                assert callable(node.target)
+            elif callable(node.target):
                 values[node] = [
                     node.target(*_fill(node.args, values, k), **_fill(node.kwargs, values, k)) for k in range(len(nets))
                 ]
                 look(node.name, values[node])
             for done in last:
                 del values[done]
-        raise AssertionError("a graph ends with its output")
 
     @cached_property
     def _steps(self) -> list[tuple[Node, list[Node]]]:
@@ -102,13 +98,8 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     targets |= signature.inputs_to_lifted_tensor_constants
     held = {**exported.constants, **exported.state_dict}
-    sources, constants = {}, {}
-    for placeholder, target in targets.items():
-        name = names.get(_place(held[target])) if isinstance(held[target], Tensor) else None
-        if name is None:
-            constants[placeholder] = held[target]
-        else:
-            sources[placeholder] = name
+    found = {place: names.get(_place(held[target])) for place, target in targets.items()}
+    constants = {place: held[targets[place]] for place, name in found.items() if name is None}
     written = {out: names.get(_place(held[target])) for out, target in signature.buffers_to_mutate.items()}
     module = exported.graph_module
     if any(map(_open, module.graph.nodes)):
@@ -118,11 +109,10 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
     for node in placeholders:
         if not node.users:  # numbers and the like are constants of the graph
             module.graph.erase_node(node)
-            sources.pop(node.name, None)
     sizes = [n.meta["val"].shape[0] for n in inputs[:1] if n.meta["val"].ndim]
     return Program(
         module,
-        sources,
+        {n.name: name for n in placeholders if n.users and (name := found.get(n.name))},
         constants,
         tuple(n.name for n in inputs),
         {out: name for out, name in written.items() if name},

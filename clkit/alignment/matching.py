@@ -83,7 +83,9 @@ def align(
     ValueError for weights that do not fit the symmetry or are not finite, and for no inputs.
     """
     nets = {"reference": reference, "moving": moving}
-    return _matcher(symmetry, model, nets, inputs, by, statistic, batch, generator).align()[1]
+    if by == "weights":
+        return _ByWeights(symmetry, model, nets, generator).align()[1]
+    return _ByActivations(symmetry, model, nets, inputs, statistic, batch).align()[1]
 
 
 @checks.arguments
@@ -112,32 +114,9 @@ def align_many(
     if len(networks) < 2:
         raise ValueError(f"networks: {len(networks)}; a common order takes two or more")
     nets = {f"networks[{k}]": weights for k, weights in enumerate(networks)}
-    return _matcher(symmetry, model, nets, inputs, by, statistic, batch, generator).align()
-
-
-def _matcher(
-    symmetry: Symmetry,
-    model: nn.Module,
-    nets: Mapping[str, Weights],
-    inputs: Tensor | None,
-    by: By,
-    statistic: Statistic,
-    batch: int,
-    generator: torch.Generator | None,
-) -> "_Matcher":
-    """What matches the networks, and complains of them by name."""
-    for name, weights in nets.items():
-        check_weights(symmetry, weights, name)
-        check_finite(weights, name)
-    still = frozen_tensors(model)
-    held = {symmetry.root(g) for g, places in symmetry.places.items() if any(name in still for name, *_ in places)}
-    free = [root for root in symmetry.roots if root not in held]
     if by == "weights":
-        return _ByWeights(symmetry, [*nets.values()], free, generator or torch.Generator().manual_seed(0))
-    if inputs is None or not len(inputs):
-        raise ValueError("inputs: matching by activations needs examples, got none; pass some or use by='weights'")
-    measure = partial(_measure, symmetry, model, inputs, statistic, batch)
-    return _ByActivations(symmetry, [*nets.values()], free, measure)
+        return _ByWeights(symmetry, model, nets, generator).align()
+    return _ByActivations(symmetry, model, nets, inputs, statistic, batch).align()
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +154,9 @@ def similarities(
     deviations. It is (c - (HW - 1) m1 m2) / (d1 d2) with d^2 = s^2 + (HW - 1)^2 m^2: correlation only where HW = 1.
     """
     moments = [_Moments(tap, group) for tap in symmetry.taps for group in tap.slots]
-    return Similarities(_mean(_measure(symmetry, model, inputs, statistic, batch, [reference, moving], moments)[0, 1]))
+    watch = partial(symmetry.watch, model, inputs=inputs, batch=batch)
+    images = len(inputs) if statistic == "clewi2024" else None
+    return Similarities(_mean(_measure(watch, images, [reference, moving], moments)[0, 1]))
 
 
 Shown = list[tuple[str, Matrix]]  # groups, each as often as it is seen, and how alike units are there
@@ -183,25 +164,16 @@ Shown = list[tuple[str, Matrix]]  # groups, each as often as it is seen, and how
 
 @torch.no_grad()
 def _measure(
-    symmetry: Symmetry,
-    model: nn.Module,
-    inputs: Tensor,
-    statistic: Statistic,
-    batch: int,
-    nets: Sequence[Weights],
-    moments: "Sequence[_Moments]",
+    watch: Callable[..., None], images: int | None, nets: Sequence[Weights], moments: "Sequence[_Moments]"
 ) -> dict[tuple[int, int], Shown]:
-    """One pass of networks over `inputs`: what it shows of each pair of them."""
-    at: dict[Tap, list[_Moments]] = {}
-    for m in moments:
-        at.setdefault(m.tap, []).append(m)
+    """One pass of networks over the inputs: what it shows of each pair of them."""
 
     def look(tap: Tap, values: list[Tensor]) -> None:
-        for m in at.get(tap, ()):
-            m.add(values)
+        for m in moments:
+            if m.tap is tap:
+                m.add(values)
 
-    symmetry.watch(model, nets, inputs, look, batch=batch)
-    images = len(inputs) if statistic == "clewi2024" else None
+    watch(nets=nets, look=look)
     return {(j, k): [(m.group, m.compare(j, k, images)) for m in moments] for j, k in combinations(range(len(nets)), 2)}
 
 
@@ -219,9 +191,7 @@ class _Moments:
     def __init__(self, tap: Tap, group: str, ordered: bool = False) -> None:
         self.tap, self.group, self.slots, self.ordered, self.count = tap, group, tap.slots[group], ordered, 0
         self.shift: list[Tensor] = []
-        self.sums: list[Tensor] = []
-        self.squares: list[Tensor] = []
-        self.products: dict[tuple[int, int], Tensor] = {}
+        self.sums: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, values: list[Tensor]) -> None:
         """Takes one batch's values of all networks."""
@@ -237,18 +207,15 @@ class _Moments:
             rows = torch.empty(view.shape, dtype=self.shift[k].dtype, device=view.device)
             rows = torch.sub(view, self.shift[k], out=rows).flatten(places).flatten(0, -2)
             now.append(self._pick(rows))
-        if not self.count:
-            self.sums = [v.new_zeros(v.shape[:2], dtype=torch.float64) for v in now]
-            self.squares = [s.clone() for s in self.sums]
-            shape = (*self.slots.shape, self.slots.shape[1])
-            pairs = combinations(range(len(now)), 2)
-            self.products = {pair: now[0].new_zeros(shape, dtype=torch.float64) for pair in pairs}
         self.count += now[0].shape[2]
         for k, rows in enumerate(now):
-            self.sums[k] += rows.sum(2)
-            self.squares[k] += torch.linalg.vector_norm(rows, dim=2).square()
-        for (j, k), products in self.products.items():
-            products += now[j] @ now[k].mT
+            self._sum((k,), rows.sum(2))
+            self._sum((k, k), torch.linalg.vector_norm(rows, dim=2).square())
+        for j, k in combinations(range(len(now)), 2):
+            self._sum((j, k), now[j] @ now[k].mT)
+
+    def _sum(self, name: tuple[int, ...], values: Tensor) -> None:
+        self.sums[name] = self.sums[name].add_(values) if name in self.sums else values.double()
 
     def _pick(self, rows: Tensor) -> Tensor:
         """The rows of the group's units, as (lanes, units, positions in the data)."""
@@ -262,7 +229,7 @@ class _Moments:
         `images`: their number for the statistic of CLeWI's code, None for Pearson's.
         """
         (a, mean_a, spread_a), (b, mean_b, spread_b) = self._statistics(j), self._statistics(k)
-        shared, least = self.products[j, k] / self.count - a[:, :, None] * b[:, None, :], 0.0
+        shared, least = self.sums[j, k] / self.count - a[:, :, None] * b[:, None, :], 0.0
         if images:
             n, wide, least = self.count, self.count / images, 1e-4
             shared = wide * (shared - (wide - 1) * mean_a[:, :, None] * mean_b[:, None, :])
@@ -275,9 +242,9 @@ class _Moments:
 
     def _statistics(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of the units of a network: how far their means are from `shift`, the means, and the deviations."""
-        offset = self.sums[k] / self.count
+        offset = self.sums[k,] / self.count
         mean = self._pick(self.shift[k].double().flatten()[:, None])[..., 0] + offset
-        variance = self.squares[k] / self.count - offset.square()
+        variance = self.sums[k, k] / self.count - offset.square()
         return offset, mean, torch.where(variance > 1e-12 * mean.square(), variance, 0.0).sqrt()
 
 
@@ -326,8 +293,14 @@ Found = list[dict[str, Tensor]]  # how each network is permuted so far
 class _Matcher:
     """Networks on the way to a common order."""
 
-    def __init__(self, symmetry: Symmetry, nets: Sequence[Weights], free: list[str]) -> None:
-        self.symmetry, self.nets, self.free, self.order = symmetry, nets, free, [*range(len(nets))]
+    def __init__(self, symmetry: Symmetry, model: nn.Module, nets: Mapping[str, Weights]) -> None:
+        for name, weights in nets.items():
+            check_weights(symmetry, weights, name)
+            check_finite(weights, name)
+        still, places = frozen_tensors(model), symmetry.places
+        held = {symmetry.root(g) for g in places if any(name in still for name, *_ in places[g])}
+        self.free = [root for root in symmetry.roots if root not in held]
+        self.symmetry, self.nets, self.order = symmetry, [*nets.values()], [*range(len(nets))]
 
     def step(self, found: Found, k: int, others: list[int], roots: list[str]) -> dict[str, Tensor]:
         """How network k must move on to look like the mean of others, in the groups of some roots."""
@@ -396,9 +369,11 @@ class _Matcher:
 
 
 class _ByWeights(_Matcher):
-    def __init__(self, symmetry: Symmetry, nets: Sequence[Weights], free: list[str], draws: torch.Generator) -> None:
-        super().__init__(symmetry, nets, free)
-        self.draws = draws
+    def __init__(
+        self, symmetry: Symmetry, model: nn.Module, nets: Mapping[str, Weights], draws: torch.Generator | None
+    ) -> None:
+        super().__init__(symmetry, model, nets)
+        self.draws = draws or torch.Generator().manual_seed(0)
 
     def step(self, found: Found, k: int, others: list[int], roots: list[str]) -> dict[str, Tensor]:
         pair = partial(_Pair, self.symmetry, *self.pair(found, k, others))
@@ -422,19 +397,25 @@ class _ByActivations(_Matcher):
     def __init__(
         self,
         symmetry: Symmetry,
-        nets: Sequence[Weights],
-        free: list[str],
-        measure: "Callable[[Sequence[Weights], Sequence[_Moments]], dict[tuple[int, int], Shown]]",
+        model: nn.Module,
+        nets: Mapping[str, Weights],
+        inputs: Tensor | None,
+        statistic: Statistic,
+        batch: int,
     ) -> None:
-        super().__init__(symmetry, nets, free)
-        self.measure, places = measure, [(tap, group) for tap in symmetry.taps for group in tap.slots]
-        self.beside = [
-            (tap, g) for tap, g in places if any(symmetry.root(o) in free for o in sum(tap.others.values(), ()))
-        ]
-        alone = [place for place in places if place not in self.beside]
+        super().__init__(symmetry, model, nets)
+        if inputs is None or not len(inputs):
+            raise ValueError("inputs: matching by activations needs examples, got none; pass some or use by='weights'")
+        images = len(inputs) if statistic == "clewi2024" else None
+        self.measure = partial(_measure, partial(symmetry.watch, model, inputs=inputs, batch=batch), images)
+        alone, self.beside = [], []
+        for tap in symmetry.taps:
+            moving = {symmetry.root(g) for groups in tap.others.values() for g in groups} & {*self.free}
+            (self.beside if moving else alone).extend((tap, group) for group in tap.slots)
         self.known = {group for _, group in alone}
-        hidden = [place for place in self.beside if place[1] not in self.known]
-        first = measure(nets, [_Moments(*p) for p in alone] + [_Moments(*p, ordered=True) for p in hidden])
+        moments = [_Moments(*place) for place in alone]
+        moments += [_Moments(*place, ordered=True) for place in self.beside if place[1] not in self.known]
+        first = self.measure(self.nets, moments)
         self.alone = {pair: shown[: len(alone)] for pair, shown in first.items()}
         self.seen = {pair: _mean(shown) for pair, shown in first.items()}
 
@@ -463,9 +444,11 @@ class _ByActivations(_Matcher):
         """Measures again what groups show beside others."""
         nets = [permute(self.symmetry, p, net) for p, net in zip(found, self.nets, strict=True)]
         back = [invert(permutations) for permutations in found]
-        for (j, k), shown in self.measure(nets, [_Moments(*place) for place in self.beside]).items():
-            shown = [(g, m[np.ix_(back[j][g].numpy(), back[k][g].numpy())]) for g, m in shown]
-            self.seen = self.seen | {(j, k): _mean(self.alone[j, k] + shown)}
+        shown = self.measure(nets, [_Moments(*place) for place in self.beside])
+        self.seen = {
+            (j, k): _mean(self.alone[j, k] + [(g, _ordered(m, back[j][g], back[k][g])) for g, m in rows])
+            for (j, k), rows in shown.items()
+        }
 
     def step(self, found: Found, k: int, others: list[int], roots: list[str]) -> dict[str, Tensor]:
         """Matches by similarities; weights tell apart units that look alike, never vary or are not seen."""
@@ -489,12 +472,14 @@ class _ByActivations(_Matcher):
         return _in_turn(self.symmetry, step, [*dict.fromkeys(map(self.symmetry.root, vague))], with_hints)
 
     def alike(self, found: Found, k: int, others: list[int]) -> Matrices:
-        matrices = [self.seen[j, k] if j < k else {g: m.T for g, m in self.seen[k, j].items()} for j in others]
-        orders = [{g: p.numpy() for g, p in found[i].items()} for i in (*others, k)]
-        return {
-            g: np.mean([m[g][np.ix_(order[g], orders[-1][g])] for m, order in zip(matrices, orders, strict=False)], 0)
-            for g in matrices[0]
-        }
+        pairs = [(j, k) if j < k else (k, j) for j in others]
+        now = [{g: _ordered(m, *(found[i][g] for i in pair)) for g, m in self.seen[pair].items()} for pair in pairs]
+        now = [m if pair[1] == k else {g: some.T for g, some in m.items()} for m, pair in zip(now, pairs, strict=True)]
+        return {g: np.mean([m[g] for m in now], axis=0) for g in now[0]}
+
+
+def _ordered(matrix: Matrix, rows: Tensor, columns: Tensor) -> Matrix:
+    return matrix[np.ix_(rows.numpy(), columns.numpy())]
 
 
 def _ties(matrix: NDArray[np.float64]) -> Ids:

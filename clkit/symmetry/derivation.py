@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,15 @@ from clkit.symmetry.elements import Axis, Group
 from clkit.symmetry.labels import Factor, Label, Span, drop, fixed, join
 from clkit.symmetry.moving import Call, is_shape
 from clkit.symmetry.points import Ids, Orbits, Points
-from clkit.symmetry.program import VIEWS, Program, base_name, mutates, owners, trace
+from clkit.symmetry.program import Program, base_name, trace
 from clkit.symmetry.rules import propagate
 from clkit.symmetry.structure import Symmetry, Tap, slots_of
 from clkit.weights import live_tensors
 
-READERS = frozenset(
-    "addmm baddbmm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution einsum "
-    "linear matmul mm scaled_dot_product_attention".split()
-)
-PASSED = VIEWS | frozenset(
-    "_adaptive_avg_pool2d _adaptive_avg_pool3d _to_copy _unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d clone constant_pad_nd dropout getitem index index_select "
-    "mean pad roll swapaxes".split()
+READERS = frozenset("_cdist_forward addmm bmm convolution mm scaled_dot_product_attention".split())
+PASSED = frozenset(
+    "_unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d alias clone constant_pad_nd expand "
+    "getitem index mean native_dropout permute select slice split_with_sizes squeeze unsqueeze view".split()
 )
 
 
@@ -42,23 +39,12 @@ def symmetry(model: nn.Module, example: Any) -> Symmetry:
     that `torch.export` cannot follow.
     """
     model = unwrapped(model)
-    try:
-        return _derive(model, example, functional=False)
-    except SharedMemory:
-        return _derive(model, example, functional=True)
-
-
-class SharedMemory(Exception):
-    """An operation writes in place where labels would not show it."""
-
-
-def _derive(model: nn.Module, example: Any, functional: bool) -> Symmetry:
-    program = trace(model, example, functional=functional)
+    program = trace(model, example)
     shapes = {name: tuple(t.shape) for name, t in live_tensors(model).items()}
     programs, idle = [program], shapes.keys() - program.used
     if idle:
         try:
-            programs.append(trace(model, example, training=True, functional=functional))
+            programs.append(trace(model, example, training=True))
         except ValueError:  # evaluation works and training does not: what only that uses is pinned
             pass
     walk = Walk(programs, shapes)
@@ -66,6 +52,9 @@ def _derive(model: nn.Module, example: Any, functional: bool) -> Symmetry:
     for name, why in stuck.items():
         drop(walk.points, walk.weights[name], walk.weights[name].spans, why)
     return _read(program, walk, example)
+
+
+LARGE = 1 << 20  # constants of more elements are not computed
 
 
 class Walk:
@@ -76,24 +65,20 @@ class Walk:
         self.fibres = {name: self.points.fresh(*shape) for name, shape in _fibres(programs, shapes).items()}
         self.places: dict[str, list[Ids]] = {}  # the points on each axis of the weights, -1 for an axis of one index
         self.weights = {name: self._weight(name, shape) for name, shape in shapes.items()}
-        self.constants: dict[Label, Ids] = {}
-        self.values, *_ = [self._follow(program) for program in programs]
+        self.known: dict[Label, Tensor] = {}
+        self.picked: dict[Any, int] = {}  # how many a constant mask picks, for the symbol of that size
+        self.values, *_ = [self._walk(program) for program in programs]
 
-    def _follow(self, program: Program) -> dict[Node, Any]:
+    def _walk(self, program: Program) -> dict[Node, Any]:
         values: dict[Node, Any] = {}
-        current: dict[Node, Any] = {}  # in-place operations change what a node stands for
         *nodes, output = program.module.graph.nodes
         for node in nodes:
-            if mutates(node):
-                _check(node, values)
-            current[node] = values[node] = self._label(program, node, current)
-            if mutates(node):
-                current[node.all_input_nodes[0]] = current[node]
+            values[node] = self._label(program, node, values)
         for result in output.all_input_nodes:
             if result.name in program.written:
-                join(self.points, [current[result], self.weights[program.written[result.name]]], "buffer")
+                join(self.points, [values[result], self.weights[program.written[result.name]]], "buffer")
             else:
-                for label in (r for r in tree_leaves(current[result]) if isinstance(r, Label)):
+                for label in (r for r in tree_leaves(values[result]) if isinstance(r, Label)):
                     drop(self.points, label, label.spans, "output")
         return values
 
@@ -108,54 +93,91 @@ class Walk:
         spans = (Span(axis, row) for axis, row in zip(axes, dims, strict=True) if row and axis.ndim == 1)
         return Label(dims, tuple(spans))
 
-    def _label(self, program: Program, node: Node, current: dict[Node, Any]) -> Any:
+    def _label(self, program: Program, node: Node, values: dict[Node, Any]) -> Any:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in program.sources:
             return self.weights[program.sources[node.name]]
         if node.op == "placeholder" and node.name in program.constants:
-            label = fixed(tuple(program.constants[node.name].shape), "constant")
-            if program.constants[node.name].dtype in (torch.int64, torch.int32):
-                self.constants[label] = program.constants[node.name].cpu().numpy()
-            return label
+            return self._constant(program.constants[node.name])
         if node.op == "placeholder":
-            return tree_map(lambda shape: fixed(shape, "input"), _shapes(value), is_leaf=is_shape)
+            return tree_map(lambda shape: fixed(shape, "input"), self._shapes(value), is_leaf=is_shape)
         if node.target is operator.getitem:
-            return current[node.all_input_nodes[0]][node.args[1]]
-        if node.op != "call_function" or not any(map(is_shape, tree_leaves(_shapes(value), is_leaf=is_shape))):
+            return values[node.all_input_nodes[0]][node.args[1]]
+        if node.op == "call_function" and (constant := self._computed(node, values)) is not None:
+            return self._constant(constant)
+        shapes = self._shapes(value)
+        if node.op != "call_function" or not any(map(is_shape, tree_leaves(shapes, is_leaf=is_shape))):
             return None
-        arguments = _bind(node, current)
-        name = base_name(node)
-        weight = node.args[1] if name.startswith("conv") else None
+        arguments = self._bind(node, values)
+        weight = node.args[1] if base_name(node) == "convolution" else None
         fibre = self.fibres.get(program.sources.get(getattr(weight, "name", ""), ""))
-        why, shapes = f"{name} ({node.name})", _shapes(value)
-        result = propagate(Call(name, node.target, self.points, why, shapes, arguments, self.constants, fibre))
-        if name in ("lift_fresh_copy", "detach", "clone", "alias"):
-            kept = arguments.get("self")
-            if kept in self.constants:
-                self.constants[result] = self.constants[kept]
-        return result
+        why = f"{base_name(node).strip('_')} ({node.name})"
+        return propagate(Call(node, self.points, why, shapes, arguments, self.known, fibre))
 
+    def _constant(self, value: Tensor) -> Label:
+        """Fixed along the axes that a known tensor varies along."""
+        value = value.detach().cpu()
+        varies = [n > 1 and not bool((value == value.narrow(d, 0, 1)).all()) for d, n in enumerate(value.shape)]
+        dims = tuple(
+            (Factor(n, "constant" if v else ""),) if n != 1 else () for n, v in zip(value.shape, varies, strict=True)
+        )
+        label = Label(dims)
+        self.known[label] = value
+        return label
 
-def _check(node: Node, values: dict[Node, Any]) -> None:
-    """Raises SharedMemory for a write that labels would miss: along an axis that the tensor did not vary along.
+    def _computed(self, node: Node, values: dict[Node, Any]) -> Tensor | None:
+        """The value of an operation on constants alone; what a constant mask picks has a size that is known then."""
+        known = {n: self.known[values[n]] for n in node.all_input_nodes if values[n] in self.known}
+        shape = getattr(node.meta.get("val"), "shape", ())
+        if base_name(node) == "index":
+            mask = next((t for t in known.values() if t.dtype == torch.bool), None)
+            self._count(shape, [int(mask.sum())] * len(shape) if mask is not None else [])
+        large = all(isinstance(n, int) for n in shape) and prod(shape) > LARGE
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if len(known) < len(node.all_input_nodes) or large or random or base_name(node).startswith("empty"):
+            return None
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), known.get)
+        operation: Any = node.target
+        value = operation(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
+        if not isinstance(value, Tensor):
+            return None
+        self._count(shape, value.shape)
+        return value
 
-    Any other write, to a tensor or to a view of it, ties or pins what is written.
-    """
-    if len(node.all_input_nodes) == 1 and base_name(node) not in ("fill", "zero"):
-        return
-    if any(isinstance(label := values[owner], Label) and label.uniform for owner in owners(node)[1:]):
-        raise SharedMemory
+    def _count(self, shape: Sequence[Any], sizes: Sequence[int]) -> None:
+        for n, size in zip(shape, sizes, strict=False):
+            if isinstance(n, torch.SymInt) and n.node.hint is None:
+                self.picked[n.node.expr] = size
 
+    def _bind(self, node: Node, values: Mapping[Node, Any]) -> dict[str, Any]:
+        def given(n: Node) -> Any:
+            number = self._size(n.meta["val"]) if isinstance(n.meta.get("val"), torch.SymInt) else n.meta.get("val")
+            return number if values[n] is None else values[n]
 
-def _bind(node: Node, current: dict[Node, Any]) -> dict[str, Any]:
-    args, kwargs = torch.fx.map_arg(
-        (node.args, dict(node.kwargs)), lambda n: label if (label := current[n]) is not None else _number(n)
-    )
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {str(k): a for k, a in enumerate(args)} | kwargs
-    schema = node.target._schema.arguments
-    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return bound | dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), given)
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return {str(k): a for k, a in enumerate(args)} | kwargs
+        schema = node.target._schema.arguments
+        bound = {a.name: a.default_value for a in schema if a.has_default_value()}
+        return bound | dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+
+    def _shapes(self, value: Any) -> Any:
+        """Sizes in place of tensors; of a size that depends on the batch, the example's."""
+        if isinstance(value, Tensor):
+            return torch.Size(map(self._size, value.shape))
+        return [self._shapes(v) for v in value] if isinstance(value, (tuple, list)) else None
+
+    def _size(self, n: Any) -> int:
+        if not isinstance(n, torch.SymInt):
+            return n
+        expression: Any = n.node.expr.xreplace(self.picked) if n.node.hint is None else n.node.hint
+        try:
+            return int(expression)
+        except TypeError as error:
+            raise ValueError(
+                "model: the shape of a value in its graph depends on the values of the input; align the part of the "
+                "model before it"
+            ) from error
 
 
 def _overlapping(model: nn.Module) -> list[str]:
@@ -165,35 +187,12 @@ def _overlapping(model: nn.Module) -> list[str]:
     return [name for name, t in live.items() if t.numel() and starts.count(t.data_ptr()) > 1]
 
 
-def _number(node: Node) -> Any:
-    value = node.meta.get("val")
-    return _size(value) if isinstance(value, torch.SymInt) else value
-
-
-def _size(n: int | torch.SymInt) -> int:
-    hint = (n.node.hint or n.node.maybe_as_int()) if isinstance(n, torch.SymInt) else n
-    if hint is None:
-        raise ValueError(
-            "model: the shape of a value in its graph depends on the values of the input; align the part of the model "
-            "before it"
-        )
-    return int(hint)
-
-
-def _shapes(value: Any) -> Any:
-    """Sizes in place of tensors; of a size that depends on the batch, the example's."""
-    if isinstance(value, Tensor):
-        return torch.Size(map(_size, value.shape))
-    return [_shapes(v) for v in value] if isinstance(value, (tuple, list)) else None
-
-
 def _fibres(programs: list[Program], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
     """The weights that are used by grouped convolutions only: their groups and inputs of a group."""
     uses: dict[str, set[int]] = {}
     for program, node in ((p, node) for p in programs for node in p.module.graph.nodes):
         for used in (n for n in node.all_input_nodes if n.name in program.sources):
-            plain = base_name(node) in ("conv1d", "conv2d", "conv3d") and node.args[1] is used
-            groups = _bind(node, dict.fromkeys(node.all_input_nodes))["groups"] if plain else 1
+            groups = node.args[8] if base_name(node) == "convolution" and node.args[1] is used else 1
             uses.setdefault(program.sources[used.name], set()).add(groups)
     return {
         name: (groups.copy().pop(), shapes[name][1])
@@ -224,7 +223,7 @@ def _read(program: Program, walk: Walk, example: Any) -> Symmetry:
 
     def slots(points: Ids) -> dict[str, Ids]:
         rows = slots_of(found.group[points], found.index[points], lane[points])
-        return {names[g]: positions for g, positions in rows.items()}
+        return {names[g]: positions for g, positions in rows.items() if g in names}
 
     taps = _taps(program, walk.values, slots)
     return Symmetry(groups, axes, reasons, program.buffers, taps, program, example)

@@ -5,7 +5,7 @@ points over some factors: permuting the points permutes these factors jointly. A
 a reason (`why`), else uniform: the tensor does not vary along it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -47,11 +47,6 @@ class Label:
         """The sizes of the dimensions."""
         return tuple(prod(f.size for f in dim) for dim in self.dims)
 
-    @property
-    def uniform(self) -> bool:
-        """Is there an axis that the tensor does not vary along?"""
-        return any(not f.why and self.span(f) is None for row in self.dims for f in row)
-
     def span(self, factor: Factor) -> Span | None:
         """The span that holds a factor, if one does."""
         return next((p for p in self.spans if factor in p.factors), None)
@@ -64,7 +59,7 @@ class Label:
 
 def fixed(shape: Sequence[int], why: str) -> Label:
     """A label whose every axis is fixed."""
-    return Label(tuple((Factor(n, why),) if n > 1 else () for n in shape))
+    return Label(tuple((Factor(n, why),) if n != 1 else () for n in shape))
 
 
 def tidy(dims: Sequence[Sequence[Factor]], spans: Iterable[Span]) -> Label:
@@ -177,6 +172,8 @@ def flatten(points: Points, label: Label, dim: int, why: str) -> Label:
 
 def gather(points: Points, label: Label, dim: int, index: Ids, why: str) -> Label:
     """The entries `index` (known beforehand) along a dimension."""
+    if not len(index):
+        return fixed([n if d != dim else 0 for d, n in enumerate(label.shape)], why)
     label = flatten(points, label, dim, why)
     if not label.dims[dim]:
         return label if len(index) == 1 else replace(label, dim, Factor(len(index)))
@@ -207,31 +204,27 @@ def expand(label: Label, shape: Sequence[int]) -> Label:
 def join(points: Points, labels: Sequence[Label], why: str) -> Label:
     """The label of an elementwise operation with broadcasting: ties what meets, pins what meets a fixed axis."""
     labels = _aligned(points, labels, why)
-    rank = len(labels[0].dims)
     slots = []
-    for d in range(rank):
-        row = max((label.dims[d] for label in labels), key=lambda r: prod(f.size for f in r))
+    for rows in zip(*(label.dims for label in labels), strict=True):
+        row = max(rows, key=lambda r: prod(f.size for f in r))
         slots.append(tuple(Factor(f.size) for f in row))
-    spans: list[Span] = []
+    met: list[Span] = []
     reasons: dict[Factor, str] = {}
     for label in labels:
         name: dict[Factor, Factor] = {}
         for row, place in zip(label.dims, slots, strict=True):
             name |= zip(row, place, strict=bool(row))
-        new = [Span(p.points, tuple(name[f] for f in p.factors)) for p in label.spans]
-        whys = {slot: f.why for f, slot in name.items() if f.why and label.span(f) is None}
-        covered = {f for p in spans for f in p.factors}
-        new = [q for q in new if not _pinned(points, q, {f: w for f, w in reasons.items() if f not in covered})]
-        spans = [p for p in spans if not _pinned(points, p, whys)]
-        reasons |= whys
-        for p in spans:
-            for q in new:
-                _tie(points, p, q, why)
-        union, spans = sorted([*spans, *new], key=lambda p: -len(p.factors)), []
-        for p in union:
-            if all(set(p.factors).isdisjoint(other.factors) for other in spans):
-                spans.append(p)
-        reasons |= {f: why for p in union for f in p.factors if f not in reasons}
+        met += [Span(p.points, tuple(name[f] for f in p.factors)) for p in label.spans]
+        reasons |= {slot: f.why for f, slot in name.items() if f.why}
+    spans: list[Span] = []
+    for span in sorted(met, key=lambda p: -len(p.factors)):
+        while other := next((p for p in spans if not set(p.factors).isdisjoint(span.factors)), None):
+            spans.remove(other)
+            both = {*other.factors, *span.factors}
+            span = _tie(points, other, span, reasons, why)
+            reasons = dict.fromkeys(both.difference(span.factors), why) | reasons
+        spans.append(span)
+    spans = [p for p in spans if not _pinned(points, p, reasons)]
     covered = {f for p in spans for f in p.factors}
     last = {f: Factor(f.size, "" if f in covered else reasons.get(f, "")) for row in slots for f in row}
     spans = [Span(p.points, tuple(last[f] for f in p.factors)) for p in spans]
@@ -272,49 +265,87 @@ def _pinned(points: Points, span: Span, reasons: dict[Factor, str]) -> bool:
     return len(axes) == len(span.factors)
 
 
-def _tie(points: Points, p: Span, q: Span, why: str) -> None:
-    """Makes two spans that meet over common factors move together.
+def _tie(points: Points, p: Span, q: Span, still: Mapping[Factor, str], why: str) -> Span:
+    """Makes two spans that share factors move together, and returns what is left of both.
 
-    The smaller one becomes blocks of the larger. Where that cannot be, neither moves along these factors.
+    The smaller one becomes blocks of the larger. Where that cannot be, the rest of the factors is fixed; or what they
+    share is, where the larger one's outermost factor (heads) is not in it and stands not `still` anyway.
     """
-    p, q = sorted((p, q), key=lambda span: -len(span.factors))
-    common = [f for f in p.factors if f in q.factors]
-    if not common:
-        return
-    array = p.ordered([*common, *(f for f in p.factors if f not in common)])
-    rows = array.reshape(prod(f.size for f in common), -1)
-    if len(common) == len(q.factors) and (p.factors[: len(common)] == tuple(common) or points.are_blocks(rows)):
-        points.unite(points.rows(rows, why), q.ordered(common), why)
+    big, small = sorted((p, q), key=lambda span: -len(span.factors))
+    common = [f for f in big.factors if f in small.factors]
+    rest = [f for f in big.factors if f not in small.factors]
+    array = big.ordered([*common, *rest]).reshape(prod(f.size for f in common), -1)
+    if len(common) == len(small.factors) and (big.factors[: len(common)] == tuple(common) or points.are_blocks(array)):
+        blocks = points.rows(array)
+        if blocks is not None:
+            points.unite(blocks, small.ordered(common), why)
+            return big
+    if big.factors[0] in common or all(f in still for f in rest):
+        big, small = columns(points, big, common, why), columns(points, small, common, why)
+        points.unite(big.points, small.points, why)
     else:
-        points.pin(p.points, why, tuple(p.factors.index(f) for f in common))
-        points.pin(q.points, why)
+        points.pin(big.points, why, tuple(big.factors.index(f) for f in common))
+        points.pin(small.points, why)
+    return big
 
 
-def into_blocks(points: Points, label: Label, dims: Iterable[int], why: str) -> None:
-    """Lets indices in and out of `dims` move independently: a span over both becomes blocks and their members."""
-    inside = {f for d in dims for f in label.dims[d]}
+def columns(points: Points, span: Span, keep: Sequence[Factor], why: str) -> Span:
+    """Fixes the other factors of a span: what lies on them moves as one with each index of those to `keep`."""
+    array = span.ordered([*keep, *(f for f in span.factors if f not in keep)])
+    if array.ndim > len(keep):
+        array = array.reshape(*array.shape[: len(keep)], -1)
+        points.pin(array, why, (len(keep),))
+        points.unite(np.broadcast_to(array[..., :1], array[..., 1:].shape), array[..., 1:], why)
+        array = array[..., 0]
+    return Span(array, tuple(keep))
+
+
+def settle(points: Points, label: Label, dims: Iterable[int], why: str) -> Label:
+    """Fixes every index along some dimensions, also where the tensor did not vary along them."""
+    inside = {f: Factor(f.size, f.why or why) for d in dims for f in label.dims[d]}
+    spans = []
     for span in label.spans:
         outer = [f for f in span.factors if f not in inside]
-        if outer and len(outer) < len(span.factors):
-            _rows(points, span, outer, why)
+        if len(outer) == len(span.factors):
+            spans.append(span)
+        elif outer:
+            spans.append(columns(points, span, outer, why))
+        else:
+            points.pin(span.points, why)
+    return tidy([[inside.get(f, f) for f in row] for row in label.dims], spans)
 
 
-def _rows(points: Points, span: Span, outer: Sequence[Factor], why: str) -> Span:
-    array = span.ordered([*outer, *(f for f in span.factors if f not in outer)])
-    shape = array.shape[: len(outer)]
-    return Span(points.rows(array.reshape(prod(shape), -1), why).reshape(shape), tuple(outer))
+def separate(points: Points, label: Label, dims: Iterable[int], why: str) -> Label:
+    """Lets indices in and out of `dims` move independently: a span over both becomes blocks and their members."""
+    return _parted(points, label, {f for d in dims for f in label.dims[d]}, why)[0]
+
+
+def _parted(points: Points, label: Label, inside: set[Factor], why: str) -> tuple[Label, list[Span]]:
+    """The label with spans over factors inside and outside of a set as blocks and members; and the blocks' spans.
+
+    Blocks are at each index of the outer factors. Where these cross what is a block already, the shorter side is fixed.
+    """
+    kept, blocks, lost = [], [], {}
+    for span in label.spans:
+        outer = [f for f in span.factors if f not in inside]
+        inner = [f for f in span.factors if f in inside]
+        array = span.ordered([*outer, *inner])
+        rows = points.rows(array.reshape(prod(array.shape[: len(outer)]), -1)) if outer and inner else array
+        if rows is None:
+            stays, goes = sorted((inner, outer), key=lambda side: -prod(f.size for f in side))
+            span = columns(points, span, stays, why)
+            lost |= {f: Factor(f.size, why) for f in goes}
+            blocks += [span] if stays is outer else []
+        elif outer:
+            blocks.append(Span(rows.reshape(array.shape[: len(outer)]), tuple(outer)))
+        kept.append(span)
+    return Label(tuple(tuple(lost.get(f, f) for f in row) for row in label.dims), tuple(kept)), blocks
 
 
 def reduce(points: Points, label: Label, dims: Sequence[int], keep: bool, why: str) -> Label:
     """The label of a reduction that does not look at the order along `dims`."""
-    gone = {f for d in dims for f in label.dims[d]}
-    spans = []
-    for span in label.spans:
-        outer = [f for f in span.factors if f not in gone]
-        if outer:
-            spans.append(span if len(outer) == len(span.factors) else _rows(points, span, outer, why))
-    rows = [() if d in dims else row for d, row in enumerate(label.dims) if keep or d not in dims]
-    return tidy(rows, spans)
+    label, blocks = _parted(points, label, {f for d in dims for f in label.dims[d]}, why)
+    return tidy([() if d in dims else row for d, row in enumerate(label.dims) if keep or d not in dims], blocks)
 
 
 def cat(points: Points, labels: Sequence[Label], dim: int, why: str) -> Label:

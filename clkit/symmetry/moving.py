@@ -11,40 +11,51 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from clkit.symmetry.labels import (
     Factor,
     Label,
     cat,
-    drop,
     expand,
-    fixed,
     gather,
     join,
     reduce,
     reorder,
     replace,
     reshape,
+    settle,
+    tidy,
 )  # fmt: skip
 from clkit.symmetry.points import Ids, Points
+from clkit.symmetry.program import base_name
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One operation at work: its ATen name, what computes it, where points are tied, and what reports call it.
+    """One operation at work: its node in the graph, where points are tied, and what reports call it.
 
-    `shape` is that of its result, or shapes nested as the result is. `constants` are the values of known integers.
+    `shape` is that of its result, or shapes nested as the result is. `known` are the values of constants.
     """
 
-    name: str
-    target: Any
+    node: Node
     points: Points
     why: str
     shape: Any
     arguments: dict[str, Any]
-    constants: dict[Label, Ids]
+    known: dict[Label, Tensor]
     fibre: Ids | None = None  # for the weight of a grouped convolution: points (groups, inputs of a group)
+
+    @property
+    def name(self) -> str:
+        """The operation's ATen name."""
+        return base_name(self.node)
+
+    @property
+    def operation(self) -> Any:
+        """What the node calls."""
+        return self.node.target
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -59,7 +70,7 @@ class Call:
 
 
 Rule = Callable[[Call], Any]
-RULES: dict[str, Rule] = {}  # by an operation's ATen name, without its overload and the underscore of what is in place
+RULES: dict[str, Rule] = {}  # by an operation's ATen name, without its overload
 
 
 def rule(operations: str) -> Callable[[Rule], Rule]:
@@ -82,7 +93,7 @@ def reason(label: Label, dims: Sequence[int]) -> str:
     return next((f.why for d in dims for f in label.dims[d] if f.why), "position")
 
 
-@rule("copy rsub masked_fill floor_divide")
+@rule("copy")
 def pointwise_rule(call: Call) -> Any:
     """Elementwise, with broadcasting."""
     if not is_shape(call.shape):
@@ -90,54 +101,53 @@ def pointwise_rule(call: Call) -> Any:
     return join(call.points, [a for a in tree_leaves(call.arguments) if isinstance(a, Label)], call.why)
 
 
-@rule("alias clone contiguous detach lift_fresh_copy to _to_copy type_as fill zero")
-@rule("dropout feature_dropout alpha_dropout hardswish relu6 log_sigmoid")
+@rule("alias clone detach lift_fresh_copy _to_copy contiguous")
 def same_rule(call: Call) -> Label:
     """Each element stays where it is."""
     return call.labels(*call.arguments)[0]
 
 
-@rule("zeros_like ones_like full_like")
-def filled_rule(call: Call) -> Label:
+@rule("native_dropout")
+def dropout_rule(call: Call) -> list[Label]:
+    """Elements stay where they are; what did not vary does now."""
+    return [varied(same_rule(call), call.why)] * 2
+
+
+def varied(label: Label, why: str) -> Label:
+    """The label with fixed factors for those that the tensor did not vary along."""
+    dims = [[f if f.why or label.span(f) else Factor(f.size, why) for f in row] for row in label.dims]
+    return Label(tuple(tuple(row) for row in dims), label.spans)
+
+
+@rule("full full_like")
+def full_rule(call: Call) -> Label:
     """One number everywhere."""
     return expand(Label(((),) * len(call.shape)), call.shape)
 
 
-@rule("new_zeros new_ones new_full new_empty empty_like")
-def constant_rule(call: Call) -> Label:
-    """A tensor that knows the shape of another only."""
-    return fixed(call.shape, "constant")
-
-
-@rule("view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as")
+@rule("view _unsafe_view reshape squeeze unsqueeze")
 def reshape_rule(call: Call) -> Label:
     """The same elements in row-major order in another shape."""
     return reshape(call.points, same_rule(call), call.shape, call.why)
 
 
-@rule("expand expand_as broadcast_to")
+@rule("expand")
 def expand_rule(call: Call) -> Label:
     """Repeats without a copy."""
     return expand(call["self"], call.shape)
 
 
-@rule("permute transpose swapaxes swapdims t mT")
-def transpose_rule(call: Call) -> Label:
+@rule("permute transpose t")
+def permute_rule(call: Call) -> Label:
     """Dimensions in another order, which the operation shows on a tensor of the sizes 1, 2, 3, ..."""
     sizes = torch.empty([*range(1, len(call["self"].dims) + 1)], device="meta")
-    return reorder(call["self"], [n - 1 for n in call.target(**call.arguments | {"self": sizes}).shape])
+    return reorder(call["self"], [n - 1 for n in call.operation(**call.arguments | {"self": sizes}).shape])
 
 
-@rule("numpy_T")
-def reverse_rule(call: Call) -> Label:
-    """`T`: the dimensions in reverse."""
-    return reorder(call["self"], range(len(call["self"].dims))[::-1])
-
-
-@rule("slice select narrow split split_with_sizes chunk tensor_split unbind index_select roll flip channel_shuffle")
+@rule("slice select split_with_sizes flip")
 def take_rule(call: Call) -> Any:
-    """Elements at known indices along dimensions, for `channel_shuffle` along the channels."""
-    return _take(call, call.target, call["self"], call.arguments.get("dims", [call.arguments.get("dim", 1)]))
+    """Elements at known indices along dimensions."""
+    return _take(call, call.operation, call["self"], call.arguments.get("dims", [call.arguments.get("dim", 0)]))
 
 
 @rule("repeat")
@@ -145,27 +155,15 @@ def repeat_rule(call: Call) -> Any:
     """All dimensions, and new ones in front, one after the other several times."""
     shape = call["self"].shape
     label = expand(call["self"], [1] * (len(call["repeats"]) - len(shape)) + [*shape])
-    return _take(call, call.target, label, range(len(label.dims)))
-
-
-@rule("repeat_interleave")
-def repeat_interleave_rule(call: Call) -> Any:
-    """Every index of a dimension so many times."""
-    if not isinstance(call.arguments.get("repeats"), int) or call["dim"] is None:
-        return NotImplemented
-    return take_rule(call)
+    return _take(call, call.operation, label, range(len(label.dims)))
 
 
 def _take(call: Call, operation: Any, label: Label, dims: Sequence[int], but: str = "") -> Any:
     """The label of what an operation takes along dimensions: it shows the indices on the numbers 0, 1, 2, ..."""
-    given = {k: call.constants.get(a) if isinstance(a, Label) else a for k, a in call.arguments.items()}
-    given = {k: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for k, a in given.items()}
-    if not dims or given.get("index", 0) is None:
-        return NotImplemented
     rank, taken = len(label.dims), [label] * (1 if is_shape(call.shape) else len(call.shape))
     for dim in (d % rank for d in dims):
         numbers = torch.arange(label.shape[dim]).view([-1 if d == dim else 1 for d in range(rank)])
-        shown = operation(**{k: a for k, a in given.items() if k != but} | {"self": numbers})
+        shown = operation(**{k: a for k, a in call.arguments.items() if k != but} | {"self": numbers})
         for i, moved in enumerate([shown] if isinstance(shown, Tensor) else shown):
             line = tuple(slice(None) if d == dim else 0 for d in range(rank))
             index = moved[line] if moved.ndim == rank else moved.reshape(-1)
@@ -175,71 +173,100 @@ def _take(call: Call, operation: Any, label: Label, dims: Sequence[int], but: st
     return taken[0] if is_shape(call.shape) else taken
 
 
-@rule("index")
+@rule("index index_select")
 def index_rule(call: Call) -> Any:
-    """Indexing by tensors: by known numbers along one dimension; unknown ones pin the dimensions they index."""
-    label, indices = call["self"], call["indices"]
+    """Indexing by tensors: known numbers take along one dimension; else what is indexed is fixed."""
+    label = call["self"]
+    indices: list[Any] = call.arguments.get("indices") or [None] * call.dim() + [call["index"]]
     places = [d for d, index in enumerate(indices) if index is not None]
-    values = [call.constants.get(indices[d]) for d in places]
-    if any(isinstance(i, Label) and i.spans for i in indices) or places != list(range(places[0], places[-1] + 1)):
+    if len(places) == 1 and (known := call.known.get(indices[places[0]])) is not None:
+        if known.dtype != torch.bool or known.ndim == 1:
+            index = (known.nonzero() if known.dtype == torch.bool else known).numpy().ravel()
+            label = gather(call.points, label, places[0], index % label.shape[places[0]], call.why)
+            return reshape(call.points, label, call.shape, call.why)
+    label = settle(call.points, label, places, call.why)
+    where = join(call.points, [indices[d] for d in places], call.why)
+    rest = [row for d, row in enumerate(label.dims) if d not in places]
+    at = places[0] if places[-1] - places[0] < len(places) else 0
+    out = tidy([*rest[:at], *where.dims, *rest[at:]], (*label.spans, *where.spans))
+    return out if out.shape == tuple(call.shape) else NotImplemented
+
+
+@rule("index_put")
+def index_put_rule(call: Call) -> Any:
+    """Writes at known places, or where a mask of the same rank says so."""
+    label, indices, values = call["self"], call["indices"], call["values"]
+    places = [d for d, index in enumerate(indices) if index is not None]
+    rank = len(label.dims)
+    nodes: Any = call.node.args[1]
+    if nodes[places[0]].meta["val"].dtype == torch.bool:
+        mask = indices[places[0]]
+        if len(places) > 1 or len(values.dims) > 0 or places[0] + len(mask.dims) > rank:
+            return NotImplemented
+        tail = ((),) * (rank - places[0] - len(mask.dims))
+        return join(call.points, [label, Label((*mask.dims, *tail), mask.spans)], call.why)
+    where = join(call.points, [indices[d] for d in places], call.why)
+    if where.spans or places[-1] - places[0] >= len(places):
         return NotImplemented
-    if len(places) == 1 and values[0] is not None and values[0].ndim == 1:
-        return gather(call.points, label, places[0], values[0] % label.shape[places[0]], call.why)
-    label = drop(call.points, label, label.touching(places), call.why)
-    tail = len(label.dims) - places[-1] - 1
-    new = fixed(call.shape[places[0] : len(call.shape) - tail], call.why).dims
-    return Label((*label.dims[: places[0]], *new, *label.dims[places[-1] + 1 :]), label.spans)
+    values = expand(values, [1] * (rank - len(places) + len(where.dims) - len(values.dims)) + [*values.shape])
+    inside = range(places[0], places[0] + len(where.dims))
+    values = without(call, values, inside)
+    rows = [*values.dims[: places[0]], *((),) * len(places), *values.dims[places[0] :]]
+    label = settle(call.points, label, places, call.why)
+    return join(call.points, [label, Label(tuple(rows), values.spans)], call.why)
+
+
+@rule("gather scatter scatter_add scatter_reduce")
+def along_rule(call: Call) -> Any:
+    """Elements from, or to, places along one dimension that another tensor tells."""
+    labels, dim = [t for t in call.labels("self", "index", "src") if t.dims], call.dim()
+    if len({t.shape[:dim] + t.shape[dim + 1 :] for t in labels}) > 1:
+        return NotImplemented
+    out = join(call.points, [without(call, t, [dim], keep=True) for t in labels], call.why)
+    return replace(out, dim, Factor(call.shape[dim], call.why))
+
+
+def without(call: Call, label: Label, dims: Sequence[int], keep: bool = False) -> Label:
+    """The label of what lies at any one place along some dimensions, which are fixed."""
+    return reduce(call.points, settle(call.points, label, dims, call.why), dims, keep, call.why)
 
 
 @rule("slice_scatter select_scatter")
 def scatter_rule(call: Call) -> Label:
-    """A copy with a slice, or with one index of a dimension, written over."""
-    label, aten = call["self"], torch.ops.aten
-    taken = aten.select.int if "index" in call.arguments else aten.slice.Tensor
-    join(call.points, [_take(call, taken, label, [call["dim"]], but="src"), call["src"]], call.why)
-    dims = [[f if f.why or label.span(f) else Factor(f.size, call.why) for f in row] for row in label.dims]
-    return Label(tuple(tuple(row) for row in dims), label.spans)
+    """A copy with a slice, or with one index of a dimension, written over: the rest beside what is written."""
+    label, source, dim = call["self"], call["src"], call.dim()
+    aten, numbers = torch.ops.aten, torch.arange(call["self"].shape[dim])
+    options = {k: a for k, a in call.arguments.items() if k in ("start", "end", "step", "index")} | {"dim": 0}
+    if "index" in options:
+        source = Label((*source.dims[:dim], (), *source.dims[dim:]), source.spans)
+        written = aten.select.int(numbers, **options).view(1)
+    else:
+        written = aten.slice.Tensor(numbers, **options)
+    rest = np.setdiff1d(numbers, written)
+    parts = [gather(call.points, label, dim, rest, call.why), source] if len(rest) else [source]
+    order = np.argsort(np.append(rest, written))
+    return gather(call.points, cat(call.points, parts, dim, call.why), dim, order, call.why)
 
 
-@rule("cat concat concatenate")
+@rule("cat")
 def cat_rule(call: Call) -> Label:
     """One after the other along a dimension."""
     labels = [label for label in call["tensors"] if 0 not in label.shape]
     return cat(call.points, labels, call["dim"] % len(labels[0].dims), call.why)
 
 
-@rule("stack")
-def stack_rule(call: Call) -> Label:
-    """One after the other along a new dimension."""
-    dim = call["dim"] % (len(call["tensors"][0].dims) + 1)
-    labels = [Label((*t.dims[:dim], (), *t.dims[dim:]), t.spans) for t in call["tensors"]]
-    return cat(call.points, labels, dim, call.why)
-
-
-@rule("pad constant_pad_nd")
+@rule("constant_pad_nd")
 def pad_rule(call: Call) -> Label:
-    """Constant padding moves with the rest; other kinds pin the dimensions they pad."""
+    """Constants around: they stand still, the rest moves."""
     label, pad = call["self"], call["pad"]
     for k in range(len(pad) // 2):
-        dim, before, after = len(label.dims) - 1 - k, pad[2 * k], pad[2 * k + 1]
-        if not before and not after:
+        dim, edges = len(label.dims) - 1 - k, (pad[2 * k], pad[2 * k + 1])
+        if min(edges) < 0:
+            label = settle(call.points, label, [dim], call.why)
+        if not label.touching([dim]):
+            label = replace(label, dim, Factor(call.shape[dim], reason(label, [dim]))) if any(edges) else label
             continue
-        if before < 0 or after < 0 or call.arguments.get("mode", "constant") != "constant":
-            label = drop(call.points, label, label.touching([dim]), call.why)
-        if label.touching([dim]):
-            edges = [
-                replace(reduce(call.points, label, [dim], True, call.why), dim, Factor(n, call.why))
-                for n in (before, after)
-            ]
-            label = cat(call.points, [edges[0], label, edges[1]], dim, call.why)
-        else:
-            label = replace(label, dim, Factor(call.shape[dim], reason(label, [dim])))
+        edge = reduce(call.points, label, [dim], True, call.why)
+        around = [replace(edge, dim, Factor(n, call.why)) if n else None for n in edges]
+        label = cat(call.points, [t for t in (around[0], label, around[1]) if t], dim, call.why)
     return label
-
-
-@rule("glu")
-def glu_rule(call: Call) -> Label:
-    """The first half of a dimension times the sigmoid of the second."""
-    label, dim = call["self"], call.dim()
-    halves = np.split(np.arange(label.shape[dim]), 2)
-    return join(call.points, [gather(call.points, label, dim, half, call.why) for half in halves], call.why)

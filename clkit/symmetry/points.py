@@ -1,7 +1,8 @@
 """Points, units, colours, blocks and orbits: the structure that a walk through a graph refines.
 
-All methods shrink the group of permutations that the finished structure allows, and none widens it. So an operation
-that commutes with every permutation still does after whatever follows. The package's door explains the words.
+Two invariants hold at all times. Every method shrinks the group of permutations that the finished structure allows,
+and none widens it: so an operation that commutes with every permutation still does after whatever follows. And blocks
+form a forest: no unit lies in itself. The package's door explains the words.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+DEPTH = 64  # how deep blocks may lie in blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +69,20 @@ class Points:
         return block
 
     def recolour(self, points: Ids, tags: Ids | int = 0) -> None:
-        """Refines the colours of the points' units by tags: only units with equal tags may replace each other."""
+        """Refines colours by tags: of points, and of all in their units. Only equal tags may replace each other."""
         first = points.ravel()
+        tags = np.broadcast_to(np.broadcast_to(tags, points.shape).ravel(), first.shape)
         ring, members = self._next[first], [first]
         while (open_ := ring != first).any():
             members.append(np.where(open_, ring, first))
             ring = np.where(open_, self._next[ring], first)
         every = np.stack(members)
-        marks = np.broadcast_to(np.broadcast_to(tags, points.shape).ravel(), every.shape)
-        codes = _codes(self._colour[every].ravel(), marks.ravel())
-        self._colour[every.ravel()] = self.colours + codes
+        self._refine(every.ravel(), np.broadcast_to(tags, every.shape).ravel())
+        self._refine(first, tags)  # a unit with several of the points got the tag of one
+
+    def _refine(self, points: Ids, tags: Ids) -> None:
+        codes = _codes(self._colour[points], tags)
+        self._colour[points] = self.colours + codes
         self.colours += int(codes.max(initial=-1)) + 1
 
     def pin(self, points: Ids, why: str, axes: tuple[int, ...] | None = None) -> None:
@@ -89,10 +95,10 @@ class Points:
         self._why[points[self._why[points] == 0]] = self._reasons.index(why)
 
     def copies(self, points: Ids, tags: Ids) -> Ids:
-        """New points that move as `points` do and no other way: a repeated axis. Equal tags keep equal colours."""
+        """New points in the units of `points`: a repeated axis. Equal tags keep equal colours."""
         new = self.fresh(*points.shape)
         self.recolour(new, _codes(self._colour[points].ravel(), tags.ravel()).reshape(points.shape))
-        self._put(new, self.units(points))
+        self._unite(new.ravel(), points.ravel(), "copies")
         return new
 
     def distinct(self, points: Ids) -> Ids:
@@ -111,22 +117,27 @@ class Points:
         around = self.blocks(points)
         return bool((around >= 0).all() and (around == around[:, :1]).all()) and len(np.unique(around)) == len(points)
 
-    def rows(self, points: Ids, why: str) -> Ids:
-        """Makes the rows of a matrix of points move as wholes; returns one point for each row, its block."""
-        height, width = points.shape
-        if width == 1:
+    def rows(self, points: Ids) -> Ids | None:
+        """Makes the rows of a matrix of points move as wholes: a point for each row, None where rows cross blocks."""
+        height = len(points)
+        members = self.units(points)
+        if (members == members[:, :1]).all():
             return points[:, 0]
-        members, new = self.units(points), self.fresh(height)
+        wider = [np.unique(row) for row in members]
+        if len(np.unique(np.concatenate(wider))) < sum(map(len, wider)):
+            return None
         while True:
             around = self.blocks(members)
             if (around < 0).all():
+                new = self.fresh(height)
                 self._put(members, new[:, None])
                 return new
             if (around < 0).any():
-                break
+                return None
             if (around == around[:, :1]).all():
+                new = self.fresh(height)
                 if len(np.unique(around[:, 0])) == height:
-                    self._unite(new, around[:, 0], why)
+                    self._unite(new, around[:, 0], "")
                 else:
                     self._put(new, around[:, 0])
                     self._put(members, new[:, None])
@@ -134,11 +145,8 @@ class Points:
             wider = [np.unique(row) for row in around]
             sizes = {len(row) for row in wider}
             if len(sizes) > 1 or len(np.unique(np.concatenate(wider))) < height * sizes.pop():
-                break
+                return None
             members = np.stack(wider)
-        self.pin(points, why)
-        self.pin(new, why)
-        return new
 
     def unite(self, a: Ids, b: Ids, why: str) -> None:
         """Makes the points of `a` and `b` move together, position by position."""
@@ -152,6 +160,8 @@ class Points:
         self._unite(a, b, why)
 
     def _put(self, units: Ids, blocks: Ids) -> None:
+        old = self.blocks(units)
+        assert ((old < 0) | (old == self.blocks(np.broadcast_to(blocks, old.shape)))).all(), "a unit leaves its block"
         self._block[units] = blocks
         self._full[blocks] = True
 
@@ -170,11 +180,14 @@ class Points:
                 self.pin(a, why)
                 self.pin(b, why)
                 return
+            if (self.units(low) != low).any() or (self.units(high) != high).any():
+                continue  # their blocks were among them
             if (self._full[low] & self._full[high]).any():  # the colours of their members stay apart
                 self.recolour(np.flatnonzero(np.isin(self.blocks(np.arange(self.count)), high)))
             self._root[high], self._block[low] = low, block
             self._next[low], self._next[high] = self._next[high], self._next[low]
             self._full[low] |= self._full[high]
+            self._open_circles(low, why)
 
     def _join_blocks(self, x: Ids, y: Ids, why: str) -> Ids | None:
         """Ties the blocks of units that become one; returns the innermost, None where they cross."""
@@ -194,17 +207,37 @@ class Points:
         around = self.blocks(fine)
         if (around >= 0).all():
             self._unite(around, coarse, why)
-        elif (around >= 0).any() or np.isin(fine, self.blocks(coarse)).any():
+        elif (around >= 0).any():
             return None
         else:
             self._put(fine, coarse)
+            self._open_circles(fine, why)
         inner[clash] = (x, y)[side][clash]
         return inner
+
+    def _open_circles(self, units: Ids, why: str) -> None:
+        """Pins blocks that would lie in themselves: then nothing is lost if they lie in none."""
+        up = self.units(units)
+        for _ in range(DEPTH):
+            up = np.unique(self.blocks(up))
+            up = up[up >= 0]
+            if not len(up):
+                return
+        circle = [up]
+        for _ in range(DEPTH):
+            circle.append(self.blocks(circle[-1]))
+        every = np.unique(np.concatenate(circle))
+        self._block[every] = -1
+        self.pin(np.flatnonzero(np.isin(self.units(np.arange(self.count)), every)), why)
 
     def finish(self) -> Orbits:
         """Sorts the units into orbits: colour refinement by the orbits of members and blocks, until nothing changes."""
         everything = np.arange(self.count)
         unit, colour, block = self.units(everything), self._colour[everything], self.blocks(everything)
+        up = np.unique(block)
+        for _ in range(DEPTH):
+            up = np.unique(self.blocks(up[up >= 0]))
+        assert (up < 0).all(), "a block lies in itself"
         orbit = _codes(_signatures(unit, colour, self.count, repeats=False)[unit])
         members = np.unique(unit[block >= 0])
         found = 0

@@ -14,16 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx import GraphModule, Node, map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.modules import evaluation_mode
 from clkit.weights import Weights, live_tensors
 
-VIEWS = frozenset(
-    "alias as_strided chunk contiguous detach diagonal expand expand_as flatten mT narrow numpy_T permute reshape "
-    "select slice split split_with_sizes squeeze t transpose unbind unflatten unsqueeze view view_as".split()
-)
+WHOLE = frozenset("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d scaled_dot_product_attention".split())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,8 +47,7 @@ class Program:
         values: dict[Node, list[Any]] = {}
         for node, last in self._steps:
             if node.op == "placeholder":
-                given = [f.get(node.name, x) for f in fixed]
-                values[node] = [t.clone() for t in given] if node in self._overwritten else given
+                values[node] = [f.get(node.name, x) for f in fixed]
             elif node.op == "get_attr":
                 values[node] = [operator.attrgetter(str(node.target))(self.module)] * len(nets)
             elif callable(node.target):
@@ -71,28 +67,23 @@ class Program:
             last[node].append(used)
         return list(last.items())
 
-    @cached_property
-    def _overwritten(self) -> set[Node]:
-        return {owner for node in self.module.graph.nodes if mutates(node) for owner in owners(node)}
-
 
 def _fill(arguments: Any, values: Mapping[Node, list[Any]], k: int) -> Any:
     return map_arg(arguments, lambda node: values[node][k])
 
 
-def trace(model: nn.Module, example: Any, training: bool = False, functional: bool = False) -> Program:
+def trace(model: nn.Module, example: Any, training: bool = False) -> Program:
     """Traces a model on an example in evaluation mode, for any batch size if it allows; it stays as it is.
 
-    `training` traces the training mode; `functional` rewrites operations that work in place. Raises ValueError naming
-    the module that `torch.export` cannot follow.
+    The graph has core ATen operations, which write nothing in place; elementwise ones and `WHOLE` stay, for they
+    are faster so. `training` traces the training mode. Raises ValueError naming the module that `torch.export`
+    cannot follow.
     """
     from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
     with mode(model, training), warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # export prints its graph
         warnings.simplefilter("ignore")
         exported = _exported(model, *arguments(example))
-        if functional or any(map(_open, exported.graph.nodes)):
-            exported = exported.run_decompositions({})
     names = {_place(tensor): name for name, tensor in live_tensors(model).items()}
     signature = exported.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -102,8 +93,6 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
     constants = {place: held[targets[place]] for place, name in found.items() if name is None}
     written = {out: names.get(_place(held[target])) for out, target in signature.buffers_to_mutate.items()}
     module = exported.graph_module
-    if any(map(_open, module.graph.nodes)):
-        _settle(module.graph, constants)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     inputs = [n for n in placeholders if n.name in signature.user_inputs and isinstance(n.meta.get("val"), Tensor)]
     for node in placeholders:
@@ -120,47 +109,6 @@ def trace(model: nn.Module, example: Any, training: bool = False, functional: bo
         next((int(size) for size in sizes if is_concrete_int(size)), None),
         next((n.meta["val"].device for n in inputs), torch.device("cpu")),
     )
-
-
-def _open(node: Node) -> bool:
-    """Does the size of a node's value depend on numbers?"""
-    value = node.meta.get("val")
-    shape = value.shape if isinstance(value, Tensor) else ()
-    return any(isinstance(n, torch.SymInt) and n.node.hint is None for n in shape)
-
-
-def _settle(graph: Graph, constants: dict[str, Tensor]) -> None:
-    """Gives numbers to sizes that depend on constants alone, as of what is picked by boolean masks of the model's own.
-
-    What picks becomes a constant: of a mask the indices of its elements. The graph must not work in place.
-    """
-    known: dict[Any, Any] = {n: constants[n.name] for n in graph.nodes if n.name in constants}
-
-    def placed(value: Tensor) -> Node:
-        place = graph.placeholder("picked")
-        place.meta["val"] = constants[place.name] = known[place] = value
-        return place
-
-    calls: list[Any] = [n for n in graph.nodes if n.op == "call_function"]
-    for node in calls:
-        first, sizes, random = 0, (), torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if known.keys() >= set(node.all_input_nodes) and not random:
-            known[node] = node.target(*map_arg(node.args, known.get), **map_arg(node.kwargs, known.get))
-            sizes = getattr(known[node], "shape", ())
-        elif base_name(node) == "index" and known.keys() >= {i for i in node.args[1] if i}:
-            picks = []
-            with graph.inserting_before(node):
-                for index in node.args[1]:
-                    values = [known[index]] if index else []
-                    if values and values[0].dtype == torch.bool:
-                        values = values[0].nonzero(as_tuple=True)
-                    picks += map(placed, values) if index else [None]
-            node.update_arg(1, picks)
-            places = [k for k, pick in enumerate(picks) if pick]
-            first = places[0] if places[-1] - places[0] < len(places) else 0  # else torch puts them in front
-            sizes = torch.broadcast_shapes(*(known[picks[k]].shape for k in places))
-        for n, size in zip(node.meta["val"].shape[first:] if sizes else (), sizes, strict=False):
-            torch._check(n == size)
 
 
 def arguments(example: Any) -> tuple[tuple, dict[str, Any]]:
@@ -189,10 +137,22 @@ def _exported(model: nn.Module, *example: Any) -> torch.export.ExportedProgram:
         for t in filter(batched, tree_leaves((args, kwargs)) if free else ()):
             sizes[t] = {0: torch.export.Dim.AUTO}
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
+            with torch.no_grad():  # else a model's own no_grad becomes a graph in the graph
+                exported = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
+                return exported.run_decompositions(_decompositions())
         except Exception as error:
             errors.append(error)
     raise ValueError(_untraceable(model, errors[-2:])) from errors[-1]
+
+
+def _decompositions() -> dict[Any, Callable]:
+    table = torch.export.default_decompositions()
+    for operation in [*table]:
+        if isinstance(operation, torch._ops.OpOverload) and (
+            torch.Tag.pointwise in operation.tags or operation._schema.name.partition("::")[2] in WHOLE
+        ):
+            table.pop(operation)
+    return table
 
 
 @contextmanager
@@ -204,7 +164,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     try:
         logging.disable(max(quiet, logging.ERROR))  # a trace that fails is reported by an exception
         with evaluation_mode(model):  # which gives every module its own mode back
-            model.train(training)
+            model.train().train(training)  # the first drops what some models keep while they evaluate
             yield
     finally:
         logging.disable(quiet)
@@ -212,24 +172,10 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def base_name(node: Node) -> str:
-    """An operation's ATen name without overload and without the underscore of its in-place form."""
+    """An operation's ATen name without its overload."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.partition("::")[2].rstrip("_")
+        return node.target._schema.name.partition("::")[2]
     return getattr(node.target, "__name__", str(node.target))
-
-
-def mutates(node: Node) -> bool:
-    """Does an operation change its first operand in place?"""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def owners(node: Node) -> list[Node]:
-    """A node and those whose memory its value may share: what it is a view of, up to the tensor that owns it."""
-    chain = [node]
-    while node.op == "call_function" and node.all_input_nodes and (base_name(node) in VIEWS or mutates(node)):
-        node = node.all_input_nodes[0]
-        chain.append(node)
-    return chain
 
 
 def _place(tensor: Tensor) -> tuple:

@@ -17,15 +17,17 @@ from clkit.symmetry.labels import (
     drop,
     fixed,
     flatten,
-    into_blocks,
     join,
     reduce,
     reorder,
     replace,
     reshape,
+    separate,
+    settle,
     still,
+    tidy,
 )  # fmt: skip
-from clkit.symmetry.moving import RULES, Call, Rule, is_shape, pointwise_rule, reason, rule, same_rule
+from clkit.symmetry.moving import RULES, Call, Rule, is_shape, pointwise_rule, reason, rule
 from clkit.symmetry.points import Ids, Points
 
 _LETTERS = "abcdefghijklmnop"
@@ -42,133 +44,133 @@ def _contract(call: Call, labels: Sequence[Label], terms: Sequence[str], out: st
     return reduce(call.points, product, range(len(out), len(letters)), False, call.why)
 
 
-@rule("linear")
-def linear_rule(call: Call) -> Label:
-    """x @ weight.T + bias."""
-    rows = _LETTERS[: len(call["input"].dims) - 1]
-    out = _contract(call, call.labels("input", "weight"), [rows + "y", "zy"], rows + "z")
-    return join(call.points, [out, *call.labels("bias")], call.why)
+@rule("mm bmm")
+def product_rule(call: Call) -> Label:
+    """Matrix products, of batches too."""
+    batch = _LETTERS[: len(call["self"].dims) - 2]
+    return _contract(call, call.labels("self", "mat2"), [batch + "xz", batch + "zy"], batch + "xy")
 
 
-def _product(call: Call, a: Label, b: Label) -> Label:
-    x, y = ("z" if len(a.dims) == 1 else "xz"), ("z" if len(b.dims) == 1 else "zy")
-    outer = _LETTERS[: max(len(a.dims) - len(x), len(b.dims) - len(y))]
-    terms = [outer[len(outer) - len(t.dims) + len(end) :] + end for t, end in ((a, x), (b, y))]
-    return _contract(call, [a, b], terms, outer + x[:-1] + y[1:])
-
-
-@rule("matmul mm bmm mv dot")
-def matmul_rule(call: Call) -> Label:
-    """`matmul` and its special cases."""
-    return _product(call, *call.labels(*call.arguments))
-
-
-@rule("addmm baddbmm addmv")
+@rule("addmm")
 def addmm_rule(call: Call) -> Label:
     """A sum with a matrix product."""
-    first, a, b = call.labels(*call.arguments)
-    return join(call.points, [first, _product(call, a, b)], call.why)
+    product = _contract(call, call.labels("mat1", "mat2"), ["xz", "zy"], "xy")
+    return join(call.points, [call["self"], product], call.why)
 
 
-@rule("einsum")
-def einsum_rule(call: Call) -> Any:
-    """`einsum`, but for traces."""
-    equation, labels = call["equation"].replace(" ", ""), call["tensors"]
-    left, arrow, out = equation.partition("->")
-    terms = left.split(",")
-    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-    widths = [len(t.dims) - len(term.replace("...", "")) for t, term in zip(labels, terms, strict=True)]
-    dots = "".join(spare[: max((w for w, t in zip(widths, terms, strict=True) if "..." in t), default=0)])
-    if not arrow:
-        letters = left.replace(",", "").replace(".", "")
-        out = ("..." if dots else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    terms = [t.replace("...", dots[len(dots) - w :]) for t, w in zip(terms, widths, strict=True)]
-    if any(len(set(term)) < len(term) for term in terms):
+@rule("_grouped_mm grouped_mm_fallback")
+def experts_rule(call: Call) -> Any:
+    """Rows sorted by expert, each run times the matrix of its expert: one order for all experts."""
+    first, second, *_ = call.labels(*call.arguments)
+    if len(first.dims) != 2 or len(second.dims) != 3:
         return NotImplemented
-    return _contract(call, labels, terms, out.replace("...", dots))
+    rows, experts = settle(call.points, first, [0], call.why), settle(call.points, second, [0], call.why)
+    return _contract(call, [rows, experts], ["xz", "ezy"], "xy")
+
+
+@rule("_cdist_forward")
+def distance_rule(call: Call) -> Label:
+    """Distances between the rows of two matrices, of batches too."""
+    batch = _LETTERS[: len(call["x1"].dims) - 2]
+    return _contract(call, call.labels("x1", "x2"), [batch + "xz", batch + "yz"], batch + "xy")
 
 
 @rule("scaled_dot_product_attention")
 def attention_rule(call: Call) -> Any:
-    """Scaled dot-product attention; a causal mask pins the positions."""
-    query, key, value = call.labels("query", "key", "value")
-    if call["enable_gqa"] or len({len(t.dims) for t in (query, key, value)}) > 1:
+    """Scaled dot-product attention; a causal mask fixes the positions, several heads may share keys and values."""
+    labels = call.labels("query", "key", "value")
+    rank = len(labels[0].dims)
+    if any(len(t.dims) != rank for t in labels):
         return NotImplemented
     if call["is_causal"]:
-        rank = len(query.dims)
-        query, key, value = (drop(call.points, t, t.touching([rank - 2]), call.why) for t in (query, key, value))
-    outer = _LETTERS[: len(query.dims) - 2]
+        labels = [settle(call.points, t, [rank - 2], call.why) for t in labels]
+    if call["enable_gqa"]:
+        labels = [_shared(t, rank - 3, labels[0].shape[rank - 3]) for t in labels]
+    query, key, value = labels
+    outer = _LETTERS[: rank - 2]
     scores = _contract(call, [query, key], [outer + "xz", outer + "yz"], outer + "xy")
     scores = join(call.points, [scores, *call.labels("attn_mask")], call.why)
-    into_blocks(call.points, scores, [len(outer) + 1], call.why)
+    scores = separate(call.points, scores, [rank - 1], call.why)
     return _contract(call, [scores, value], [outer + "xy", outer + "yz"], outer + "xz")
 
 
-@rule("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d")
-def convolution_rule(call: Call) -> Any:
-    """Convolutions: like a product over channels; positions in images and kernels are pinned."""
+def _shared(label: Label, dim: int, size: int) -> Label:
+    """The label with every index of a dimension so often in sequence that there are `size`."""
+    rows = [*label.dims]
+    rows[dim] = (*rows[dim], Factor(size // label.shape[dim]))
+    return tidy(rows, label.spans)
+
+
+@rule("convolution")
+def convolution_rule(call: Call) -> Label:
+    """Convolutions, transposed ones too: a product over channels; positions in images and kernels are fixed."""
     x, weight = call["input"], call["weight"]
-    transposed, groups = call.arguments.get("transposed", "output_padding" in call.arguments), call["groups"]
-    batched = len(x.dims) == len(weight.dims)
-    if not batched:
-        x = Label(((), *x.dims), x.spans)
-    space = range(2, len(x.dims))
-    x = drop(call.points, x, x.touching(space), call.why)
-    weight = drop(call.points, weight, weight.touching(space), "kernel position")
-    shape = call.shape if batched else (1, *call.shape)
-    spread = [Label(((), t.dims[0], *((),) * len(space)), t.spans) for t in call.labels("bias")]
-    if groups == 1:
-        flat_x, flat_w = Label(x.dims[:2], x.spans), Label(weight.dims[:2], weight.spans)
-        out = _contract(call, [flat_x, flat_w], ["ac", "cb" if transposed else "bc"], "ab")
-    elif transposed:
-        return NotImplemented
+    sizes = zip(weight.shape[2:], call["stride"], call["padding"], call["output_padding"], strict=True)
+    space = [d for d, taps in enumerate(sizes, 2) if taps != (1, 1, 0, 0)]  # a kernel of one leaves positions alone
+    x = settle(call.points, x, space, call.why)
+    weight = settle(call.points, weight, range(2, len(weight.dims)), "kernel position")
+    if call["groups"] == 1:
+        where = _LETTERS[3 : len(x.dims) + 1]
+        flat = Label(weight.dims[:2], weight.spans)
+        out = _contract(call, [x, flat], ["ac" + where, "cb" if call["transposed"] else "bc"], "ab" + where)
     else:
-        out = _grouped(call, x, weight, groups)
-    where = fixed(shape[2:], reason(x, space)).dims
-    out = join(call.points, [Label((*out.dims, *where), out.spans), *spread], call.why)
-    return out if batched else Label(out.dims[1:], out.spans)
+        out = _grouped(call, x, weight)
+    for d in space:
+        out = replace(out, d, Factor(call.shape[d], reason(x, [d])))
+    return _channels(call, out, "bias")
 
 
-def _grouped(call: Call, x: Label, weight: Label, groups: int) -> Label:
-    """Groups move whole, and channels within each: the inputs of a group are rows, so are its outputs."""
-    inputs, outputs = line(call.points, x, 1, call.why), line(call.points, weight, 0, call.why)
-    outputs = outputs.reshape(groups, -1)
-    if len(inputs) == groups:
-        blocks = inputs
-    elif call.fibre is not None:
-        call.points.unite(inputs, call.fibre, call.why)
-        blocks = call.points.rows(inputs.reshape(groups, -1), call.why)
+def _grouped(call: Call, x: Label, weight: Label) -> Label:
+    """Groups move whole, and channels within each: the channels of a group are rows, where they come in and go out.
+
+    Dimension 0 of the weight holds the channels of all groups on one side, dimension 1 a group's on the other.
+    """
+    points, why, groups = call.points, call.why, call["groups"]
+    inputs, whole = (line(points, t, k, why).reshape(groups, -1) for t, k in ((x, 1), (weight, 0)))
+    part = call.fibre
+    if part is None:
+        settle(points, weight, [1], why)
+        part = points.fresh(groups, weight.shape[1])
+        points.pin(part, why, (1,))
+    given, outputs = (whole, part) if call["transposed"] else (part, whole)
+    points.unite(inputs, given, why)
+    one, other = points.rows(inputs), points.rows(outputs)
+    if one is None or other is None:
+        points.pin(inputs, why)
+        points.pin(outputs, why)
     else:
-        call.points.pin(inputs.reshape(groups, -1), call.why, (1,))
-        drop(call.points, weight, weight.touching([1]), call.why)
-        blocks = call.points.rows(inputs.reshape(groups, -1), call.why)
-    call.points.unite(call.points.rows(outputs, call.why), blocks, call.why)
+        points.unite(one, other, why)
     channels = Factor(outputs.size)
-    batch = drop(call.points, x, [p for p in x.touching([0]) if p in x.touching([1])], call.why)
-    return Label((batch.dims[0], (channels,)), (*batch.touching([0]), Span(outputs.ravel(), (channels,))))
+    label = drop(points, x, [p for p in x.touching([1]) if not set(p.factors) <= set(x.dims[1])], why)
+    spans = [p for p in label.spans if p not in label.touching([1])]
+    return Label((label.dims[0], (channels,), *label.dims[2:]), (*spans, Span(outputs.ravel(), (channels,))))
 
 
 def line(points: Points, label: Label, dim: int, why: str) -> Ids:
-    """The points along one dimension, new ones that stand still where it is fixed."""
+    """The points along one dimension: new ones that stand still where it is fixed, or free where it is uniform."""
+    if label.dims[dim] and not any(f.why or label.span(f) for f in label.dims[dim]):
+        return points.fresh(label.shape[dim])
     label = flatten(points, label, dim, why)
     label = drop(points, label, [p for p in label.touching([dim]) if p.points.ndim > 1], why)
     spans = label.touching([dim])
     return spans[0].points if spans else still(points, label.shape[dim], reason(label, [dim]))
 
 
-@rule("max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
-@rule("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
-@rule("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d")
-@rule("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d")
+@rule("avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_avg_pool1d")
+@rule("adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d grid_sampler_2d")
+@rule("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d")
+@rule("upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa")
 def spatial_rule(call: Call) -> Any:
-    """Pooling and resizing: the last dimensions are pinned."""
-    shapes = tree_leaves(call.shape, is_leaf=is_shape)
-    label, rank = same_rule(call), len(shapes[0])
+    """Pooling and resizing: the last dimensions are fixed, and what says where to look."""
+    label, *others = call.labels(*call.arguments)
+    for other in others:
+        drop(call.points, other, other.spans, call.why)
     count = next(int(c) for c in call.name if c.isdigit())  # the operation's name says how many
-    dims = range(rank - count, rank)
+    dims = range(len(label.dims) - count, len(label.dims))
     why = reason(label, dims)
-    label = drop(call.points, label, label.touching(dims), call.why)
-    out = [Label((*label.dims[: dims[0]], *fixed(s[dims[0] :], why).dims), label.spans) for s in shapes]
+    label = settle(call.points, label, dims, call.why)
+    shapes = [call.shape] if is_shape(call.shape) else call.shape
+    out = [tidy((*label.dims[: dims[0]], *fixed(s[dims[0] :], why).dims), label.spans) for s in shapes]
     return out[0] if is_shape(call.shape) else out
 
 
@@ -179,58 +181,63 @@ def _channels(call: Call, label: Label, *names: str) -> Label:
     return join(call.points, [label, *spread], call.why)
 
 
-@rule("batch_norm _native_batch_norm_legit_no_training instance_norm")
-def batch_norm_rule(call: Call) -> Any:
-    """Normalisation of each channel."""
+@rule("_native_batch_norm_legit_no_training _native_batch_norm_legit _native_batch_norm_legit_functional")
+def batch_norm_rule(call: Call) -> list[Label]:
+    """Normalisation of each channel, by given statistics or by its own."""
     label = call["input"]
-    if call.arguments.get("training") or call.arguments.get("use_input_stats"):
-        into_blocks(call.points, label, [1] if "training" in call.arguments else range(2, len(label.dims)), call.why)
+    others = [d for d in range(len(label.dims)) if d != 1]
+    if not call.name.endswith("no_training"):
+        label = separate(call.points, label, others, call.why)
     out = _channels(call, label, "weight", "bias", "running_mean", "running_var")
-    return out if is_shape(call.shape) else [out, *(fixed(s, call.why) for s in call.shape[1:])]
+    statistics = reduce(call.points, out, others, False, call.why)
+    return [out, *(statistics if s == statistics.shape else fixed(s, call.why) for s in call.shape[1:])]
 
 
-@rule("group_norm")
-def group_norm_rule(call: Call) -> Label:
+@rule("native_group_norm")
+def group_norm_rule(call: Call) -> list[Label]:
     """Normalisation of each run of channels: these move in blocks."""
-    label, shape = call["input"], call["input"].shape
-    groups = call["num_groups"]
+    label, shape, groups = call["input"], call["input"].shape, call["group"]
     grouped = reshape(call.points, label, (shape[0], groups, shape[1] // groups, *shape[2:]), call.why)
-    into_blocks(call.points, grouped, range(2, len(grouped.dims)), call.why)
-    return _channels(call, label, "weight", "bias")
+    inner = range(2, len(grouped.dims))
+    grouped = separate(call.points, grouped, inner, call.why)
+    out = _channels(call, reshape(call.points, grouped, shape, call.why), "weight", "bias")
+    return [out, *[reduce(call.points, grouped, inner, False, call.why)] * 2]
 
 
-@rule("layer_norm rms_norm")
-def layer_norm_rule(call: Call) -> Label:
+@rule("native_layer_norm")
+def layer_norm_rule(call: Call) -> list[Label]:
     """Normalisation over the last dimensions."""
     label, rank = call["input"], len(call["input"].dims)
-    into_blocks(call.points, label, range(rank - len(call["normalized_shape"]), rank), call.why)
-    return join(call.points, [label, *call.labels("weight", "bias")], call.why)
+    inner = range(rank - len(call["normalized_shape"]), rank)
+    label = separate(call.points, label, inner, call.why)
+    out = join(call.points, [label, *call.labels("weight", "bias")], call.why)
+    return [out, *[reduce(call.points, label, inner, True, call.why)] * 2]
 
 
-@rule("softmax log_softmax _softmax _log_softmax _safe_softmax")
+@rule("_softmax _log_softmax")
 def softmax_rule(call: Call) -> Label:
     """A dimension is normalised whatever its order."""
-    into_blocks(call.points, call["self"], [call.dim()], call.why)
-    return call["self"]
+    return separate(call.points, call["self"], [call.dim()], call.why)
 
 
-@rule("mean sum amax amin var std norm linalg_vector_norm logsumexp prod any all")
-def reduce_rule(call: Call) -> Label:
+@rule("mean sum amax amin var var_mean any all prod")
+def reduce_rule(call: Call) -> Any:
     """Sums and the like, over some or all dimensions."""
     label, dims = call["self"], call.arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims
     dims = [d % len(label.dims) for d in dims] if dims else range(len(label.dims))
-    return reduce(call.points, label, list(dims), bool(call.arguments.get("keepdim")), call.why)
+    out = reduce(call.points, label, list(dims), bool(call.arguments.get("keepdim")), call.why)
+    return out if is_shape(call.shape) else [out for _ in call.shape]
 
 
-@rule("cumsum cumprod sort argsort topk max min argmax argmin")
+@rule("cumsum cumprod logcumsumexp cummax cummin sort topk kthvalue median mode max min argmax argmin")
 def ordered_rule(call: Call) -> Any:
-    """Operations that look at the order along one dimension: that one is pinned."""
+    """Operations that look at the order along one dimension: that one is fixed."""
     if call.arguments.get("dim") is None:
         return NotImplemented
     label, dim = call["self"], call.dim()
-    label = drop(call.points, label, label.touching([dim]), call.why)
-    shapes = tree_leaves(call.shape, is_leaf=is_shape)
+    label = settle(call.points, label, [dim], call.why)
+    shapes = [call.shape] if is_shape(call.shape) else call.shape
     if len(shapes[0]) < len(label.dims):
         out = reorder(label, [d for d in range(len(label.dims)) if d != dim])
     else:
@@ -240,24 +247,22 @@ def ordered_rule(call: Call) -> Any:
 
 @rule("embedding")
 def embedding_rule(call: Call) -> Label:
-    """Rows of a weight that the input picks."""
-    weight = drop(call.points, call["weight"], call["weight"].touching([0]), "input")
-    return Label((*fixed(call.shape[:-1], "input").dims, weight.dims[1]), weight.spans)
-
-
-@rule("prelu")
-def prelu_rule(call: Call) -> Label:
-    """Leaky ReLU with a slope for each channel."""
-    return _channels(call, call["self"], "weight") if len(call["self"].dims) > 1 else pointwise_rule(call)
+    """Rows of a weight, which stand still, where the indices are."""
+    weight = settle(call.points, call["weight"], [0], "input")
+    indices = join(call.points, [call["indices"]], call.why)
+    return Label((*indices.dims, weight.dims[1]), (*indices.spans, *weight.spans))
 
 
 def propagate(call: Call) -> Any:
     """The label of an operation's result, nested as the result is."""
     operands = [a for a in tree_leaves(call.arguments) if isinstance(a, Label)]
-    live = any(label.spans for label in operands)
-    result = known(call) if live and (known := _rule(call)) else NotImplemented
-    if result is not NotImplemented:
+    if is_shape(call.shape) and 0 in call.shape:
+        return fixed(call.shape, "empty")
+    known = rule_of(call.node.target)
+    if known and (result := known(call)) is not NotImplemented:
+        assert [t.shape for t in tree_leaves(result)] == tree_leaves(call.shape, is_leaf=is_shape), call.why
         return result
+    live = any(label.spans for label in operands)
     reasons = [f.why for label in operands for row in label.dims for f in row if f.why]
     why = call.why if live else next(iter(reasons), "constant")
     for label in operands:
@@ -265,10 +270,10 @@ def propagate(call: Call) -> Any:
     return tree_map(lambda shape: None if shape is None else fixed(shape, why), call.shape, is_leaf=is_shape)
 
 
-def _rule(call: Call) -> Rule | None:
-    target = call.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+def rule_of(target: Any) -> Rule | None:
+    """The rule for what a node of a graph calls, if there is one."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "transformers"):
         return None
     if torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags:
         return pointwise_rule
-    return RULES.get(call.name)
+    return RULES.get(target._schema.name.partition("::")[2])

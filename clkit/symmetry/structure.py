@@ -144,12 +144,11 @@ class Symmetry:
             args, kwargs = tree_map(lambda t: _copy(t, dtype), arguments(self.example if example is None else example))
             own = {name: buffer.clone() for name, buffer in net.named_buffers()}
             own |= {name: tensor.clone() if name in own else tensor for name, tensor in w.items()}
-            leaves = tree_leaves(called(net, own, args, kwargs))
+            with mode(net, training=False):
+                leaves = tree_leaves(called(net, own, args, kwargs))
             return [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, (Tensor, int, float, complex))]
 
-        with mode(net, training=False):
-            before, after = outputs(weights), outputs(moved)
-        change = max(map(_change, before, after), default=0.0)
+        change = max(map(_change, outputs(weights), outputs(moved)), default=0.0)
         return Proof(change, change < tolerance, self.share, len(self.groups), self.frozen)
 
     @torch.no_grad()

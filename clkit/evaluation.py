@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit.data import IGNORED, Examples, Stream, Task, cuts
+from clkit.data import Examples, Stream, Task
+from clkit.data.core import IGNORED, cuts
 from clkit.modules import called, dtype_of, evaluation_mode, unwrapped
 from clkit.weights import Weights, set_weights
 
@@ -110,14 +111,18 @@ def _means(
 def check_width(logits: Tensor, classes: int) -> None:
     """Raises ValueError if logits (..., outputs) are fewer than the stream has classes."""
     if logits.shape[-1] < classes:
-        raise ValueError(f"model: it has {logits.shape[-1]} outputs for {classes} classes; give it a head for all")
+        raise ValueError(
+            f"model: it has {logits.shape[-1]} outputs and the stream {classes} classes; give it a head for all of them"
+        )
 
 
 def check_logits(wrong: float, where: str) -> None:
     """Raises FloatingPointError if any logits were not finite: no number is made of them."""
     if wrong:
-        remedy = "after a merge re-estimate BatchNorm or take a shorter step, and mask a class by -1e9 or so"
-        raise FloatingPointError(f"{where}: logits are NaN or infinite; {remedy}")
+        raise FloatingPointError(
+            f"{where}: logits are NaN or infinite; the weights do not make a network: after a merge "
+            "re-estimate BatchNorm or take a shorter step, and mask a class by a finite number such as -1e9"
+        )
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from clkit import checks, normalization
 from clkit.checks import Count, Positive
-from clkit.models.features import activations, check_layers, features, with_weights
+from clkit.models import activations, features, with_weights
+from clkit.models.features import check_layers
 from clkit.normalization import Moments
 from clkit.weights import Weights, lerp
 
@@ -378,7 +379,8 @@ def _samples(activation: Tensor) -> Tensor:
 def _check_rows(least: int, *inputs: Tensor) -> None:
     counts = [len(rows) for rows in inputs]
     if len(set(counts)) > 1:
-        found = " and ".join(map(str, counts))
-        raise ValueError(f"a, b: {found} examples; pass features of the same inputs, in the same order")
+        raise ValueError(
+            f"a, b: {' and '.join(map(str, counts))} examples; pass features of the same inputs, in the same order"
+        )
     if counts[0] < least:
         raise ValueError(f"x: {counts[0]} examples are too few; give {least} or more")

@@ -381,8 +381,10 @@ def _embedded(name: str, documents: list[str]) -> Corpus:
     """Part documents found on this machine, if they are enough for a task."""
     size = sum(map(len, documents))
     if size < ENOUGH:
-        remedy = "give a folder or a zip of real texts as path=, or a file of your own to text_file()"
-        raise ValueError(f"name: {name!r} has {size} bytes of text here and a task needs {ENOUGH}; {remedy}")
+        raise ValueError(
+            f"name: {name!r} has {size} bytes of text on this machine and a task needs {ENOUGH}; give a folder or a "
+            "zip of real texts as path=, or a file of your own to text_file()"
+        )
     return _parted(documents, name)
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clkit import checks
-from clkit.data import IGNORED, Batch, Examples, Stream, Task
+from clkit.data import Batch, Examples, Stream, Task
+from clkit.data.core import IGNORED
 from clkit.modulation import TaskState
 
 LabelSpace = Literal["all", "seen", "task"]

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from clkit import alignment, checks, store
 from clkit.checkpoint import check_same, identify, restore, snapshot, widened
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
-from clkit.data import Stream, Task, cuts
+from clkit.data import Stream, Task
+from clkit.data.core import cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.modules import dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
@@ -402,9 +403,10 @@ class _Loop:
         """Raises FloatingPointError, naming task and step, if a loss of an epoch is not finite."""
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
-            where = f"step {first + int(bad[0, 0])} of task {task.index} ({task.name!r})"
-            remedy = f"try a smaller lr than {self.training.lr} or Training(clip=1.0)"
-            raise FloatingPointError(f"the loss is {losses[bad[0, 0]].item()} in {where}; {remedy}")
+            raise FloatingPointError(
+                f"the loss is {losses[bad[0, 0]].item()} in step {first + int(bad[0, 0])} of task {task.index} "
+                f"({task.name!r}); try a smaller lr than {self.training.lr} or Training(clip=1.0)"
+            )
 
     def evaluate(self) -> Evaluation:
         """Tests the live model on every task, the way the learner predicts."""

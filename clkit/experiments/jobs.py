@@ -10,17 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import cloudpickle
+import joblib
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
-
-try:
-    import cloudpickle
-except ImportError:  # joblib before 1.6 brings it along
-    from joblib.externals import cloudpickle  # type: ignore[attr-defined]
-
-import joblib
-import pandas as pd
 from tqdm.auto import tqdm
 
 from clkit.store import Records, attempt, cache_root, describe, digest, source_digest

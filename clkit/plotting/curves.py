@@ -46,7 +46,6 @@ def alpha_sweep(
     *,
     values: Sequence[str] = ("acc", "last", "forgetting"),
     along: str = "alpha",
-    by: str = "method",
     ends: tuple[str, ...] | None = None,
 ) -> None:
     """One panel for each of `values` against `along`, as `lines` draws them; the legend stands beside the last one.
@@ -60,7 +59,7 @@ def alpha_sweep(
     common.check_columns(table, *values, along, "seed")
     ends = ("new", "old") if ends is None and along in ("alpha", "beta") else ends
     for ax, value in zip(panels, values, strict=True):
-        lines(ax, table, along, value, by=by)
+        lines(ax, table, along, value)
         if ends:
             _ends(ax, sorted(table[along].dropna().unique()), ends)
     common.legend(panels[-1])
@@ -205,7 +204,7 @@ def stages(
         ax.legend(**common.BESIDE)
 
 
-def sawtooth(ax: Axes, table: pd.DataFrame, *, names: Sequence[str] | None = None, ticks: bool = True) -> None:
+def sawtooth(ax: Axes, table: pd.DataFrame, *, names: Sequence[str] | None = None) -> None:
     """Accuracy on every task along one run, jumps drawn upright: what a merge does to it, and what undoes that.
 
     The table is `Result.trajectory()`: learning, step, when, task, accuracy. `names` are those of the tasks. Merges are
@@ -220,7 +219,7 @@ def sawtooth(ax: Axes, table: pd.DataFrame, *, names: Sequence[str] | None = Non
         label = names[task] if names else f"task {task + 1}"
         ax.plot(rows["step"], 100 * rows["accuracy"], color=colour, linewidth=1.4, label=label)
     merged = walked.loc[walked["when"] == "after", "step"].unique()
-    if ticks and len(merged):
+    if len(merged):
         ax.plot(merged, [0] * len(merged), "^", color=common.BLACK, markersize=4, label="merge", clip_on=False)
     for start in walked.groupby("learning")["step"].max().iloc[:-1]:
         ax.axvline(start, color=common.GREY, linestyle=":", linewidth=1)

@@ -97,11 +97,10 @@ def bars(
     value: str = "acc",
     *,
     by: str = "method",
-    level: float = 0.95,
     shades: Mapping[str, str] = {},
     filled: bool = True,
 ) -> None:
-    """Compares methods: a bar from 0 to the mean over seeds, a dot a seed, and Student's `level` confidence interval.
+    """Compares methods: a bar from 0 to the mean over seeds, a dot a seed, and Student's 95 % confidence interval.
 
     The table has a row for each seed of each method. Methods keep the order of the table, first on top. One seed
     gets no interval, and that of shares stays between 0 and 1. Variants of a method have its colour; `shades` gives
@@ -116,7 +115,7 @@ def bars(
     share = common.factor(label) > 1 and shown[value].min() >= 0
 
     def interval(seeds: Any) -> tuple[float, float]:
-        half = student.ppf((1 + level) / 2, len(seeds) - 1) * seeds.std(ddof=1) / len(seeds) ** 0.5
+        half = student.ppf(0.975, len(seeds) - 1) * seeds.std(ddof=1) / len(seeds) ** 0.5
         low, high = seeds.mean() - half, seeds.mean() + half
         return (max(low, 0), min(high, 100)) if share else (low, high)
 

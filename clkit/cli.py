@@ -122,9 +122,8 @@ def run(argv: Sequence[str]) -> int:
             if text is not None:
                 settings[part][option.name] = checks.parse(option.name, text, option.hint)
             elif option.required and option.name not in settings[part]:
-                raise ValueError(
-                    f"{parts[part]} needs --{destination.replace('_', '-')}, {checks.expects(option.hint)}"
-                )
+                flag = destination.replace("_", "-")
+                raise ValueError(f"{parts[part]} needs --{flag}, {checks.expects(option.hint)}")
         result = _run(parsed, parts, settings)
     except (ValueError, TypeError, OSError) as error:
         return _complain(error)

@@ -111,18 +111,14 @@ def _means(
 def check_width(logits: Tensor, classes: int) -> None:
     """Raises ValueError if logits (..., outputs) are fewer than the stream has classes."""
     if logits.shape[-1] < classes:
-        raise ValueError(
-            f"model: it has {logits.shape[-1]} outputs and the stream {classes} classes; give it a head for all of them"
-        )
+        raise ValueError(f"model: it has {logits.shape[-1]} outputs for {classes} classes; give it a head for all")
 
 
 def check_logits(wrong: float, where: str) -> None:
     """Raises FloatingPointError if any logits were not finite: no number is made of them."""
     if wrong:
-        raise FloatingPointError(
-            f"{where}: logits are NaN or infinite; the weights do not make a network: after a merge "
-            "re-estimate BatchNorm or take a shorter step, and mask a class by a finite number such as -1e9"
-        )
+        remedy = "after a merge re-estimate BatchNorm or take a shorter step, and mask a class by -1e9 or so"
+        raise FloatingPointError(f"{where}: logits are NaN or infinite; {remedy}")
 
 
 @torch.no_grad()

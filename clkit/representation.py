@@ -379,8 +379,7 @@ def _samples(activation: Tensor) -> Tensor:
 def _check_rows(least: int, *inputs: Tensor) -> None:
     counts = [len(rows) for rows in inputs]
     if len(set(counts)) > 1:
-        raise ValueError(
-            f"a, b: {' and '.join(map(str, counts))} examples; pass features of the same inputs, in the same order"
-        )
+        found = " and ".join(map(str, counts))
+        raise ValueError(f"a, b: {found} examples; pass features of the same inputs, in the same order")
     if counts[0] < least:
         raise ValueError(f"x: {counts[0]} examples are too few; give {least} or more")

@@ -73,18 +73,12 @@ class Linearized(nn.Module):
         Raises ValueError for inputs that want a gradient.
         """
         if torch.compiler.is_exporting():
-            raise TypeError(
-                "model: a linearised model is not exported, and its units cannot be permuted without its point of "
-                "expansion; export or align its `network`"
-            )
+            raise TypeError("model: a linearised model is no plain network; export or align its `network`")
         point = {name: p for name, p in self.network.named_parameters() if p.is_floating_point()}
         theta = {name: p for name, p in self.named_parameters() if name in point}
         grad = torch.is_grad_enabled()
         if grad and any(layer.requires_grad for layer in _layers(x)):
-            raise ValueError(
-                "x: it wants a gradient, which a linearised model does not give; detach it, or linearise what precedes "
-                "together with the model"
-            )
+            raise ValueError("x: it wants a gradient, which a linearised model does not give; detach it")
         if torch.compiler.is_compiling() or any(len(_layers(t)) > 1 for t in (x, *theta.values())):
             return self._by_jvp(x, point, theta)
         _silence()

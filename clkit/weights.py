@@ -47,10 +47,8 @@ def floating(name: str, tensor: Any) -> bool:
         if not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized):
             return False
     kind = getattr(tensor, "dtype", type(tensor).__name__)
-    raise ValueError(
-        f"{name}: {kind} is no dense tensor of real numbers in 16 bits or more; hold a complex one as two real ones, "
-        "load the numbers of one on the meta device first, and give others dense and in floating point"
-    )
+    remedy = "give dense real ones, a complex one as two, one on the meta device with its numbers"
+    raise ValueError(f"{name}: {kind} is no dense tensor of real numbers in 16 bits or more; {remedy}")
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -101,16 +99,12 @@ def check_same(*ws: Weights, names: Sequence[str] | None = None) -> None:
     for i, other in enumerate(ws[1:], 1):
         if first.keys() != other.keys():
             missing, extra = sorted(first.keys() - other.keys())[:3], sorted(other.keys() - first.keys())[:3]
-            raise ValueError(
-                f"{label[i]} and {label[0]} have different names: missing {missing}, unexpected {extra}; "
-                "both must come from get_weights of the same architecture"
-            )
+            names = f"missing {missing}, unexpected {extra}; give weights of the same architecture"
+            raise ValueError(f"{label[i]} and {label[0]} have different names: {names}")
         for name, tensor in first.items():
             if tensor.shape != other[name].shape:
-                raise ValueError(
-                    f"{label[i]} and {label[0]} differ in the shape of {name!r}: {tuple(other[name].shape)} and "
-                    f"{tuple(tensor.shape)}; both must come from the same architecture and number of classes"
-                )
+                shapes = f"{tuple(other[name].shape)} and {tuple(tensor.shape)}; give the same architecture and classes"
+                raise ValueError(f"{label[i]} and {label[0]} differ in the shape of {name!r}: {shapes}")
 
 
 def equal(a: Weights, b: Weights) -> bool:

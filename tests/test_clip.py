@@ -292,9 +292,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"stream": toys.stream()}, r"shape \(6,\), this network takes images"),
+            ({"stream": toys.stream()}, r"inputs \(6,\) are no images"),
             ({"stream": pictures((2, 16, 16))}, "2 channels, this network takes 1 or 3"),
-            ({"stream": pictures((3, 16, 7))}, "16 x 7 are too small for this network; enlarge them to 8 x 8"),
+            ({"stream": pictures((3, 16, 7))}, "16 x 7 are too small; enlarge them to 8 x 8"),
             ({"name": "tinny"}, "name: 'tinny' is unknown; .* did you mean 'tiny'"),
             ({"name": "rn"}, "image tower of rn is no transformer"),
             ({"name": "timm"}, "image tower of timm is no transformer"),

@@ -258,7 +258,7 @@ def test_bad_folders_are_refused(tmp_path: Path):
     refuses("has 1 example", plant(tmp_path / "single", "a/1.png", "b/1.png", "b/2.png"))
     refuses(r"folders around 'c\.png' do not fit", plant(tmp_path / "flat", "a/1.png", "b/1.png", "c.png"))
     refuses(
-        r"classes \['b'\] in one part only; give each to train and test",
+        r"classes \['b'\] in one part only; give each to both",
         plant(tmp_path / "half", "train/a/1.png", "train/b/1.png", "test/a/1.png"),
     )
     good = plant(tmp_path / "good", *PLAIN)

@@ -324,7 +324,7 @@ def test_streams_leave_their_dataset_alone():
         (lambda d: data.split(d, 2, order=["c1", "C1"]), "order: 'C1' is unknown; .*did you mean 'c"),
         (
             lambda d: data.split(d, 2, order=[0, 6]),
-            r"order: classes \[6\] come twice or are not among the 6 of 'toy'; pass each id from 0 to 5",
+            r"order: classes \[6\] come twice or are not in 'toy'; pass each id from 0 to 5",
         ),
         (lambda d: data.split(d, 2, order=[0, "c0"]), r"order: classes \[0\] come twice .*once at most"),
         (lambda d: data.permuted(d, 0), "tasks: 0; give a whole number, at least 1"),

@@ -271,7 +271,7 @@ class TestHuggingFace:
             (lambda s, bytes_, path, void: models.huggingface(s, void), "has no causal language model"),
             (lambda s, bytes_, path, void: models.huggingface(s, void / "none"), "is no folder"),
             (lambda s, bytes_, path, void: data.texts("law", tokenizer=void), "has no tokenizer"),
-            (lambda s, bytes_, path, void: models.huggingface(data.split(data.digits()), path), "reads integer tokens"),
+            (lambda s, bytes_, path, void: models.huggingface(data.split(data.digits()), path), "no integer tokens"),
         ],
     )
     def test_bad_input_names_itself_and_the_remedy(self, folder, tokens, tmp_path, build, message):

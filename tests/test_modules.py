@@ -261,11 +261,11 @@ class TestTrial:
     @pytest.mark.parametrize(
         ("model", "error", "message"),
         [
-            (Odd(lambda out: (out, out)), TypeError, "model: it returns a tuple, and logits, a tensor, are wanted"),
+            (Odd(lambda out: (out, out)), TypeError, "model: it returns a tuple; give a module .* logits alone"),
             (Odd(lambda out: {"logits": out}), TypeError, "model: it returns a dict"),
             (Odd(lambda out: out[:, None]), ValueError, r"model: it returns \(2, 1, 6\) .* of shape \(2, classes\)"),
             (Odd(lambda out: out.argmax(1)), ValueError, "model: it returns .*int64"),
-            (Odd(lambda out: out[:, :3]), ValueError, "model: it has 3 outputs and the stream 6 classes"),
+            (Odd(lambda out: out[:, :3]), ValueError, "model: it has 3 outputs for 6 classes"),
             (Odd(lambda out: out.detach()), ValueError, "model: it fails in training mode .* does not require grad"),
             (Odd(lambda out: out / 0), FloatingPointError, "model: its logits in evaluation mode are not finite"),
             (nn.Linear(5, 6), ValueError, r"model: it fails in evaluation mode on 2 prepared rows, \(2, 6\)"),
@@ -289,7 +289,7 @@ class TestTrial:
         ("rules", "message"),
         [
             ((ICaRL(9),), "runs no nn.Linear"),
-            ((Replay(9), CLeWI()), r"model: units of Bilinear cannot be permuted, as CLeWI.* does; use align=None"),
+            ((Replay(9), CLeWI()), r"model: units of Bilinear cannot be permuted, as CLeWI.* does .*; use align=None"),
             ((Learner(), HCMM(importance="fisher")), "projection: no linear layer"),
         ],
     )

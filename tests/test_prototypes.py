@@ -199,7 +199,7 @@ class TestEncoder:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"stream": toys.stream()}, r"shape \(6,\), this network takes images"),
+            ({"stream": toys.stream()}, r"inputs \(6,\) are no images"),
             ({"widths": (4, 0)}, r"widths: \(4, 0\); give several, each a whole number"),
             ({"widths": (4, 6)}, r"widths: \(4, 6\); give multiples of 4"),
             ({"widths": (4.0,)}, r"widths: \(4.0,\); give"),

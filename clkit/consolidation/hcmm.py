@@ -149,10 +149,8 @@ class HCMM:
             set_weights(context.model, context.current)
             return curvature.fisher(context.model, context.inputs, labels="exact")
         if context.second_moment is None:
-            raise ValueError(
-                f'importance: "{self.importance}" needs Adam\'s second moments and there are none; train with '
-                'Training(optimizer="adamw") for at least one step, or use importance="fisher" or "none"'
-            )
+            remedy = 'use Training(optimizer="adamw") for at least one step, or use importance="fisher" or "none"'
+            raise ValueError(f"importance: {self.importance!r} needs Adam's second moments, there are none; {remedy}")
         scales = context.moment_scale if self.importance == "corrected" else {}
         moments = {name: v / scales.get(name, 1.0) for name, v in context.second_moment.items()}
         if self.importance == "normalised":

@@ -177,9 +177,7 @@ class SFA:
             }
         own = [name for name in merged if name.startswith(self.own)]
         if self.own and not own:
-            raise ValueError(
-                f"own: no tensor's name begins with one of {self.own}; the model has {list(merged)[:3]} ..."
-            )
+            raise ValueError(f"own: no tensor's name begins with one of {self.own}, but {list(merged)[:3]} ...")
         return {**merged, **{name: context.current[name].clone() for name in own}}
 
 
@@ -244,10 +242,8 @@ class Velocity(_Looking):
     def __post_init__(self) -> None:
         checks.fields(self)
         if not self.shortest <= self.start <= self.longest:
-            raise ValueError(
-                f"start: {self.start!r}, with shortest {self.shortest!r} and longest {self.longest!r}; give "
-                "shortest <= start <= longest"
-            )
+            ends = f"from {self.shortest!r} to {self.longest!r}"
+            raise ValueError(f"start: {self.start!r}; give shortest <= start <= longest, here {ends}")
 
     def __call__(self, context: Context, since: Since, notes: Any) -> tuple[bool, Any]:
         """Merges at the end of an interval and sets the next one's length."""

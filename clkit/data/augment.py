@@ -122,9 +122,8 @@ def check_images(owner: str, x: Tensor, normalize: Normalize) -> None:
     """Raise where raw images (N, C, H, W) have their channels last, or are bytes of another dtype than uint8."""
     channels, height, width = x.shape[1:]
     if width in (1, 3, 4) and channels not in (1, 3, 4) and height != width:
-        raise ValueError(
-            f"{owner}: images {tuple(x.shape[1:])} have their channels last; pass x.permute(0, 3, 1, 2).contiguous()"
-        )
+        shape = tuple(x.shape[1:])
+        raise ValueError(f"{owner}: images {shape} have their channels last; pass x.permute(0, 3, 1, 2).contiguous()")
     whole = not x.is_floating_point() and x.dtype not in (torch.uint8, torch.bool)
     alike = x.is_floating_point() and channels in (1, 3, 4) and max(normalize.std) <= 1
     if whole or (alike and x.min() >= 0 and 127 < x.max() < 256):

@@ -43,10 +43,8 @@ class Examples:
             count = len(self.y) if self.y.ndim else "no"
             raise ValueError(f"y: x has {len(self.x)} rows and y has {count}; pass one label for each row of x")
         if self.y.ndim != 1 and self.y.shape != self.x.shape:
-            raise ValueError(
-                f"y: the shape is {tuple(self.y.shape)} and that of x {tuple(self.x.shape)}; pass one label for each "
-                "row, or one for each token; of one-hot rows, y.argmax(1)"
-            )
+            shapes = f"{tuple(self.y.shape)} and that of x {tuple(self.x.shape)}"
+            raise ValueError(f"y: the shape is {shapes}; pass one label a row or a token; of one-hot rows, y.argmax(1)")
 
     def __len__(self) -> int:
         return len(self.y)
@@ -305,15 +303,10 @@ def check_examples(owner: str, data: Dataset | Task, classes: tuple[int, ...]) -
         counts = torch.bincount(y.clamp(0, max(classes) + 1), minlength=max(classes) + 2)
         counts[list(classes)] = 0
         if counts.any() or (len(y) and y.min() < 0):
-            known = torch.isin(y, torch.tensor(classes, device=y.device))
-            raise ValueError(
-                f"{owner}: {part} labels {y[~known].unique()[:5].tolist()} are not among its {len(classes)} classes; "
-                "labels count from 0 and every one needs its class"
-            )
+            odd = y[~torch.isin(y, torch.tensor(classes, device=y.device))].unique()[:5].tolist()
+            raise ValueError(f"{owner}: {part} labels {odd} are not among its {len(classes)} classes, counted from 0")
     if train.x.shape[1:] != test.x.shape[1:] or train.x.dtype != test.x.dtype:
-        raise ValueError(
-            f"{owner}: train inputs are {tuple(train.x.shape[1:])} {train.x.dtype}, test inputs "
-            f"{tuple(test.x.shape[1:])} {test.x.dtype}; convert them alike"
-        )
+        kinds = " and ".join(f"{tuple(part.x.shape[1:])} {part.x.dtype}" for part in (train, test))
+        raise ValueError(f"{owner}: train inputs and test inputs are {kinds}; convert them alike")
     if train.x.ndim == 4:
         check_images(owner, train.x, data.normalize)

@@ -190,9 +190,8 @@ def folder(
     train, test = parts["train"], parts[held]
     classes = sorted({image.label for image in train}, key=_natural)
     if other := {image.label for image in test} ^ set(classes):
-        raise ValueError(
-            f"path: {name} has classes {sorted(other)[:5]} in one part only; give each to train and test, spelled alike"
-        )
+        lone = sorted(other)[:5]
+        raise ValueError(f"path: {name} has classes {lone} in one part only; give each to both, spelled alike")
     if len(classes) < 2:
         raise ValueError(f"path: {name} has one class, {classes}; expected two or more in {LAYOUTS}")
 

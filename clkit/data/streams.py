@@ -38,10 +38,8 @@ def split(
     count = len(ids)
     sizes = [count // tasks + (i < count % tasks) for i in range(tasks)] if isinstance(tasks, int) else tasks
     if min(sizes, default=0) < 1 or sum(sizes) != count:
-        raise ValueError(
-            f"tasks: {tasks} for {count} classes of {dataset.name!r}; pass a number from 1 to {count}, "
-            f"or sizes from 1 that sum to {count}"
-        )
+        remedy = f"pass a number from 1 to {count}, or sizes from 1 that sum to {count}"
+        raise ValueError(f"tasks: {tasks} for {count} classes of {dataset.name!r}; {remedy}")
     steps = []
     for index, (start, stop) in enumerate(pairwise(accumulate(sizes, initial=0))):
         classes = tuple(ids[start:stop])
@@ -66,10 +64,8 @@ def domains(datasets: Mapping[str, Dataset] | Sequence[Dataset], *, normalize: N
     for name, other in named.items():
         if other.classes != dataset.classes:
             differing = sorted(set(other.classes) ^ set(dataset.classes))[:5] or "their order"
-            raise ValueError(
-                f"datasets: {name!r} differs from {first!r} in classes ({differing}); use the same, "
-                "or series() for classes of their own"
-            )
+            remedy = "use the same, or series() for classes of their own"
+            raise ValueError(f"datasets: {name!r} differs from {first!r} in classes ({differing}); {remedy}")
     return _line("+".join(named), list(named.items()), normalize or dataset.normalize)
 
 
@@ -251,10 +247,8 @@ def _order(dataset: Dataset, order: int | Sequence[int | str] | None) -> list[in
     ids = [known.index(checks.choice("order", c, known)) if isinstance(c, str) else c for c in order]
     wrong = sorted({label for label in ids if ids.count(label) > 1 or not 0 <= label < len(known)})
     if wrong:
-        raise ValueError(
-            f"order: classes {wrong[:5]} come twice or are not among the {len(known)} of {dataset.name!r}; "
-            f"pass each id from 0 to {len(known) - 1} once at most"
-        )
+        remedy = f"pass each id from 0 to {len(known) - 1} once at most"
+        raise ValueError(f"order: classes {wrong[:5]} come twice or are not in {dataset.name!r}; {remedy}")
     return ids
 
 

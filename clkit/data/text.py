@@ -381,10 +381,8 @@ def _embedded(name: str, documents: list[str]) -> Corpus:
     """Part documents found on this machine, if they are enough for a task."""
     size = sum(map(len, documents))
     if size < ENOUGH:
-        raise ValueError(
-            f"name: {name!r} has {size} bytes of text on this machine and a task needs {ENOUGH}; give a folder or a "
-            "zip of real texts as path=, or a file of your own to text_file()"
-        )
+        remedy = "give a folder or a zip of real texts as path=, or a file of your own to text_file()"
+        raise ValueError(f"name: {name!r} has {size} bytes of text here and a task needs {ENOUGH}; {remedy}")
     return _parted(documents, name)
 
 

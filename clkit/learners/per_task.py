@@ -130,8 +130,6 @@ class PerTask(Learner):
 
 def _modulated(model: nn.Module) -> Modulated:
     if not isinstance(model, Modulated):
-        raise TypeError(
-            f"model: PerTask needs a Modulated and got a {type(model).__name__}; pass modulation.Modulated(model, "
-            "Modulation(4, 4)), or partial(modulation.modulated, model=models.convnet); in a shell: --rule Modulation"
-        )
+        remedy = "pass Modulated(model, Modulation(4, 4)), or partial(modulated, model=...), or --rule Modulation"
+        raise TypeError(f"model: PerTask needs a Modulated and got a {type(model).__name__}; {remedy}")
     return model

@@ -255,10 +255,8 @@ def _check_known(name: str, known: Weights, shapes: Mapping[str, tuple[int, ...]
     check_finite(known, name)
     for key, tensor in known.items():
         if tensor.shape != shapes.get(key):
-            raise ValueError(
-                f"{name}: {key!r} of shape {tuple(tensor.shape)} does not fit the weights; measure it on the same "
-                "architecture, with curvature.fisher or curvature.grams"
-            )
+            shape, remedy = tuple(tensor.shape), "measure it on the same architecture, by curvature.fisher or .grams"
+            raise ValueError(f"{name}: {key!r} of shape {shape} does not fit the weights; {remedy}")
 
 
 def _angle(a: Weights, b: Weights, names: Sequence[str]) -> Tensor:

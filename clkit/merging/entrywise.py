@@ -132,10 +132,8 @@ def della(
     """
     half = epsilon / 2
     if density - half <= 0 or density + half > 1:
-        raise ValueError(
-            f"epsilon: {epsilon} takes the density {density} out of (0, 1]; give at most "
-            f"{2 * min(density, 1 - density):g}, and 0 at density 1"
-        )
+        most = f"{2 * min(density, 1 - density):g}"
+        raise ValueError(f"epsilon: {epsilon} takes the density {density} out of (0, 1]; give at most {most}")
     vectors, draws = TaskVectors(ws, base, rows=True), Draws(seed, len(ws))
 
     def rule(piece: Piece, part: Tensor) -> Tensor:

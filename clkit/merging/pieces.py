@@ -294,9 +294,7 @@ def _threshold(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: Entr
         if not (too_low | too_high).any():
             break
         if (low[too_high] == -math.inf).any():  # no bracket is wider: some values are NaN
-            raise ValueError(
-                f"ws: what entries of {names[:3]} are ranked by is not a number; give task vectors that do not overflow"
-            )
+            raise ValueError(f"ws: what {names[:3]} are ranked by is not a number; give shorter task vectors")
         high[too_low], low[too_high] = math.inf, -math.inf
     ranks = (keep - above).tolist()
     value = torch.stack([v.kthvalue(len(v) - rank + 1).values for v, rank in zip(inside, ranks, strict=True)])

@@ -33,21 +33,14 @@ def image_shape(stream: Stream, smallest: int = 1, channels: Collection[int] = (
     are no images, for images with a side below `smallest`, and for other numbers of channels.
     """
     if len(stream.shape) != 3:
-        raise ValueError(
-            f"stream: its inputs have shape {stream.shape}, this network takes images (C, H, W); "
-            "use models.mlp for vectors"
-        )
+        raise ValueError(f"stream: inputs {stream.shape} are no images (C, H, W); use models.mlp for vectors")
     own, height, width = stream.shape
     if channels and own not in channels:
-        raise ValueError(
-            f"stream: images have {own} channels, this network takes {' or '.join(map(str, channels))}; "
-            "use models.convnet or models.encoder"
-        )
+        takes = " or ".join(map(str, channels))
+        raise ValueError(f"stream: images have {own} channels, this network takes {takes}; use models.convnet")
     if min(height, width) < smallest:
-        raise ValueError(
-            f"stream: images of {height} x {width} are too small for this network; enlarge them to "
-            f"{smallest} x {smallest} or use models.convnet"
-        )
+        size = f"{smallest} x {smallest}"
+        raise ValueError(f"stream: images of {height} x {width} are too small; enlarge them to {size}")
     return own, height, width
 
 
@@ -55,10 +48,8 @@ def context_length(stream: Stream) -> int:
     """The number L of tokens in each of a stream's inputs (N, L); raises ValueError for other inputs."""
     dtype = stream[0].train.x.dtype
     if len(stream.shape) != 1 or dtype != torch.int64:
-        raise ValueError(
-            f"stream: {stream.name!r} has inputs {stream.shape} of {dtype}, a language model reads integer tokens "
-            "(L,); use data.texts with the model's tokenizer, or models.vit for images"
-        )
+        remedy = "use data.texts with the model's tokenizer, or models.vit for images"
+        raise ValueError(f"stream: inputs {stream.shape} of {dtype} are no integer tokens (L,); {remedy}")
     return stream.shape[0]
 
 

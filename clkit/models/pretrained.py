@@ -90,10 +90,8 @@ def _load_all_but_head(model: nn.Module, state: Mapping[str, Tensor], classes: i
     odd = {key for key in own.keys() | state.keys() if key not in both or own[key].shape != state[key].shape}
     head = {key for key in odd & both if own[key].shape == (classes, *state[key].shape[1:])}
     if odd - head or len({len(state[key]) for key in head}) > 1:
-        raise ValueError(
-            f"weights: {len(odd)} tensors do not fit {name} for this stream, first {sorted(odd - head or head)[:3]}; "
-            "give weights of the same architecture and image size"
-        )
+        first, remedy = sorted(odd - head or head)[:3], "give weights of the same architecture and image size"
+        raise ValueError(f"weights: {len(odd)} tensors do not fit {name} for this stream, first {first}; {remedy}")
     model.load_state_dict(state | {key: own[key] for key in head})
 
 
@@ -174,10 +172,8 @@ def _patch(open_clip: Any, name: str) -> int:
     checks.choice("name", name, open_clip.list_models())
     tower = open_clip.get_model_config(name)["vision_cfg"]
     if tower.get("timm_model_name") or tower.get("output_tokens") or not isinstance(tower.get("layers", 12), int):
-        raise ValueError(
-            f"name: the image tower of {name} is no transformer of open_clip's own that ends in one projection; use "
-            "one whose is, for example 'ViT-B-16-quickgelu'"
-        )
+        remedy = "use one whose is, for example 'ViT-B-16-quickgelu'"
+        raise ValueError(f"name: the image tower of {name} is no transformer that ends in one projection; {remedy}")
     return tower.get("patch_size", 16)
 
 
@@ -229,10 +225,8 @@ def huggingface(stream: Stream, path: Path | str, *, seed: int = 0) -> nn.Module
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **local)
     sizes, classes = model.config.get_text_config(), len(stream.classes)
     if sizes.vocab_size < classes:
-        raise ValueError(
-            f"stream: it has {classes} tokens, the model {sizes.vocab_size}; use data.texts(..., tokenizer=path) with "
-            "the model's own tokenizer"
-        )
+        remedy = "use data.texts(..., tokenizer=path) with the model's own"
+        raise ValueError(f"stream: it has {classes} tokens, the model {sizes.vocab_size}; {remedy}")
     longest = getattr(sizes, "max_position_embeddings", None)
     if longest is not None and longest < context:
         raise ValueError(f"stream: windows of {context} tokens, the model takes {longest}; lower context")

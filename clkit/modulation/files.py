@@ -37,9 +37,8 @@ def load(path: Path | str, model: Modulated) -> TaskState:
     """
     state = _task(path, model)
     if max(state.classes) >= model.outputs:
-        raise ValueError(
-            f"path: {path} has class {max(state.classes)}, the model {model.outputs}; give it a larger head"
-        )
+        largest = max(state.classes)
+        raise ValueError(f"path: {path} has class {largest}, the model {model.outputs}; give it a larger head")
     return state
 
 
@@ -79,9 +78,8 @@ def _task(path: Path | str, model: Modulated) -> TaskState:
     tensors, header = _read(path)
     ours = _made_by(model)
     if differ := store.differences({name: header[name] for name in ours}, ours):
-        raise ValueError(
-            f"path: {path} belongs to another model ({'; '.join(differ)}); make the model that it was saved with"
-        )
+        found = "; ".join(differ)
+        raise ValueError(f"path: {path} belongs to another model ({found}); make the one that it was saved with")
     like, classes = model.state((0,)).tensors, header["classes"]
     rows = {name for name in like if name.startswith(f"backbone.{model.head}.")}
     found = {name: tensor[:1] if name in rows else tensor for name, tensor in tensors.items()}
@@ -89,9 +87,8 @@ def _task(path: Path | str, model: Modulated) -> TaskState:
     weights.check_finite(tensors, f"path: {path}")
     for name, tensor in tensors.items():
         if tensor.dtype != like[name].dtype or (name in rows and len(tensor) != len(classes)):
-            raise ValueError(
-                f"path: {path} has a damaged {name!r} ({tensor.dtype}, {tuple(tensor.shape)}); save it again"
-            )
+            kind = f"{tensor.dtype}, {tuple(tensor.shape)}"
+            raise ValueError(f"path: {path} has a damaged {name!r} ({kind}); save it again")
     device = next(model.parameters()).device
     return TaskState(tuple(classes), {name: tensor.to(device) for name, tensor in tensors.items()})
 

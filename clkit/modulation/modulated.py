@@ -116,9 +116,7 @@ class Modulated(nn.Module):
         drawn = self._drawn()
         self._parts = [part for part in self._parts if drawn[part.key]]
         if rule is not None and not self._parts:
-            raise ValueError(
-                f"rule: {rule!r} leaves every layer as it is; use smaller factors, or None for the head alone"
-            )
+            raise ValueError(f"rule: {rule!r} leaves every layer as it is; use smaller factors, or None")
         self.gains = nn.ParameterDict({name: nn.Parameter(t) for name, t in _flat(drawn).items()})
         self._matrices: dict[str, str] = {}
         for weight in map(self._weight, self._parts):

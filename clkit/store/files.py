@@ -76,9 +76,8 @@ def plain(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
         return [plain(item, other) for item in value]
     if other is not None:
         return other(value)
-    raise TypeError(
-        f"{type(value).__name__} {value!r:.60} cannot be stored; give numbers, text, lists, arrays or dicts"
-    )
+    kind = type(value).__name__
+    raise TypeError(f"{kind} {value!r:.60} cannot be stored; give numbers, text, lists, arrays or dicts")
 
 
 def writable(path: Path | str) -> Path:
@@ -216,10 +215,8 @@ class _Packer:
             return node.item()
         if node is None or isinstance(node, bool | int | float | str):
             return node
-        raise TypeError(
-            f"{place} is {node!r:.60} ({type(node).__name__}) and cannot be stored; give tensors, arrays, numbers, "
-            "texts, and lists or dicts of them"
-        )
+        kind, remedy = type(node).__name__, "give tensors, arrays, numbers, texts, and lists or dicts of them"
+        raise TypeError(f"{place} is {node!r:.60} ({kind}) and cannot be stored; {remedy}")
 
     def reference(self, tensor: Tensor, place: str) -> dict[str, Any]:
         """What stands for a tensor: its name in the file, where it belongs, and its strides if they are unusual."""

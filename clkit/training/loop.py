@@ -403,10 +403,9 @@ class _Loop:
         """Raises FloatingPointError, naming task and step, if a loss of an epoch is not finite."""
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
-            raise FloatingPointError(
-                f"the loss is {losses[bad[0, 0]].item()} in step {first + int(bad[0, 0])} of task {task.index} "
-                f"({task.name!r}); try a smaller lr than {self.training.lr} or Training(clip=1.0)"
-            )
+            where = f"step {first + int(bad[0, 0])} of task {task.index} ({task.name!r})"
+            remedy = f"try a smaller lr than {self.training.lr} or Training(clip=1.0)"
+            raise FloatingPointError(f"the loss is {losses[bad[0, 0]].item()} in {where}; {remedy}")
 
     def evaluate(self) -> Evaluation:
         """Tests the live model on every task, the way the learner predicts."""

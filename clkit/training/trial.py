@@ -39,10 +39,8 @@ def check_arguments(stream: Any, model: Any, learner: Any, consolidation: Any, t
             raise TypeError(f"{name}: {given!r:.80} ({type(given).__name__}); give {wanted}")
     check_inputs(stream)
     if getattr(consolidation, "uses_moments", False) and training.optimizer != "adamw":
-        raise ValueError(
-            f"optimizer: {training.optimizer!r} keeps no second moments, which {consolidation!r} reads; use "
-            'Training(optimizer="adamw"), or a consolidation that does without, such as one with importance="fisher"'
-        )
+        remedy = 'use Training(optimizer="adamw"), or importance="fisher"'
+        raise ValueError(f"optimizer: {training.optimizer!r} keeps no second moments for {consolidation!r}; {remedy}")
 
 
 def made(model: Any, stream: Stream, seed: int, device: torch.device) -> nn.Module:
@@ -80,10 +78,9 @@ def check_inputs(stream: Stream) -> None:
                 good = torch.cat([rows.flatten(1).isfinite().all(1) for rows in x.split(ROWS_AT_ONCE)])
                 if not good.all():
                     first = int((~good).nonzero()[0])
-                    raise ValueError(
-                        f"stream: {int((~good).sum())} of {len(x)} {part} rows of task {task.index} ({task.name!r}) "
-                        f"hold a NaN or an infinity, row {first} the first; mend or leave out these rows"
-                    )
+                    where = f"{part} rows of task {task.index} ({task.name!r})"
+                    bad = f"{int((~good).sum())} of {len(x)} {where}"
+                    raise ValueError(f"stream: {bad} hold a NaN or an infinity, row {first} the first; mend these rows")
 
 
 def attempt(loop: Any) -> None:
@@ -112,21 +109,17 @@ def check_outputs(model: nn.Module, batch: Batch, classes: int) -> int:
             logits = model(batch.x)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"model: it returns a {type(logits).__name__}, and logits, a tensor, are wanted; give a module whose "
-            "forward returns the logits alone"
+            f"model: it returns a {type(logits).__name__}; give a module that returns logits alone, a tensor"
         )
     wanted = tuple(batch.y.shape)
     if tuple(logits.shape[:-1]) != wanted or not logits.is_floating_point():
-        raise ValueError(
-            f"model: it returns {tuple(logits.shape)} {logits.dtype} for inputs {tuple(batch.x.shape)}; logits are "
-            f"floating numbers of shape ({', '.join(map(str, wanted))}, classes)"
-        )
+        shapes = f"{tuple(logits.shape)} {logits.dtype} for inputs {tuple(batch.x.shape)}"
+        remedy = f"give floating logits of shape ({', '.join(map(str, wanted))}, classes)"
+        raise ValueError(f"model: it returns {shapes}; {remedy}")
     check_width(logits, classes)
     if not logits.isfinite().all():
-        raise FloatingPointError(
-            "model: its logits in evaluation mode are not finite before any training, for inputs that are; look for "
-            "statistics that were never estimated, or numbers that overflow"
-        )
+        remedy = "look for statistics that were never estimated, or numbers that overflow"
+        raise FloatingPointError(f"model: its logits in evaluation mode are not finite before any training; {remedy}")
     return logits.shape[-1]
 
 
@@ -163,7 +156,7 @@ def check_loss(loss: Any, learner: Learner) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(
-            f"learner: the loss of {learner!r:.80} is {what}; give a tensor with one number, computed from the model"
+            f"learner: the loss of {learner!r:.80} is {what}; give a tensor with one number, from the model"
         )
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit import checks
-from clkit.data.core import IGNORED, cuts
+from clkit.data import IGNORED, cuts
 from clkit.modules import called, hooked, unwrapped
 from clkit.weights import Weights, set_weights
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit.data import Examples, Stream, Task
-from clkit.data.core import IGNORED, cuts
+from clkit.data import IGNORED, Examples, Stream, Task, cuts
 from clkit.modules import called, dtype_of, evaluation_mode, unwrapped
 from clkit.weights import Weights, set_weights
 

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from clkit import checks, normalization
 from clkit.checks import Count, Positive
-from clkit.models import activations, features, with_weights
-from clkit.models.features import check_layers
+from clkit.models.features import activations, check_layers, features, with_weights
 from clkit.normalization import Moments
 from clkit.weights import Weights, lerp
 

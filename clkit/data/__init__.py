@@ -2,7 +2,7 @@
 
 from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize
 from clkit.data.characters import FONTS, SCRIPTS, glyphs
-from clkit.data.core import Batch, Dataset, Examples, Scenario, Stream, Task
+from clkit.data.core import IGNORED, Batch, Dataset, Examples, Rows, Scenario, Stream, Task, cuts
 from clkit.data.images import TORCHVISION, digits, first_of_each, folder, folders, load
 from clkit.data.streams import (
     conflicting, cumulative, domains, permutations, permuted, rotated, series, shared_head, split,

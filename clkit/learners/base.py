@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clkit import checks
-from clkit.data import Batch, Examples, Stream, Task
-from clkit.data.core import IGNORED
+from clkit.data import IGNORED, Batch, Examples, Stream, Task
 from clkit.modulation import TaskState
 
 LabelSpace = Literal["all", "seen", "task"]

@@ -10,8 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from clkit import checks
 from clkit.curvature import trainable
-from clkit.data import Batch, Task
-from clkit.data.core import cuts
+from clkit.data import Batch, Task, cuts
 from clkit.evaluation import outputs
 from clkit.learners.base import Learner, Setting
 from clkit.learners.rehearsal import ER

@@ -10,8 +10,7 @@ from torch.nn.functional import normalize
 
 from clkit import checks
 from clkit.curvature import trainable
-from clkit.data import Batch, Examples, Task
-from clkit.data.core import Rows
+from clkit.data import Batch, Examples, Rows, Task
 from clkit.evaluation import EVALUATION_BATCH, outputs, side_pass
 from clkit.learners.base import Learner, Setting
 from clkit.memory import Memory, Policy, check_policy, herding

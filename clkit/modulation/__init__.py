@@ -9,6 +9,5 @@ network("greek.safetensors", backbone)                  # an ordinary network, a
 ```
 """
 
-from clkit.modulation.files import listed, load, network, save
-from clkit.modulation.modulated import Modulated, TaskState, modulated
+from clkit.modulation.modulated import Modulated, TaskState, listed, load, modulated, network, save
 from clkit.modulation.rules import RULES, LowRank, Mask, Modulation, Own, Rule, interpolation_matrix

@@ -38,8 +38,7 @@ from torch import Tensor, nn
 from clkit import alignment, checks, store
 from clkit.checkpoint import check_same, identify, restore, snapshot, widened
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
-from clkit.data import Stream, Task
-from clkit.data.core import cuts
+from clkit.data import Stream, Task, cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.modules import dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped

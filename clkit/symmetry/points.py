@@ -37,7 +37,7 @@ class Points:
         self.count, self.colours = 0, 0
         self._root, self._colour, self._block, self._why = (np.empty(0, np.int64) for _ in range(4))
         self._next = np.empty(0, np.int64)  # the members of a unit form a ring
-        self._full = np.empty(0, bool)  # is the block around another unit
+        self._links: list[tuple[Ids, Ids]] = []  # points, and for each that of the row it is in
         self._reasons = [""]
 
     def fresh(self, *shape: int) -> Ids:
@@ -47,7 +47,7 @@ class Points:
             room = np.full(max(len(self._root), n, 1024), -1)
             self._root, self._colour = np.append(self._root, room), np.append(self._colour, room)
             self._block, self._why = np.append(self._block, room), np.append(self._why, room)
-            self._next, self._full = np.append(self._next, room), np.append(self._full, room > 0)
+            self._next = np.append(self._next, room)
         new = np.arange(self.count, self.count + n)
         self._root[new], self._colour[new], self._block[new], self._why[new] = new, self.colours, -1, 0
         self._next[new], self.count, self.colours = new, self.count + n, self.colours + 1
@@ -72,13 +72,17 @@ class Points:
         """Refines colours by tags: of points, and of all in their units. Only equal tags may replace each other."""
         first = points.ravel()
         tags = np.broadcast_to(np.broadcast_to(tags, points.shape).ravel(), first.shape)
+        every = self._rings(first)
+        self._refine(every.ravel(), np.broadcast_to(tags, every.shape).ravel())
+        self._refine(first, tags)  # a unit with several of the points got the tag of one
+
+    def _rings(self, first: Ids) -> Ids:
+        """All points of the units of some, one column each, which repeats its first where others are longer."""
         ring, members = self._next[first], [first]
         while (open_ := ring != first).any():
             members.append(np.where(open_, ring, first))
             ring = np.where(open_, self._next[ring], first)
-        every = np.stack(members)
-        self._refine(every.ravel(), np.broadcast_to(tags, every.shape).ravel())
-        self._refine(first, tags)  # a unit with several of the points got the tag of one
+        return np.stack(members)
 
     def _refine(self, points: Ids, tags: Ids) -> None:
         codes = _codes(self._colour[points], tags)
@@ -119,34 +123,31 @@ class Points:
 
     def rows(self, points: Ids) -> Ids | None:
         """Makes the rows of a matrix of points move as wholes: a point for each row, None where rows cross blocks."""
-        height = len(points)
         members = self.units(points)
         if (members == members[:, :1]).all():
             return points[:, 0]
-        wider = [np.unique(row) for row in members]
-        if len(np.unique(np.concatenate(wider))) < sum(map(len, wider)):
+        new = self._wrap([np.unique(row) for row in members])
+        if new is not None:
+            self._links.append((points.ravel(), np.repeat(new, points.shape[1])))
+        return new
+
+    def _wrap(self, members: list[Ids]) -> Ids | None:
+        """Puts sets of units into blocks, each set into another one; None where they cross."""
+        flat, lengths = np.concatenate(members), [len(some) for some in members]
+        around = self.blocks(flat)
+        if len(np.unique(flat)) < len(flat) or ((around < 0).any() and (around >= 0).any()):
             return None
-        while True:
-            around = self.blocks(members)
-            if (around < 0).all():
-                new = self.fresh(height)
-                self._put(members, new[:, None])
-                return new
-            if (around < 0).any():
-                return None
-            if (around == around[:, :1]).all():
-                new = self.fresh(height)
-                if len(np.unique(around[:, 0])) == height:
-                    self._unite(new, around[:, 0], "")
-                else:
-                    self._put(new, around[:, 0])
-                    self._put(members, new[:, None])
-                return new
-            wider = [np.unique(row) for row in around]
-            sizes = {len(row) for row in wider}
-            if len(sizes) > 1 or len(np.unique(np.concatenate(wider))) < height * sizes.pop():
-                return None
-            members = np.stack(wider)
+        wider = [np.unique(some) for some in np.split(around, np.cumsum(lengths)[:-1])]
+        if (around >= 0).all() and max(map(len, wider)) > 1:
+            return self._wrap(wider)
+        new, outer = self.fresh(len(members)), np.concatenate(wider)
+        if (outer >= 0).all() and len(np.unique(outer)) == len(outer):
+            self._unite(new, outer, "")
+            return new
+        if (outer >= 0).all():
+            self._put(new, outer)
+        self._put(flat, np.repeat(new, lengths))
+        return new
 
     def unite(self, a: Ids, b: Ids, why: str) -> None:
         """Makes the points of `a` and `b` move together, position by position."""
@@ -163,7 +164,6 @@ class Points:
         old = self.blocks(units)
         assert ((old < 0) | (old == self.blocks(np.broadcast_to(blocks, old.shape)))).all(), "a unit leaves its block"
         self._block[units] = blocks
-        self._full[blocks] = True
 
     def _unite(self, a: Ids, b: Ids, why: str) -> None:
         while True:
@@ -182,12 +182,20 @@ class Points:
                 return
             if (self.units(low) != low).any() or (self.units(high) != high).any():
                 continue  # their blocks were among them
-            if (self._full[low] & self._full[high]).any():  # the colours of their members stay apart
-                self.recolour(np.flatnonzero(np.isin(self.blocks(np.arange(self.count)), high)))
             self._root[high], self._block[low] = low, block
             self._next[low], self._next[high] = self._next[high], self._next[low]
-            self._full[low] |= self._full[high]
+            self._tell_apart(low, why)
             self._open_circles(low, why)
+
+    def _tell_apart(self, units: Ids, why: str) -> None:
+        """Pins units with a colour twice: which of the two would go to which of another's is not known."""
+        members = self._rings(units)
+        padding = np.arange(-len(members), 0)[1:, None]
+        colours = self._colour[members]
+        colours[1:] = np.where(members[1:] == members[0], padding, colours[1:])
+        twice = (np.diff(np.sort(colours, axis=0), axis=0) == 0).any(axis=0)
+        if twice.any():
+            self.pin(np.unique(members[:, twice]), why)
 
     def _join_blocks(self, x: Ids, y: Ids, why: str) -> Ids | None:
         """Ties the blocks of units that become one; returns the innermost, None where they cross."""
@@ -238,13 +246,16 @@ class Points:
         for _ in range(DEPTH):
             up = np.unique(self.blocks(up[up >= 0]))
         assert (up < 0).all(), "a block lies in itself"
-        orbit = _codes(_signatures(unit, colour, self.count, repeats=False)[unit])
+        inside, rows = (np.concatenate([some[k] for some in self._links] or [up[:0]]) for k in (0, 1))
         members = np.unique(unit[block >= 0])
-        found = 0
-        while found < (found := int(orbit.max(initial=-1)) + 1):
+        orbit, found = np.zeros(self.count, np.int64), ()
+        while found != (found := (len(np.unique(colour)), len(np.unique(orbit)))):
+            row = _codes(colour[rows], orbit[unit[rows]])
+            colour = _codes(colour, _signatures(inside, row, self.count))
+            own = _signatures(unit, colour, self.count)[unit]
             inner = _signatures(block[members], orbit[members], self.count)[unit]
             outer = np.where(block >= 0, orbit[block], -1)
-            orbit = _codes(orbit, inner, outer)
+            orbit = _codes(orbit, own, inner, outer)
         return Orbits(unit, colour, block, orbit, self._why[everything], self._reasons)
 
 
@@ -257,9 +268,8 @@ def _codes(*keys: Ids) -> Ids:
     return codes
 
 
-def _signatures(owner: Ids, value: Ids, size: int, repeats: bool = True) -> Ids:
-    """Numbers, for each of `size` owners, the collections of their values; without `repeats`, an owner that has one
-    value twice is like no other."""
+def _signatures(owner: Ids, value: Ids, size: int) -> Ids:
+    """Numbers, for each of `size` owners, the collections of their values; -1 for owners of none."""
     order = np.lexsort((value, owner))
     owner, value = owner[order], value[order]
     names, starts, counts = np.unique(owner, return_index=True, return_counts=True)
@@ -267,10 +277,6 @@ def _signatures(owner: Ids, value: Ids, size: int, repeats: bool = True) -> Ids:
     for count in np.unique(counts):
         same = counts == count
         table = value[starts[same][:, None] + np.arange(count)]
-        codes = np.unique(table, axis=0, return_inverse=True)[1].ravel()
-        if not repeats:
-            twice = (np.diff(table, axis=1) == 0).any(axis=1)
-            codes[twice] = len(codes) + np.arange(twice.sum())
-        numbers[names[same]] = used + codes
-        used += 2 * len(codes)
+        numbers[names[same]] = used + np.unique(table, axis=0, return_inverse=True)[1].ravel()
+        used += len(table)
     return numbers

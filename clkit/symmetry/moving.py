@@ -261,10 +261,12 @@ def pad_rule(call: Call) -> Label:
     label, pad = call["self"], call["pad"]
     for k in range(len(pad) // 2):
         dim, edges = len(label.dims) - 1 - k, (pad[2 * k], pad[2 * k + 1])
+        if not any(edges):
+            continue
         if min(edges) < 0:
             label = settle(call.points, label, [dim], call.why)
         if not label.touching([dim]):
-            label = replace(label, dim, Factor(call.shape[dim], reason(label, [dim]))) if any(edges) else label
+            label = replace(label, dim, Factor(call.shape[dim], reason(label, [dim])))
             continue
         edge = reduce(call.points, label, [dim], True, call.why)
         around = [replace(edge, dim, Factor(n, call.why)) if n else None for n in edges]

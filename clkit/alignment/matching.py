@@ -166,7 +166,7 @@ Shown = list[tuple[str, Matrix]]  # groups, each as often as it is seen, and how
 def _measure(
     watch: Callable[..., None], images: int | None, nets: Sequence[Weights], moments: "Sequence[_Moments]"
 ) -> dict[tuple[int, int], Shown]:
-    """One pass of networks over the inputs: what it shows of each pair of them."""
+    """What one pass of networks (`watch`) shows of each pair of them; `images`: see `_Moments.compare`."""
 
     def look(tap: Tap, values: list[Tensor]) -> None:
         for m in moments:
@@ -290,17 +290,22 @@ def _matched(
 Found = list[dict[str, Tensor]]  # how each network is permuted so far
 
 
+@dataclass(eq=False)
 class _Matcher:
     """Networks on the way to a common order."""
 
-    def __init__(self, symmetry: Symmetry, model: nn.Module, nets: Mapping[str, Weights]) -> None:
-        for name, weights in nets.items():
-            check_weights(symmetry, weights, name)
+    symmetry: Symmetry
+    model: nn.Module
+    named: Mapping[str, Weights]
+
+    def __post_init__(self) -> None:
+        for name, weights in self.named.items():
+            check_weights(self.symmetry, weights, name)
             check_finite(weights, name)
-        still, places = frozen_tensors(model), symmetry.places
-        held = {symmetry.root(g) for g in places if any(name in still for name, *_ in places[g])}
-        self.free = [root for root in symmetry.roots if root not in held]
-        self.symmetry, self.nets, self.order = symmetry, [*nets.values()], [*range(len(nets))]
+        still, places, root = frozen_tensors(self.model), self.symmetry.places, self.symmetry.root
+        held = {root(g) for g in places if any(name in still for name, *_ in places[g])}
+        self.free = [root for root in self.symmetry.roots if root not in held]
+        self.nets, self.order = [*self.named.values()], [*range(len(self.named))]
 
     def step(self, found: Found, k: int, others: list[int], roots: list[str]) -> dict[str, Tensor]:
         """How network k must move on to look like the mean of others, in the groups of some roots."""
@@ -368,49 +373,42 @@ class _Matcher:
         )
 
 
+@dataclass(eq=False)
 class _ByWeights(_Matcher):
-    def __init__(
-        self, symmetry: Symmetry, model: nn.Module, nets: Mapping[str, Weights], draws: torch.Generator | None
-    ) -> None:
-        super().__init__(symmetry, model, nets)
-        self.draws = draws or torch.Generator().manual_seed(0)
+    generator: torch.Generator | None
 
     def step(self, found: Found, k: int, others: list[int], roots: list[str]) -> dict[str, Tensor]:
         pair = partial(_Pair, self.symmetry, *self.pair(found, k, others))
+        draws = self.generator.clone_state() if self.generator else torch.Generator().manual_seed(0)
 
         def products(root: str, permutations: Permutations) -> Matrices:
             return {g: pair(permutations).compare(g)[0] for g in self.symmetry.family(root)}
 
-        def total(root: str, permutations: Permutations) -> float:
-            return pair(permutations).total(root)
-
-        return _in_turn(self.symmetry, identity(self.symmetry), roots, products, self.draws.clone_state(), total)
+        return _in_turn(self.symmetry, identity(self.symmetry), roots, products, draws, pair)
 
     def alike(self, found: Found, k: int, others: list[int]) -> Matrices:
         pair = _Pair(self.symmetry, *self.pair(found, k, others), {})
         return {g: pair.cosines(g) for g, places in self.symmetry.places.items() if places}
 
 
+@dataclass(eq=False)
 class _ByActivations(_Matcher):
     """What a group shows alone is measured once; what it shows beside others, with the networks as they stand."""
 
-    def __init__(
-        self,
-        symmetry: Symmetry,
-        model: nn.Module,
-        nets: Mapping[str, Weights],
-        inputs: Tensor | None,
-        statistic: Statistic,
-        batch: int,
-    ) -> None:
-        super().__init__(symmetry, model, nets)
-        if inputs is None or not len(inputs):
+    inputs: Tensor | None
+    statistic: Statistic
+    batch: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inputs is None or not len(self.inputs):
             raise ValueError("inputs: matching by activations needs examples, got none; pass some or use by='weights'")
-        images = len(inputs) if statistic == "clewi2024" else None
-        self.measure = partial(_measure, partial(symmetry.watch, model, inputs=inputs, batch=batch), images)
+        images = len(self.inputs) if self.statistic == "clewi2024" else None
+        watch = partial(self.symmetry.watch, self.model, inputs=self.inputs, batch=self.batch)
+        self.measure = partial(_measure, watch, images)
         alone, self.beside = [], []
-        for tap in symmetry.taps:
-            moving = {symmetry.root(g) for groups in tap.others.values() for g in groups} & {*self.free}
+        for tap in self.symmetry.taps:
+            moving = {self.symmetry.root(g) for groups in tap.others.values() for g in groups} & {*self.free}
             (self.beside if moving else alone).extend((tap, group) for group in tap.slots)
         self.known = {group for _, group in alone}
         moments = [_Moments(*place) for place in alone]
@@ -496,18 +494,18 @@ def _in_turn(
     roots: list[str],
     compare: Callable[[str, Permutations], Matrices],
     generator: torch.Generator | None = None,
-    value: Callable[[str, Permutations], float] | None = None,
+    pair: "Callable[[Permutations], _Pair] | None" = None,
 ) -> dict[str, Tensor]:
     """Assigns one root's groups after the other, the rest held, until nothing changes; `generator` shuffles rounds.
 
-    A root that meets itself takes a step only if that raises its `value`.
+    With `pair`, a root that one weight holds on two axes takes a step only if that raises its inner product.
     """
-    order, tied = roots, {root for root in roots if value and _meets_itself(symmetry, root)}
+    order, tied = roots, {root for root in roots if pair and _meets_itself(symmetry, root)}
     for _ in range(ROUNDS if roots else 0):
         before = permutations
         for root in order:
             new = permutations | assign(symmetry, compare(root, permutations), [root])
-            if value is None or root not in tied or value(root, new) > value(root, permutations):
+            if not pair or root not in tied or pair(new).total(root) > pair(permutations).total(root):
                 permutations = new
         if equal(permutations, before):
             break

@@ -326,8 +326,8 @@ class Draw:
             for line in self.lines:
                 exec(line, self.scope)
 
-    def begin(self) -> None:
-        """The input, and two or three values that meet."""
+    def begin(self, tied: bool = True) -> None:
+        """The input, and some values of it; in some programs their units are `tied` in pairs."""
         n, batch, kind = (
             self.n,
             self.r.choice([3, 3, 3, 3, 2, 1, self.n]),
@@ -351,7 +351,7 @@ class Draw:
         for _ in range(self.r.choice([1, 1, 2, 2, 3])):
             end = self.r.choice(["", ".relu()", ".tanh()", ".flatten(2).mean(2)" if kind == "image" else ""])
             a = self.add(f"{self.use(makers[kind])}(x){end}")
-            if self.r.random() < 0.4:  # units that are tied in pairs
+            if tied and self.r.random() < 0.4:
                 d = self.r.choice([1, -1])
                 turned = self.r.choice([f"{a}.flip({d})", f"{a}.roll(2, {d})", f"{a}.mT", f"{a}.roll(1, {d})"])
                 if self.look(turned).shape == a.shape:
@@ -1113,7 +1113,7 @@ def weight(name: str) -> float:
 def drawn(seed: int, only: str | None = None) -> Program:
     """A program of up to eight operations; of one, if it is named."""
     g = Draw(seed)
-    g.begin()
+    g.begin(tied=only is None)
     count = 1 if only else g.r.choice([1, 2, 2, 3, 3, 4, 5, 8])
     while len(g.operations) < count:
         if not g.operation(only or g.any()) and only:

@@ -4,25 +4,23 @@ The fast test takes a small member of each family. The slow one takes all 80, at
 it, and writes symmetry_coverage.csv beside this file.
 """
 
-import csv
 import gc
 import re
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision.models as zoo
 from torch import nn
 
-from clkit import alignment
+from proofs import measure, randomise, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
 TABLE = Path(__file__).with_name("symmetry_coverage.csv")
 WHOLE = {"resnet", "vgg", "mobilenet", "efficientnet", "mnasnet", "convnext"}
-EXPECTED = ("input", "output", "kernel position")
 SWIN = {"patch_size": [2, 2], "embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4], "window_size": [3, 3]}
 
 
@@ -80,49 +78,14 @@ def family(name: str) -> str:
     return {"resnext": "resnet", "inception": "inception"}.get(first, first)
 
 
-@torch.no_grad()
-def randomise(model: nn.Module, gain: float = 1.5, seed: int = 0) -> nn.Module:
-    """Random everything, at scales that keep activations alive: heads, layer scales, positions, statistics too."""
-    g = torch.Generator().manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point():
-            continue
-        noise = torch.randn(tensor.shape, generator=g)
-        if name.endswith("running_var"):
-            tensor.copy_(0.5 + noise.abs())
-        elif tensor.ndim > 1 and name.endswith("weight"):
-            tensor.copy_(noise * (gain / tensor[0].numel()) ** 0.5)
-        elif name.endswith("weight") or "scale" in name:
-            tensor.copy_(1 + 0.3 * noise)
-        else:
-            tensor.copy_(0.3 * noise)
-    return model
-
-
-def measure(name: str, model: nn.Module, size: int) -> dict[str, object]:
+def row(name: str, model: nn.Module, size: int) -> dict[str, Any]:
     # EfficientNet V2's depth makes larger gains chaotic: rounding alone would then change the output
     randomise(model, gain=1.0 if name.startswith("efficientnet") else 1.5)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    started = time.perf_counter()
-    symmetry = alignment.symmetry(model, x)
-    seconds = time.perf_counter() - started
-    single, double = (symmetry.verify(model, x, dtype=dtype) for dtype in (None, torch.float64))
-    reasons = {why: n for why, n in symmetry.frozen.items() if why not in EXPECTED}
-    return {
-        "family": family(name),
-        "model": name,
-        "image": size,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "share_moved": symmetry.share,
-        "groups": len(symmetry.groups),
-        "frozen_by": "; ".join(f"{why}: {n}" for why, n in list(reasons.items())[:3]),
-        "change_float32": single.change,
-        "change_float64": double.change,
-        "seconds": seconds,
-    }
+    return {"family": family(name), "model": name, "image": size, **measure(model, x, "float32", "float64")}
 
 
-def check(row: dict[str, object]) -> None:
+def check(row: dict[str, Any]) -> None:
     assert row["change_float32"] < 1e-4
     assert row["change_float64"] < 1e-10
     assert row["share_moved"] >= (0.99999 if row["family"] in WHOLE else 0.9)
@@ -131,7 +94,7 @@ def check(row: dict[str, object]) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_model_of_each_family(name):
     build, size = SMALL[name]
-    check(measure(name, build(), size))
+    check(row(name, build(), size))
 
 
 def image_size(name: str) -> int:
@@ -154,11 +117,8 @@ def full(name: str) -> nn.Module:
 def test_all_models():
     rows = []
     for name in zoo.list_models(module=zoo):
-        rows.append(measure(name, full(name), image_size(name)))
+        rows.append(row(name, full(name), image_size(name)))
         gc.collect()
-    with TABLE.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    for row in rows:
-        check(row)
+    write(TABLE, rows)
+    for measured in rows:
+        check(measured)

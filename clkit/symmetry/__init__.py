@@ -4,15 +4,16 @@
   one are a *unit*.
 - A point has a *colour*, its role. A unit can replace another only if both have one point in each of the same colours.
 - A unit may lie in a *block* (a head, a group of a convolution), which is a unit too. Members of a block move with it,
-  and freely among themselves. Blocks in blocks are a system of blocks.
+  and freely among themselves. Blocks in blocks are a system of blocks: a forest, in which no unit lies in itself.
 - Colours are refined by those of members and blocks until nothing changes. The classes that are left are *orbits*:
   their units may replace each other.
 
 All points of the weights begin free. A walk through the graph (`derivation`) puts *labels* on the axes of every value:
 which points lie there. At each operation a rule (`moving`, `rules`) unites points, refines colours and makes blocks,
-until the operation commutes with every permutation that is left. What an unknown operation meets is pinned, which
-costs coverage and never correctness; so are the model's inputs and outputs. Orbits of several units become the groups
-of a `Symmetry` (`structure`), which is plain data.
+until the operation commutes with every permutation that is left. It stays so, for whatever comes later only shrinks
+the group. The graph has core operations alone, and what depends on constants only is computed. What an unknown
+operation meets is pinned, which costs coverage and never correctness; so are the model's inputs and outputs. Orbits of
+several units become the groups of a `Symmetry` (`structure`), which is plain data.
 """
 
 from clkit.symmetry.derivation import symmetry

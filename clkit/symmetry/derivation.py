@@ -17,7 +17,7 @@ from clkit.symmetry.elements import Axis, Group
 from clkit.symmetry.labels import Factor, Label, Span, drop, fixed, join
 from clkit.symmetry.moving import Call, is_shape
 from clkit.symmetry.points import Ids, Orbits, Points
-from clkit.symmetry.program import Program, base_name, trace
+from clkit.symmetry.program import Program, alone, arguments, base_name, trace
 from clkit.symmetry.rules import propagate
 from clkit.symmetry.structure import Symmetry, Tap, slots_of
 from clkit.weights import live_tensors
@@ -39,18 +39,21 @@ def symmetry(model: nn.Module, example: Any) -> Symmetry:
     that `torch.export` cannot follow.
     """
     model = unwrapped(model)
-    program = trace(model, example)
     shapes = {name: tuple(t.shape) for name, t in live_tensors(model).items()}
-    programs, idle = [program], shapes.keys() - program.used
-    if idle:
+    program = trace(model, example)
+    programs = [program]
+    if program.batch is None and alone(arguments(example)):  # a model may tell a batch of one from others
+        programs.append(trace(model, example, once=True))
+    if shapes.keys() - program.used:
         try:
             programs.append(trace(model, example, training=True))
         except ValueError:  # evaluation works and training does not: what only that uses is pinned
             pass
     walk = Walk(programs, shapes)
-    stuck = dict.fromkeys(idle - programs[-1].used, "not used") | dict.fromkeys(_overlapping(model), "shared memory")
-    for name, why in stuck.items():
-        drop(walk.points, walk.weights[name], walk.weights[name].spans, why)
+    idle = shapes.keys() - {name for some in programs for name in some.used}
+    for name, why in (dict.fromkeys(idle, "not used") | dict.fromkeys(_overlapping(model), "shared memory")).items():
+        for points in walk.places[name]:
+            walk.points.pin(points[points >= 0], why)
     return _read(program, walk, example)
 
 
@@ -77,7 +80,7 @@ class Walk:
         for result in output.all_input_nodes:
             if result.name in program.written:
                 join(self.points, [values[result], self.weights[program.written[result.name]]], "buffer")
-            else:
+            if result.name in program.outputs:
                 for label in (r for r in tree_leaves(values[result]) if isinstance(r, Label)):
                     drop(self.points, label, label.spans, "output")
         return values
@@ -117,7 +120,9 @@ class Walk:
     def _constant(self, value: Tensor) -> Label:
         """Fixed along the axes that a known tensor varies along."""
         value = value.detach().cpu()
-        varies = [n > 1 and not bool((value == value.narrow(d, 0, 1)).all()) for d, n in enumerate(value.shape)]
+        firsts = [value.narrow(d, 0, 1) if n > 1 else value for d, n in enumerate(value.shape)]
+        signs = (lambda t: t) if value.is_complex() else torch.signbit  # 0 and -0 are equal, and differ
+        varies = [not bool(((value == one) & (signs(value) == signs(one))).all()) for one in firsts]
         dims = tuple(
             (Factor(n, "constant" if v else ""),) if n != 1 else () for n, v in zip(value.shape, varies, strict=True)
         )
@@ -181,10 +186,12 @@ class Walk:
 
 
 def _overlapping(model: nn.Module) -> list[str]:
-    """Weights that begin where another one of another shape or order does, such as a transposed view of it."""
-    live = live_tensors(model)
-    starts = [t.data_ptr() for t in live.values() if t.numel()]
-    return [name for name, t in live.items() if t.numel() and starts.count(t.data_ptr()) > 1]
+    """Weights that share memory with another one that is not the same, such as a transposed view or a part of it."""
+    spots = []
+    for name, t in live_tensors(model).items():
+        reach = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+        spots.append((t.data_ptr(), t.data_ptr() + reach * t.element_size(), name))
+    return [name for low, high, name in spots if any(a < high and low < b and other != name for a, b, other in spots)]
 
 
 def _fibres(programs: list[Program], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:

@@ -295,7 +295,9 @@ def columns(points: Points, span: Span, keep: Sequence[Factor], why: str) -> Spa
     if array.ndim > len(keep):
         array = array.reshape(*array.shape[: len(keep)], -1)
         points.pin(array, why, (len(keep),))
-        points.unite(np.broadcast_to(array[..., :1], array[..., 1:].shape), array[..., 1:], why)
+        while width := array.shape[-1] // 2:  # by halves, for one partner each is united at once
+            points.unite(array[..., :width], array[..., -width:], why)
+            array = array[..., :-width]
         array = array[..., 0]
     return Span(array, tuple(keep))
 
@@ -360,32 +362,27 @@ def cat(points: Points, labels: Sequence[Label], dim: int, why: str) -> Label:
     if not any(spans):
         reasons = [f.why for label in labels for f in label.dims[dim] if f.why]
         return replace(joined, dim, Factor(new.size, reasons[0] if reasons else "order"))
-    places = [_elsewhere(label, dim) for label in labels]
+    spots = [_spots(label, dim) for label in (joined, *labels)]
+    held = [{f for span in some for f in span.factors} for some in spans]
+    places = [[place for place, f in at.items() if f in some] for at, some in zip(spots[1:], held, strict=True)]
     wide = max(places, key=len)
-    if wide and not (
-        all(len(some) == 1 for some in spans)
-        and all(place == wide for place in places)
-        and all(len({_size(label, d, k) for label in (joined, *labels)}) == 1 for d, k in wide)
-    ):
+    one = all(len(some) == 1 for some in spans) and all(place == wide for place in places)
+    if wide and not (one and all(place in spots[0] for place in wide)):
         labels = [drop(points, label, some, why) for label, some in zip(labels, spans, strict=True)]
         return cat(points, labels, dim, why)
     arrays = []
-    for label, some in zip(labels, spans, strict=True):
-        factors = [*(label.dims[d][k] for d, k in wide), *label.dims[dim]]
+    for label, some, at in zip(labels, spans, spots[1:], strict=True):
+        factors = [*(at[place] for place in wide), *label.dims[dim]]
         arrays.append(some[0].ordered(factors) if some else still(points, label.shape[dim], why))
-    outer = [joined.dims[d][k] for d, k in wide]
+    outer = [spots[0][place] for place in wide]
     rest = Label(joined.dims, tuple(p for p in joined.spans if set(p.factors).isdisjoint(outer)))
     return replace(rest, dim, new, Span(points.distinct(np.concatenate(arrays, -1)), (*outer, new)))
 
 
-def _elsewhere(label: Label, dim: int) -> list[tuple[int, int]]:
-    """The places (dimension, number of the factor) that the spans of one dimension have in others."""
-    factors = {f for span in label.touching([dim]) for f in span.factors}
-    return [(d, k) for d, row in enumerate(label.dims) if d != dim for k, f in enumerate(row) if f in factors]
-
-
-def _size(label: Label, d: int, k: int) -> int:
-    return label.dims[d][k].size if k < len(label.dims[d]) else 0
+def _spots(label: Label, but: int) -> dict[tuple[int, int, int], Factor]:
+    """The factors of all dimensions but one, by dimension, stride and size."""
+    rows = [(d, row, _bounds(row)[1:]) for d, row in enumerate(label.dims) if d != but]
+    return {(d, step, f.size): f for d, row, steps in rows for f, step in zip(row, steps, strict=True)}
 
 
 def still(points: Points, size: int, why: str) -> Ids:

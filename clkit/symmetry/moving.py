@@ -6,6 +6,7 @@ the operation's result, a list where there are several, or `NotImplemented` for 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,10 @@ def full_rule(call: Call) -> Label:
 
 
 @rule("view _unsafe_view reshape squeeze unsqueeze")
-def reshape_rule(call: Call) -> Label:
+def reshape_rule(call: Call) -> Any:
     """The same elements in row-major order in another shape."""
+    if prod(call.shape) != prod(same_rule(call).shape):
+        return NotImplemented  # other elements: the same memory in another type
     return reshape(call.points, same_rule(call), call.shape, call.why)
 
 
@@ -199,7 +202,9 @@ def index_put_rule(call: Call) -> Any:
     places = [d for d, index in enumerate(indices) if index is not None]
     rank = len(label.dims)
     nodes: Any = call.node.args[1]
-    if nodes[places[0]].meta["val"].dtype == torch.bool:
+    if any(0 in indices[d].shape for d in places):
+        return label
+    if any(nodes[d].meta["val"].dtype == torch.bool for d in places):
         mask = indices[places[0]]
         if len(places) > 1 or len(values.dims) > 0 or places[0] + len(mask.dims) > rank:
             return NotImplemented
@@ -246,6 +251,14 @@ def scatter_rule(call: Call) -> Label:
     parts = [gather(call.points, label, dim, rest, call.why), source] if len(rest) else [source]
     order = np.argsort(np.append(rest, written))
     return gather(call.points, cat(call.points, parts, dim, call.why), dim, order, call.why)
+
+
+@rule("stack")
+def stack_rule(call: Call) -> Label:
+    """One after the other along a new dimension."""
+    dim = call["dim"] % (len(call["tensors"][0].dims) + 1)
+    labels = [Label((*t.dims[:dim], (), *t.dims[dim:]), t.spans) for t in call["tensors"]]
+    return cat(call.points, labels, dim, call.why)
 
 
 @rule("cat")

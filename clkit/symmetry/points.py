@@ -72,8 +72,9 @@ class Points:
         """Refines colours by tags: of points, and of all in their units. Only equal tags may replace each other."""
         first = points.ravel()
         tags = np.broadcast_to(np.broadcast_to(tags, points.shape).ravel(), first.shape)
-        every = self._rings(first)
-        self._refine(every.ravel(), np.broadcast_to(tags, every.shape).ravel())
+        one = np.unique(self.units(first), return_index=True)[1]
+        every = self._rings(first[one])
+        self._refine(every.ravel(), np.broadcast_to(tags[one], every.shape).ravel())
         self._refine(first, tags)  # a unit with several of the points got the tag of one
 
     def _rings(self, first: Ids) -> Ids:
@@ -177,15 +178,16 @@ class Points:
             low, high = pairs[first.reshape(-1, 2).all(axis=1)].T
             block = self._join_blocks(self.blocks(low), self.blocks(high), why)
             if block is None:
-                self.pin(a, why)
-                self.pin(b, why)
-                return
+                break
             if (self.units(low) != low).any() or (self.units(high) != high).any():
                 continue  # their blocks were among them
             self._root[high], self._block[low] = low, block
             self._next[low], self._next[high] = self._next[high], self._next[low]
             self._tell_apart(low, why)
-            self._open_circles(low, why)
+            if self._circular(low, why):
+                break
+        self.pin(a, why)
+        self.pin(b, why)
 
     def _tell_apart(self, units: Ids, why: str) -> None:
         """Pins units with a colour twice: which of the two would go to which of another's is not known."""
@@ -219,24 +221,26 @@ class Points:
             return None
         else:
             self._put(fine, coarse)
-            self._open_circles(fine, why)
+            if self._circular(fine, why):
+                return None
         inner[clash] = (x, y)[side][clash]
         return inner
 
-    def _open_circles(self, units: Ids, why: str) -> None:
-        """Pins blocks that would lie in themselves: then nothing is lost if they lie in none."""
+    def _circular(self, units: Ids, why: str) -> bool:
+        """Whether blocks lie in themselves: these are pinned, so that nothing is lost if they lie in none."""
         up = self.units(units)
         for _ in range(DEPTH):
             up = np.unique(self.blocks(up))
             up = up[up >= 0]
             if not len(up):
-                return
+                return False
         circle = [up]
         for _ in range(DEPTH):
             circle.append(self.blocks(circle[-1]))
         every = np.unique(np.concatenate(circle))
         self._block[every] = -1
         self.pin(np.flatnonzero(np.isin(self.units(np.arange(self.count)), every)), why)
+        return True
 
     def finish(self) -> Orbits:
         """Sorts the units into orbits: colour refinement by the orbits of members and blocks, until nothing changes."""

@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from clkit.modules import evaluation_mode
 from clkit.weights import Weights, live_tensors
 
-WHOLE = frozenset("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d scaled_dot_product_attention".split())
+WHOLE = frozenset(
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d scaled_dot_product_attention stack".split()
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,7 +33,8 @@ class Program:
     sources: dict[str, str]  # placeholder -> name of a weight
     constants: dict[str, Tensor]  # placeholder -> value
     inputs: tuple[str, ...]
-    written: dict[str, str]  # output -> the buffer that it replaces
+    outputs: frozenset[str]
+    written: dict[str, str]  # node -> the buffer that it replaces
     buffers: frozenset[str]
     batch: int | None  # the one batch size it runs on, None for any
     device: torch.device
@@ -72,18 +75,18 @@ def _fill(arguments: Any, values: Mapping[Node, list[Any]], k: int) -> Any:
     return map_arg(arguments, lambda node: values[node][k])
 
 
-def trace(model: nn.Module, example: Any, training: bool = False) -> Program:
+def trace(model: nn.Module, example: Any, training: bool = False, once: bool = False) -> Program:
     """Traces a model on an example in evaluation mode, for any batch size if it allows; it stays as it is.
 
     The graph has core ATen operations, which write nothing in place; elementwise ones and `WHOLE` stay, for they
-    are faster so. `training` traces the training mode. Raises ValueError naming the module that `torch.export`
-    cannot follow.
+    are faster so. `training` traces the training mode. A batch of one is first tried as two, for it would be traced as
+    if it always were one; but not with `once`. Raises ValueError naming the module that `torch.export` cannot follow.
     """
     from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
     with mode(model, training), warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # export prints its graph
         warnings.simplefilter("ignore")
-        exported = _exported(model, *arguments(example))
+        exported = _exported(model, once, *arguments(example))
     names = {_place(tensor): name for name, tensor in live_tensors(model).items()}
     signature = exported.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -104,6 +107,7 @@ def trace(model: nn.Module, example: Any, training: bool = False) -> Program:
         {n.name: name for n in placeholders if n.users and (name := found.get(n.name))},
         constants,
         tuple(n.name for n in inputs),
+        frozenset(map(str, signature.user_outputs)),
         {out: name for out, name in written.items() if name},
         frozenset(name for b in model.buffers() if (name := names.get(_place(b)))),
         next((int(size) for size in sizes if is_concrete_int(size)), None),
@@ -118,17 +122,22 @@ def arguments(example: Any) -> tuple[tuple, dict[str, Any]]:
     return (example if isinstance(example, tuple) else (example,)), {}
 
 
-def _exported(model: nn.Module, *example: Any) -> torch.export.ExportedProgram:
-    """Exports with any batch size, else with that of the example; a batch of one is first tried as two.
+def batched(value: Any) -> bool:
+    """Whether it is a tensor with a first dimension."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
-    It would be traced as if it always were one; where all tensors have length one and the model takes no other, it is.
-    """
 
-    def batched(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim > 0
+def alone(example: Any) -> bool:
+    """Whether all tensors of an example have length one: a batch of one, or no batch."""
+    return all(len(t) == 1 for t in tree_leaves(example) if batched(t))
 
-    alone = all(len(t) == 1 for t in tree_leaves(example) if batched(t))
-    twice = [tree_map(lambda t: torch.cat([t, t]) if batched(t) else t, example)] if alone else []
+
+def _exported(model: nn.Module, once: bool, *example: Any) -> torch.export.ExportedProgram:
+    """Exports with any batch size, else with that of the example."""
+    if not all(t.numel() for t in tree_leaves(example)[:1] if isinstance(t, Tensor)):
+        raise ValueError("example: its first tensor has no elements; pass a row or more")
+    double = alone(example) and not once
+    twice = [tree_map(lambda t: torch.cat([t, t]) if batched(t) else t, example)] if double else []
     errors = []
     for call, free in product([*twice, example], (True, False)):
         # an export that fails leaves marks on the tensors, with which a second one would fail alike

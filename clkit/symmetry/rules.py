@@ -5,6 +5,7 @@ its operands pinned, which costs coverage and never correctness.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -71,8 +72,11 @@ def experts_rule(call: Call) -> Any:
 @rule("_cdist_forward")
 def distance_rule(call: Call) -> Label:
     """Distances between the rows of two matrices, of batches too."""
-    batch = _LETTERS[: len(call["x1"].dims) - 2]
-    return _contract(call, call.labels("x1", "x2"), [batch + "xz", batch + "yz"], batch + "xy")
+    labels = call.labels("x1", "x2")
+    rank = max(len(t.dims) for t in labels)
+    labels = [Label((*((),) * (rank - len(t.dims)), *t.dims), t.spans) for t in labels]
+    batch = _LETTERS[: rank - 2]
+    return _contract(call, labels, [batch + "xz", batch + "yz"], batch + "xy")
 
 
 @rule("scaled_dot_product_attention")
@@ -161,14 +165,14 @@ def line(points: Points, label: Label, dim: int, why: str) -> Ids:
 @rule("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d")
 @rule("upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa")
 def spatial_rule(call: Call) -> Any:
-    """Pooling and resizing: the last dimensions are fixed, and what says where to look."""
+    """Pooling and resizing: the last dimensions are fixed; so are the rows, where another tensor says where to look."""
     label, *others = call.labels(*call.arguments)
     for other in others:
         drop(call.points, other, other.spans, call.why)
     count = next(int(c) for c in call.name if c.isdigit())  # the operation's name says how many
     dims = range(len(label.dims) - count, len(label.dims))
     why = reason(label, dims)
-    label = settle(call.points, label, dims, call.why)
+    label = settle(call.points, label, [*dims, *([0] if others else [])], call.why)
     shapes = [call.shape] if is_shape(call.shape) else call.shape
     out = [tidy((*label.dims[: dims[0]], *fixed(s[dims[0] :], why).dims), label.spans) for s in shapes]
     return out[0] if is_shape(call.shape) else out
@@ -256,11 +260,13 @@ def embedding_rule(call: Call) -> Label:
 def propagate(call: Call) -> Any:
     """The label of an operation's result, nested as the result is."""
     operands = [a for a in tree_leaves(call.arguments) if isinstance(a, Label)]
-    if is_shape(call.shape) and 0 in call.shape:
-        return fixed(call.shape, "empty")
+    shapes = [s for s in tree_leaves(call.shape, is_leaf=is_shape) if is_shape(s)]
+    numbers = not any(label.dims for label in operands) and all(prod(s) == 1 for s in shapes)
+    if numbers or all(0 in s for s in shapes):
+        return tree_map(lambda s: fixed(s, "empty") if is_shape(s) else None, call.shape, is_leaf=is_shape)
     known = rule_of(call.node.target)
     if known and (result := known(call)) is not NotImplemented:
-        assert [t.shape for t in tree_leaves(result)] == tree_leaves(call.shape, is_leaf=is_shape), call.why
+        assert [t.shape for t in tree_leaves(result) if t is not None] == shapes, call.why
         return result
     live = any(label.spans for label in operands)
     reasons = [f.why for label in operands for row in label.dims for f in row if f.why]

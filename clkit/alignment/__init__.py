@@ -3,10 +3,9 @@
 `symmetry` derives the symmetry of a model; it and its elements live in `clkit.symmetry`.
 """
 
-from clkit.alignment.matching import (
-    STATISTICS, Alignment, Similarities, Statistic,
-    align, align_many, assign, similarities,
-)  # fmt: skip
+from clkit.alignment.assignment import assign
+from clkit.alignment.matching import Alignment, align, align_many
+from clkit.alignment.similarity import STATISTICS, Similarities, Statistic, similarities
 from clkit.symmetry import (
     Axis, Group, Permutations, Proof, Row, Symmetry, Table,
     compose, identity, invert, permute, random_permutations, symmetry,

@@ -1,10 +1,10 @@
 """Matching: which unit of one network corresponds to which of another, by their activations or by their weights."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, cycle, islice
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,23 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clkit import checks
+from clkit.alignment.assignment import ROUNDS, TIE, Matrices, Matrix, Pair, assign, in_turn
+from clkit.alignment.similarity import Moments, Statistic, mean, measure
 from clkit.checks import Count
 from clkit.modules import frozen_tensors
 from clkit.symmetry import Permutations, Symmetry, compose, identity, invert, permute
-from clkit.symmetry.elements import Element
 from clkit.symmetry.points import Ids
-from clkit.symmetry.structure import Tap, check_weights
-from clkit.weights import Weights, check_finite, combine, dot, equal
+from clkit.symmetry.structure import check_weights
+from clkit.weights import Weights, check_finite, combine, equal
 
 By = Literal["activations", "weights"]
-Statistic = Literal["pearson", "clewi2024"]
-STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
-ROUNDS = 100
 HINT = 1e-4  # what weights count beside correlations, where these tie
 ALIKE = 1e-5  # correlations that differ less tie: rounding of activations
-TIE = 1e-9  # of units that look alike, the one that stays is preferred
-Matrix = NDArray[np.float64]
-Matrices = dict[str, Matrix]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,174 +112,6 @@ def align_many(
     if by == "weights":
         return _ByWeights(symmetry, model, nets, generator).align()
     return _ByActivations(symmetry, model, nets, inputs, statistic, batch).align()
-
-
-@dataclass(frozen=True, eq=False)
-class Similarities:
-    """By group: `matrix[i, j]`, how alike unit i of the reference and unit j of the moving network are.
-
-    Entries of a unit that never varies are 0.
-    """
-
-    matrix: dict[str, Matrix]
-
-
-@checks.arguments
-def similarities(
-    symmetry: Symmetry,
-    model: nn.Module,
-    reference: Weights,
-    moving: Weights,
-    inputs: Tensor,
-    *,
-    statistic: Statistic = "pearson",
-    batch: Count = 32,
-) -> Similarities:
-    """Compares the units of two networks on `inputs` (N, ...) by Pearson's correlation over examples and positions.
-
-    Entries are in [-1, 1]; those of a residual stream are means over the places where it is read. Positions are
-    compared as they stand. Where another axis of an activation moves too (tokens beside channels), this means
-    something only if both networks have it in one order: permute one of them as `align` finds.
-
-    Deviations from the first batch's means are multiplied batch by batch, in the precision of the activations (float32
-    at least). The products are added up in double precision. Raises ValueError for a model of several inputs.
-
-    `statistic="clewi2024"` is what CLeWI's released code computes: it divides by the number of images where that of
-    positions belongs. Let c be the covariance of two units over HW positions an image, m their means, s their
-    deviations. It is (c - (HW - 1) m1 m2) / (d1 d2) with d^2 = s^2 + (HW - 1)^2 m^2: correlation only where HW = 1.
-    """
-    moments = [_Moments(tap, group) for tap in symmetry.taps for group in tap.slots]
-    watch = partial(symmetry.watch, model, inputs=inputs, batch=batch)
-    images = len(inputs) if statistic == "clewi2024" else None
-    return Similarities(_mean(_measure(watch, images, [reference, moving], moments)[0, 1]))
-
-
-Shown = list[tuple[str, Matrix]]  # groups, each as often as it is seen, and how alike units are there
-
-
-@torch.no_grad()
-def _measure(
-    watch: Callable[..., None], images: int | None, nets: Sequence[Weights], moments: "Sequence[_Moments]"
-) -> dict[tuple[int, int], Shown]:
-    """What one pass of networks (`watch`) shows of each pair of them; `images`: see `_Moments.compare`."""
-
-    def look(tap: Tap, values: list[Tensor]) -> None:
-        for m in moments:
-            if m.tap is tap:
-                m.add(values)
-
-    watch(nets=nets, look=look)
-    return {(j, k): [(m.group, m.compare(j, k, images)) for m in moments] for j, k in combinations(range(len(nets)), 2)}
-
-
-def _mean(shown: Shown) -> Matrices:
-    rows = {group: [m for g, m in shown if g == group] for group, _ in shown}
-    return {group: np.mean(matrices, axis=0) for group, matrices in rows.items()}
-
-
-class _Moments:
-    """Sums over positions of the values of one group's units in networks, of their squares and products in pairs.
-
-    `ordered` sorts the values of a unit along the other axes that move, so that their order does not count.
-    """
-
-    def __init__(self, tap: Tap, group: str, ordered: bool = False) -> None:
-        self.tap, self.group, self.slots, self.ordered, self.count = tap, group, tap.slots[group], ordered, 0
-        self.shift: list[Tensor] = []
-        self.sums: dict[tuple[int, ...], Tensor] = {}
-
-    def add(self, values: list[Tensor]) -> None:
-        """Takes one batch's values of all networks."""
-        now = []
-        for k, value in enumerate(values):
-            view = self.tap.read(value)
-            places = len(self.tap.places)
-            if self.ordered:
-                view = view.flatten(places, places + len(self.tap.others) - 1).sort(places).values
-            rest = tuple(range(places, view.ndim))
-            if len(self.shift) == k:
-                self.shift.append(view.to(torch.promote_types(view.dtype, torch.float32)).mean(rest, keepdim=True))
-            rows = torch.empty(view.shape, dtype=self.shift[k].dtype, device=view.device)
-            rows = torch.sub(view, self.shift[k], out=rows).flatten(places).flatten(0, -2)
-            now.append(self._pick(rows))
-        self.count += now[0].shape[2]
-        for k, rows in enumerate(now):
-            self._sum((k,), rows.sum(2))
-            self._sum((k, k), torch.linalg.vector_norm(rows, dim=2).square())
-        for j, k in combinations(range(len(now)), 2):
-            self._sum((j, k), now[j] @ now[k].mT)
-
-    def _sum(self, name: tuple[int, ...], values: Tensor) -> None:
-        self.sums[name] = self.sums[name].add_(values) if name in self.sums else values.double()
-
-    def _pick(self, rows: Tensor) -> Tensor:
-        """The rows of the group's units, as (lanes, units, positions in the data)."""
-        if self.slots.size != len(rows) or (np.diff(self.slots.ravel()) != 1).any():
-            rows = rows[torch.from_numpy(self.slots.ravel()).to(rows.device)]
-        return rows.unflatten(0, self.slots.shape)
-
-    def compare(self, j: int, k: int, images: int | None) -> Matrix:
-        """How alike the units of two networks are, a mean over lanes; 0 for what is constant.
-
-        `images`: their number for the statistic of CLeWI's code, None for Pearson's.
-        """
-        (a, mean_a, spread_a), (b, mean_b, spread_b) = self._statistics(j), self._statistics(k)
-        shared, least = self.sums[j, k] / self.count - a[:, :, None] * b[:, None, :], 0.0
-        if images:
-            n, wide, least = self.count, self.count / images, 1e-4
-            shared = wide * (shared - (wide - 1) * mean_a[:, :, None] * mean_b[:, None, :])
-            spread_a, spread_b = (
-                (n / max(n - 1, 1) * wide * (s.square() + (wide - 1) ** 2 * m.square())).sqrt()
-                for s, m in ((spread_a, mean_a), (spread_b, mean_b))
-            )
-        scale = spread_a[:, :, None] * spread_b[:, None, :] + least
-        return torch.where(scale > 0, shared / scale, 0.0).clamp(-1, 1).mean(0).cpu().numpy()
-
-    def _statistics(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the units of a network: how far their means are from `shift`, the means, and the deviations."""
-        offset = self.sums[k,] / self.count
-        mean = self._pick(self.shift[k].double().flatten()[:, None])[..., 0] + offset
-        variance = self.sums[k, k] / self.count - offset.square()
-        return offset, mean, torch.where(variance > 1e-12 * mean.square(), variance, 0.0).sqrt()
-
-
-def assign(
-    symmetry: Symmetry, matrices: Mapping[str, Matrix], groups: Iterable[str] | None = None
-) -> dict[str, Tensor]:
-    """The permutations (units,) that maximise the sum of similarities (units, units); units without any stay.
-
-    Blocks are matched by their own similarity plus that of their best matched members. `groups` picks some (default:
-    all) of the groups that lie in no block, with their members.
-    """
-    out: dict[str, Ids] = {}
-    for name in symmetry.roots if groups is None else groups:
-        out |= {g: np.arange(symmetry.groups[g].units) for g in symmetry.family(name)}
-        for member, rows, columns in _matched(symmetry, matrices, name, 0, 0)[1]:
-            out[member][rows] = columns
-    return {name: torch.from_numpy(out[name]) for name in symmetry.groups if name in out}
-
-
-def _matched(
-    symmetry: Symmetry, matrices: Mapping[str, Matrix], name: str, i: int, j: int
-) -> tuple[float, list[tuple[str, Ids, Ids]]]:
-    """Matches block i of a group in the reference with block j in the moving network: the gain, and the pairs."""
-    from scipy.optimize import linear_sum_assignment
-
-    size, members = symmetry.groups[name].size, symmetry.members[name]
-    rows, columns = i * size + np.arange(size), j * size + np.arange(size)
-    gain = matrices[name][np.ix_(rows, columns)] if name in matrices else np.zeros((size, size))
-    inner = {
-        (a, b): [_matched(symmetry, matrices, m, i * size + a, j * size + b) for m in members]
-        for a in range(size if members else 0)
-        for b in range(size)
-    }
-    if members:
-        gain = gain + [[sum(g for g, _ in inner[a, b]) for b in range(size)] for a in range(size)]
-    a, b = linear_sum_assignment(gain + TIE * np.eye(size), maximize=True)
-    pairs = [(name, rows, columns[b])]
-    for key in zip(a.tolist(), b.tolist(), strict=True):
-        pairs += [p for _, found in inner.get(key, []) for p in found]
-    return float(gain[a, b].sum()), pairs
 
 
 Found = list[dict[str, Tensor]]  # how each network is permuted so far
@@ -378,16 +205,16 @@ class _ByWeights(_Matcher):
     generator: torch.Generator | None
 
     def step(self, found: Found, k: int, others: list[int], roots: list[str]) -> dict[str, Tensor]:
-        pair = partial(_Pair, self.symmetry, *self.pair(found, k, others))
+        pair = partial(Pair, self.symmetry, *self.pair(found, k, others))
         draws = self.generator.clone_state() if self.generator else torch.Generator().manual_seed(0)
 
         def products(root: str, permutations: Permutations) -> Matrices:
             return {g: pair(permutations).compare(g)[0] for g in self.symmetry.family(root)}
 
-        return _in_turn(self.symmetry, identity(self.symmetry), roots, products, draws, pair)
+        return in_turn(self.symmetry, identity(self.symmetry), roots, products, draws, pair)
 
     def alike(self, found: Found, k: int, others: list[int]) -> Matrices:
-        pair = _Pair(self.symmetry, *self.pair(found, k, others), {})
+        pair = Pair(self.symmetry, *self.pair(found, k, others), {})
         return {g: pair.cosines(g) for g, places in self.symmetry.places.items() if places}
 
 
@@ -405,17 +232,17 @@ class _ByActivations(_Matcher):
             raise ValueError("inputs: matching by activations needs examples, got none; pass some or use by='weights'")
         images = len(self.inputs) if self.statistic == "clewi2024" else None
         watch = partial(self.symmetry.watch, self.model, inputs=self.inputs, batch=self.batch)
-        self.measure = partial(_measure, watch, images)
+        self.measure = partial(measure, watch, images)
         alone, self.beside = [], []
         for tap in self.symmetry.taps:
             moving = {self.symmetry.root(g) for groups in tap.others.values() for g in groups} & {*self.free}
             (self.beside if moving else alone).extend((tap, group) for group in tap.slots)
         self.known = {group for _, group in alone}
-        moments = [_Moments(*place) for place in alone]
-        moments += [_Moments(*place, ordered=True) for place in self.beside if place[1] not in self.known]
+        moments = [Moments(*place) for place in alone]
+        moments += [Moments(*place, ordered=True) for place in self.beside if place[1] not in self.known]
         first = self.measure(self.nets, moments)
         self.alone = {pair: shown[: len(alone)] for pair, shown in first.items()}
-        self.seen = {pair: _mean(shown) for pair, shown in first.items()}
+        self.seen = {pair: mean(shown) for pair, shown in first.items()}
 
     def run(self) -> Found:
         """After that, groups beside others take turns as long as the networks become more alike."""
@@ -442,9 +269,9 @@ class _ByActivations(_Matcher):
         """Measures again what groups show beside others."""
         nets = [permute(self.symmetry, p, net) for p, net in zip(found, self.nets, strict=True)]
         back = [invert(permutations) for permutations in found]
-        shown = self.measure(nets, [_Moments(*place) for place in self.beside])
+        shown = self.measure(nets, [Moments(*place) for place in self.beside])
         self.seen = {
-            (j, k): _mean(self.alone[j, k] + [(g, _ordered(m, back[j][g], back[k][g])) for g, m in rows])
+            (j, k): mean(self.alone[j, k] + [(g, _ordered(m, back[j][g], back[k][g])) for g, m in rows])
             for (j, k), rows in shown.items()
         }
 
@@ -458,7 +285,7 @@ class _ByActivations(_Matcher):
         step = identity(self.symmetry) | assign(self.symmetry, matrices, roots)
         if not vague:
             return step
-        pair = partial(_Pair, self.symmetry, *self.pair(found, k, others))
+        pair = partial(Pair, self.symmetry, *self.pair(found, k, others))
 
         def with_hints(root: str, permutations: Permutations) -> Matrices:
             hinted = dict(matrices)
@@ -467,7 +294,7 @@ class _ByActivations(_Matcher):
                 hinted[g][np.ix_(*vague[g])] += HINT * pair(permutations).cosines(g, *vague[g])
             return hinted
 
-        return _in_turn(self.symmetry, step, [*dict.fromkeys(map(self.symmetry.root, vague))], with_hints)
+        return in_turn(self.symmetry, step, [*dict.fromkeys(map(self.symmetry.root, vague))], with_hints)
 
     def alike(self, found: Found, k: int, others: list[int]) -> Matrices:
         pairs = [(j, k) if j < k else (k, j) for j in others]
@@ -486,78 +313,3 @@ def _ties(matrix: NDArray[np.float64]) -> Ids:
         return np.arange(len(matrix))
     best = np.partition(matrix, -2, axis=1)[:, -2:]
     return np.flatnonzero(best[:, 1] - best[:, 0] <= ALIKE)
-
-
-def _in_turn(
-    symmetry: Symmetry,
-    permutations: dict[str, Tensor],
-    roots: list[str],
-    compare: Callable[[str, Permutations], Matrices],
-    generator: torch.Generator | None = None,
-    pair: "Callable[[Permutations], _Pair] | None" = None,
-) -> dict[str, Tensor]:
-    """Assigns one root's groups after the other, the rest held, until nothing changes; `generator` shuffles rounds.
-
-    With `pair`, a root that one weight holds on two axes takes a step only if that raises its inner product.
-    """
-    order, tied = roots, {root for root in roots if pair and _meets_itself(symmetry, root)}
-    for _ in range(ROUNDS if roots else 0):
-        before = permutations
-        for root in order:
-            new = permutations | assign(symmetry, compare(root, permutations), [root])
-            if not pair or root not in tied or pair(new).total(root) > pair(permutations).total(root):
-                permutations = new
-        if equal(permutations, before):
-            break
-        if generator:
-            order = [roots[k] for k in torch.randperm(len(roots), generator=generator)]
-    return permutations
-
-
-def _meets_itself(symmetry: Symmetry, root: str) -> bool:
-    """Does one weight hold a root's groups on two axes?"""
-    axes = {(weight, dim) for g in symmetry.family(root) for weight, dim, _ in symmetry.places[g]}
-    return len(axes) > len({weight for weight, _ in axes})
-
-
-class _Pair:
-    """Inner products of the parameters of two networks, the second permuted."""
-
-    def __init__(
-        self, symmetry: Symmetry, reference: Weights, moving: Weights, permutations: Mapping[str, Tensor]
-    ) -> None:
-        self.symmetry, self.reference, self.moving = symmetry, reference, moving
-        self.element = Element.of(symmetry.groups, permutations)
-
-    def cosines(self, name: str, rows: Ids | None = None, columns: Ids | None = None) -> NDArray[np.float64]:
-        """Of each two units: their inner product over their lengths, 0 where there is nothing."""
-        products, lengths = self.compare(name, rows, columns)
-        return np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
-
-    def total(self, root: str) -> float:
-        """The inner product of the weights that hold a group or one in it."""
-        names = {weight for g in self.symmetry.family(root) for weight, *_ in self.symmetry.places[g]}
-        moved = {name: self.element.move(self.symmetry.axes[name], self.moving[name]) for name in names}
-        return dot({name: self.reference[name] for name in sorted(names)}, moved)
-
-    def compare(
-        self, name: str, rows: Ids | None = None, columns: Ids | None = None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Inner products of each two units of a group, or of some, other axes permuted as they stand; and lengths."""
-        every = np.arange(self.symmetry.groups[name].units)
-        rows, columns = (every if some is None else some for some in (rows, columns))
-        products = np.zeros((len(rows), len(columns)))
-        squares = np.zeros(len(rows)), np.zeros(len(columns))
-        for weight, dim, slots in self.symmetry.places[name]:
-            pair = []
-            for k, units in enumerate((rows, columns)):
-                tensor = (self.reference, self.moving)[k][weight]
-                picked = torch.from_numpy(slots[:, units].ravel()).to(tensor.device)
-                tensor = tensor.index_select(dim, picked)
-                if k:
-                    tensor = self.element.move(self.symmetry.axes[weight], tensor, but=dim)
-                lanes = tensor.movedim(dim, 0).unflatten(0, (len(slots), len(units)))
-                pair.append(lanes.movedim(1, 0).reshape(len(units), -1).double())
-                squares[k][:] += pair[k].square().sum(1).cpu().numpy()
-            products += (pair[0] @ pair[1].mT).cpu().numpy()
-        return products, np.sqrt(np.outer(*squares))

@@ -121,8 +121,10 @@ class Memory:
         for name, stored in self.rows.items():
             tensor = rows[name]
             if (stored.shape[1:], stored.dtype) != (tensor.shape[1:], tensor.dtype):
-                kinds = [(tuple(rows.shape[1:]), rows.dtype) for rows in (tensor, stored)]
-                raise ValueError(f"rows: {name!r} is {kinds[0]} a row, the memory holds {kinds[1]}; tasks must agree")
+                raise ValueError(
+                    f"rows: {name!r} is {tensor.dtype} of shape {tuple(tensor.shape[1:])} a row, the memory holds "
+                    f"{stored.dtype} of {tuple(stored.shape[1:])}; all tasks of a stream must agree"
+                )
         if self.policy != "reservoir" and "y" not in rows:
             raise ValueError(f"policy: {self.policy!r} needs the classes; offer a tensor named y")
         if "y" in rows:
@@ -173,7 +175,10 @@ class Memory:
 def check_policy(policy: Policy, y: Tensor) -> None:
     """Raises ValueError if a policy that goes by class is to go by labels (N, L), of which a row has many."""
     if policy != "reservoir" and y.ndim > 1:
-        raise ValueError(f'policy: {policy!r} keeps rows by class and these have many (tokens); use policy="reservoir"')
+        raise ValueError(
+            f"policy: {policy!r} keeps rows by class and labels of shape {tuple(y.shape)} are many a row (tokens); "
+            'use policy="reservoir", or a rule with it'
+        )
 
 
 def herding(features: Tensor, y: Tensor, most: int | None = None) -> Tensor:

@@ -514,3 +514,13 @@ def test_alignment_on_a_gpu_finds_what_the_cpu_finds():
     symmetry = alignment.symmetry(nets[0], x[:2].cuda())
     there = alignment.align(symmetry, nets[0], *map(get_weights, nets), x.cuda())
     assert all(torch.equal(here.permutations[g], p) for g, p in there.permutations.items())
+
+
+def test_a_frozen_convolution_in_groups_stays():
+    net = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 8, 1, groups=2, bias=False), nn.Conv1d(8, 2, 1))
+    symmetry, x = alignment.symmetry(net, torch.randn(2, 3, 5)), torch.randn(64, 3, 5)
+    weights = get_weights(net)
+    moved = alignment.permute(symmetry, alignment.random_permutations(symmetry), weights)
+    assert not equal(alignment.align(symmetry, net, weights, moved, x).permutations, alignment.identity(symmetry))
+    net[2].requires_grad_(False)
+    assert equal(alignment.align(symmetry, net, weights, moved, x).permutations, alignment.identity(symmetry))

@@ -129,8 +129,9 @@ class _Matcher:
         for name, weights in self.named.items():
             check_weights(self.symmetry, weights, name)
             check_finite(weights, name)
-        still, places, root = frozen_tensors(self.model), self.symmetry.places, self.symmetry.root
-        held = {root(g) for g in places if any(name in still for name, *_ in places[g])}
+        still, groups = frozen_tensors(self.model), [*self.symmetry.groups]
+        axes = [axis for name, some in self.symmetry.axes.items() if name in still for axis in some]
+        held = {self.symmetry.root(groups[g]) for axis in axes for g in np.unique(axis.group) if g >= 0}
         self.free = [root for root in self.symmetry.roots if root not in held]
         self.nets, self.order = [*self.named.values()], [*range(len(self.named))]
 

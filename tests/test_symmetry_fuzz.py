@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from clkit import alignment
 from clkit.weights import get_weights
 
-DRAWS = int(os.environ.get("CLKIT_DRAWS", "30"))
+DRAWS = int(os.environ.get("CLKIT_DRAWS", "16"))
 TABLE = Path(__file__).with_name("symmetry_operations.csv")
 TOLERANCE = 1e-9
 pytestmark = pytest.mark.filterwarnings("ignore")  # what is drawn may warn
@@ -513,7 +513,7 @@ unary(  # along a dimension
     "topk indices: {a}.topk(2, {d})[1]",
     "argmax: {a}.argmax({d})",
     "argmax one hot: F.one_hot({a}.argmax({d}), {n}).to({a})",
-    "median: {a}.median({d})[0]",
+    "median: {a}.contiguous().median({d})[0]",
     "sum: {a}.sum({d})",
     "sum of all: {a}.sum() + {a}",
     "mean kept: {a} - {a}.mean({d}, keepdim=True)",
@@ -1201,7 +1201,7 @@ def test_no_program_changes():
         if wrong and wrong != "refused":
             least = shrunk(program, lambda p, wrong=wrong: kind(fault(p)[0]) == kind(wrong))
             pytest.fail(f"seed {seed}: {wrong}\n\n{least}")
-    assert len(shares) > 0.9 * DRAWS and refused < 0.1 * DRAWS
+    assert len(shares) > 0.9 * DRAWS and refused <= 0.1 * DRAWS
     assert sum(shares) / len(shares) > 0.25  # a fault shows only where something moves
 
 

@@ -373,7 +373,7 @@ def cat(points: Points, labels: Sequence[Label], dim: int, why: str) -> Label:
     arrays = []
     for label, some, at in zip(labels, spans, spots[1:], strict=True):
         factors = [*(at[place] for place in wide), *label.dims[dim]]
-        arrays.append(some[0].ordered(factors) if some else still(points, label.shape[dim], why))
+        arrays.append(some[0].ordered(factors) if some else loose(points, label, dim, why))
     outer = [spots[0][place] for place in wide]
     rest = Label(joined.dims, tuple(p for p in joined.spans if set(p.factors).isdisjoint(outer)))
     return replace(rest, dim, new, Span(points.distinct(np.concatenate(arrays, -1)), (*outer, new)))
@@ -385,8 +385,9 @@ def _spots(label: Label, but: int) -> dict[tuple[int, int, int], Factor]:
     return {(d, step, f.size): f for d, row, steps in rows for f, step in zip(row, steps, strict=True)}
 
 
-def still(points: Points, size: int, why: str) -> Ids:
-    """New points that do not move."""
-    new = points.fresh(size)
-    points.pin(new, why)
+def loose(points: Points, label: Label, dim: int, why: str) -> Ids:
+    """New points for a dimension in no span: free ones if the tensor does not vary along it, else such that stand."""
+    new = points.fresh(label.shape[dim])
+    if any(f.why for f in label.dims[dim]):
+        points.pin(new, why)
     return new

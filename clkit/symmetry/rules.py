@@ -19,13 +19,13 @@ from clkit.symmetry.labels import (
     fixed,
     flatten,
     join,
+    loose,
     reduce,
     reorder,
     replace,
     reshape,
     separate,
     settle,
-    still,
     tidy,
 )  # fmt: skip
 from clkit.symmetry.moving import RULES, Call, Rule, is_shape, pointwise_rule, reason, rule
@@ -152,12 +152,10 @@ def _grouped(call: Call, x: Label, weight: Label) -> Label:
 
 def line(points: Points, label: Label, dim: int, why: str) -> Ids:
     """The points along one dimension: new ones that stand still where it is fixed, or free where it is uniform."""
-    if label.dims[dim] and not any(f.why or label.span(f) for f in label.dims[dim]):
-        return points.fresh(label.shape[dim])
     label = flatten(points, label, dim, why)
     label = drop(points, label, [p for p in label.touching([dim]) if p.points.ndim > 1], why)
     spans = label.touching([dim])
-    return spans[0].points if spans else still(points, label.shape[dim], reason(label, [dim]))
+    return spans[0].points if spans else loose(points, label, dim, reason(label, [dim]))
 
 
 @rule("avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_avg_pool1d")

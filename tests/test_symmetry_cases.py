@@ -84,7 +84,22 @@ def tokens(s: Net, x: Tensor) -> Tensor:
     return s.h(s.e((s.a(x) * 3).clamp(0, 5).long()).flatten(1))
 
 
+def beside_itself(s: Net, x: Tensor) -> Tensor:
+    h = s.b(s.a(x).relu().flatten(-2))
+    return s.h(torch.cat([h, h.flip(1)], 1).flatten(1))
+
+
 SOUND = {  # network, shape of the example
+    "groups beside themselves reversed, and other axes walked anew": (
+        Net(
+            beside_itself,
+            a=nn.Conv2d(2, 6, 3, stride=2),
+            b=nn.ConvTranspose1d(6, 12, 2, stride=2, groups=2),
+            c=nn.TransformerEncoderLayer(2, 1, 6, 0.0, batch_first=True),
+            h=L(48, 3),
+        ),
+        (1, 2, 4, 4),
+    ),
     "copies beside their negatives": (copied(lambda y: torch.cat([y, -y], 1)), (4, 6)),
     "copies in sequence": (copied(lambda y: y.repeat(1, 2)), (4, 6)),
     "a part is scaled in place": (written(lambda v: v.mul_(0.5)), (4, 6)),

@@ -40,16 +40,20 @@ class Story:
     def __init__(self, seed: int) -> None:
         self.random, self.points = np.random.default_rng(seed), Points()
         self.axes: list[Ids] = []
+        self.matrices: list[Ids] = []
         self.promises: list[tuple[str, Ids, Ids]] = []  # kind, points, what is kept along with them
 
     def axis(self) -> Ids:
         return self.axes[self.random.integers(len(self.axes))]
 
     def matrix(self) -> Ids:
+        if self.matrices and self.random.random() < 0.3:
+            return self.matrices[self.random.integers(len(self.matrices))]
         axis = self.axis()
         height = self.random.choice([n for n in range(1, axis.size + 1) if axis.size % n == 0])
         matrix = axis.reshape(height, -1)
-        return matrix.T if self.random.random() < 0.5 else matrix
+        self.matrices.append(matrix.T if self.random.random() < 0.5 else matrix)
+        return self.matrices[-1]
 
     def happen(self) -> None:
         match self.random.choice(["fresh", "unite", "shift", "pin", "rows", "slice", "copies", "members"]):

@@ -38,6 +38,7 @@ class Points:
         self._root, self._colour, self._block, self._why = (np.empty(0, np.int64) for _ in range(4))
         self._next = np.empty(0, np.int64)  # the members of a unit form a ring
         self._links: list[tuple[Ids, Ids]] = []  # points, and for each that of the row it is in
+        self._rows: dict[tuple, Ids] = {}  # what `rows` gave for a matrix
         self._reasons = [""]
 
     def fresh(self, *shape: int) -> Ids:
@@ -124,11 +125,18 @@ class Points:
 
     def rows(self, points: Ids) -> Ids | None:
         """Makes the rows of a matrix of points move as wholes: a point for each row, None where rows cross blocks."""
+        if points.shape[1] == 1:
+            return points[:, 0]
+        if (key := (points.shape, points.tobytes())) in self._rows:
+            return self._rows[key]
         members = self.units(points)
         if (members == members[:, :1]).all():
-            return points[:, 0]
-        new = self._wrap([np.unique(row) for row in members])
+            new = self.fresh(len(points))
+            self._unite(new, members[:, 0], "")
+        else:
+            new = self._wrap([np.unique(row) for row in members])
         if new is not None:
+            self._rows[key] = new
             self._links.append((points.ravel(), np.repeat(new, points.shape[1])))
         return new
 
@@ -181,11 +189,11 @@ class Points:
                 break
             if (self.units(low) != low).any() or (self.units(high) != high).any():
                 continue  # their blocks were among them
+            if self._circular(low, high, block):
+                break
             self._root[high], self._block[low] = low, block
             self._next[low], self._next[high] = self._next[high], self._next[low]
             self._tell_apart(low, why)
-            if self._circular(low, why):
-                break
         self.pin(a, why)
         self.pin(b, why)
 
@@ -219,27 +227,24 @@ class Points:
             self._unite(around, coarse, why)
         elif (around >= 0).any():
             return None
+        elif self._circular(fine, fine, coarse):
+            return None
         else:
             self._put(fine, coarse)
-            if self._circular(fine, why):
-                return None
         inner[clash] = (x, y)[side][clash]
         return inner
 
-    def _circular(self, units: Ids, why: str) -> bool:
-        """Whether blocks lie in themselves: these are pinned, so that nothing is lost if they lie in none."""
-        up = self.units(units)
+    def _circular(self, low: Ids, high: Ids, block: Ids) -> bool:
+        """Whether blocks would lie in themselves, if `high` were the units `low` and these lay in `block`."""
+        old, new = np.concatenate([low, high]), np.concatenate([block, block])
+        order = np.argsort(old)
+        old, new, up = old[order], new[order], block
         for _ in range(DEPTH):
-            up = np.unique(self.blocks(up))
-            up = up[up >= 0]
+            up = np.unique(self.units(up[up >= 0]))
             if not len(up):
                 return False
-        circle = [up]
-        for _ in range(DEPTH):
-            circle.append(self.blocks(circle[-1]))
-        every = np.unique(np.concatenate(circle))
-        self._block[every] = -1
-        self.pin(np.flatnonzero(np.isin(self.units(np.arange(self.count)), every)), why)
+            place = np.minimum(np.searchsorted(old, up), len(old) - 1)
+            up = np.where(old[place] == up, new[place], self.blocks(up))
         return True
 
     def finish(self) -> Orbits:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from clkit import alignment, checks, store
 from clkit.checkpoint import check_same, identify, restore, snapshot, widened
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
-from clkit.data import Stream, Task, cuts
+from clkit.data import Batch, Stream, Task, cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.modules import dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
@@ -274,7 +274,7 @@ class _Loop:
         self.report = {}
         self.criterion.begin_task(task)
         self.learner.begin_task(self.model, task)
-        optimizer = self.optimizer = self.training.make_optimizer(self.model.parameters())
+        self.optimizer = self.training.make_optimizer(self.model.parameters())
         steps = self.steps(task)
         trace = self.trace = torch.zeros(steps, device=self.device)
         augmenter = self.augmenter if self.training.augment else None
@@ -284,26 +284,29 @@ class _Loop:
             begun = step
             for rows in self.batches(task):
                 lr = self.training.lr * self.training.rate(step, steps)
-                for group in optimizer.param_groups:
+                for group in self.optimizer.param_groups:
                     group["lr"] = lr
                 batch = task.batch(rows, augmenter, device=self.device, layout=self.layout, epoch=epoch, lr=lr)
-                optimizer.zero_grad(set_to_none=True)
-                with self.autocast():
-                    loss = self.learner.loss(self.model, batch)
-                if step == 0:
-                    trial.check_loss(loss, self.learner)
-                loss.backward()
-                self.learner.adjust_gradients(self.model, batch)
-                if self.training.clip is not None:
-                    nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
-                optimizer.step()
-                self.learner.after_step(self.model, batch)
-                trace[step] = loss.detach()
+                trace[step] = self.step(batch)
                 step += 1
                 self.within(task, Progress(task.index, step, steps, False))
             tick(step - begun)
             self.check_trace(trace[begun:step], task, begun)
         return trace.cpu().numpy()
+
+    def step(self, batch: Batch) -> Tensor:
+        """One step on a batch, at the learning rate that the optimizer has; returns its loss, on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            loss = self.learner.loss(self.model, batch)
+        trial.check_loss(loss, self.learner)
+        loss.backward()
+        self.learner.adjust_gradients(self.model, batch)
+        if self.training.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        self.optimizer.step()
+        self.learner.after_step(self.model, batch)
+        return loss.detach()
 
     def within(self, task: Task, progress: Progress) -> None:
         """What may follow a step: a consolidation, whose weights training goes on from, and a look at all tasks."""

@@ -54,7 +54,7 @@ from clkit.merging import average, task_arithmetic, ties
 from clkit.modulation import Modulated, Modulation
 from clkit.tangent import Linearized
 from clkit.training import Training, run
-from clkit.weights import Weights, get_weights, lerp
+from clkit.weights import Weights, combine, get_weights, lerp
 
 Row = dict[str, object]
 Way = Callable[[], object]
@@ -275,10 +275,10 @@ def bandwidths() -> dict[str, float]:
         "lerp into place": (3, lambda: lerp(ws[0], ws[1], 0.3, out=out)),
         "lerp": (3, lambda: lerp(ws[0], ws[1], 0.3)),
         "lerp, written out": (3, lambda: {name: (1 - 0.3) * t + 0.3 * ws[1][name] for name, t in ws[0].items()}),
-        "average of 5 into place": (6, lambda: average(ws, out=out)),
+        "average of 5 into place": (6, lambda: combine(ws, [0.2] * 5, out=out)),
         "average of 5": (6, lambda: average(ws)),
         "average of 5, written out": (6, lambda: {name: sum(w[name] for w in ws) / 5 for name in ws[0]}),
-        "task arithmetic of 5 into place": (7, lambda: task_arithmetic(ws, base=base, scale=0.3, out=out)),
+        "task arithmetic of 5 into place": (7, lambda: combine([base, *ws], [-0.5, *[0.3] * 5], out=out)),
         "task arithmetic of 5": (7, lambda: task_arithmetic(ws, base=base, scale=0.3)),
         "task arithmetic of 5, written out": (
             7,

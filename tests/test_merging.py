@@ -466,7 +466,7 @@ def test_options_are_checked_before_any_work():
 
 
 @pytest.mark.parametrize("merge_", ["ties", "average", partial(merging.ties, density=0.5)])
-@pytest.mark.parametrize("name", ["ws", "base", "out"])
+@pytest.mark.parametrize("name", ["ws", "base"])
 def test_what_a_merge_is_given_anyway_is_no_option(merge_, name):
     with pytest.raises(ValueError, match=f"options: '{name}' is (given by whoever calls|unknown)"):
         Merging(merge_, {name: {}})

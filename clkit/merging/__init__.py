@@ -100,7 +100,7 @@ class Merge:
         first = next(iter(inspect.signature(self.function).parameters), None)
         if first is None:
             raise ValueError(f"merge: {self.function!r:.80} takes no weights; give a function f(ws, **options)")
-        for name in sorted({first, "base", "out"} & options.keys()):
+        for name in sorted({first, "base"} & options.keys()):
             raise ValueError(f"options: {name!r} is given by whoever calls the merge; leave it out")
         held = self.function.keywords if isinstance(self.function, partial) else {}
         checks.options(self.function, {**held, **options})

@@ -15,13 +15,11 @@ ANTIPODAL = math.pi - 1e-3  # beyond this angle there is no one great circle thr
 
 
 @on_parameters(statistics=True)
-def average(
-    ws: Sequence[Weights], *, coefficients: Sequence[NotNegative] | None = None, out: Weights | None = None
-) -> dict[str, Tensor]:
+def average(ws: Sequence[Weights], *, coefficients: Sequence[NotNegative] | None = None) -> dict[str, Tensor]:
     """The mean of weights; with `coefficients`, one for each and none negative, the mean weighted by them.
 
-    Coefficients are divided by their sum, so that counts of examples or of tasks can be given. With `out`, weights of
-    the same names and shapes, the result is written there. Raises ValueError for other coefficients.
+    Coefficients are divided by their sum, so that counts of examples or of tasks can be given. Raises ValueError for
+    other coefficients.
 
     Ref: model soups, Wortsman et al., arXiv 2203.05482.
     """
@@ -30,7 +28,7 @@ def average(
     total = math.fsum(given)
     if not 0 < total < math.inf:
         raise ValueError(f"coefficients: {given} add up to {total:g}; give some with a positive sum")
-    return combine(ws, [c / total for c in given], out=out)
+    return combine(ws, [c / total for c in given])
 
 
 @on_parameters(statistics=True)
@@ -45,17 +43,13 @@ def greedy_soup(ws: Sequence[Weights], *, score: Callable[[Weights], float]) -> 
     Ref: Wortsman et al., Model soups, arXiv 2203.05482, recipe 1.
     """
     check_inputs(ws)
-
-    def mean(places: Sequence[int]) -> dict[str, Tensor]:
-        return average([ws[i] for i in places], out=weights.map_weights(torch.empty_like, ws[0]))
-
     alone = [float(score(w)) for w in ws]
     if not all(math.isfinite(s) for s in alone):
         raise ValueError(f"score: it gave {alone}; give a function of weights to finite numbers, higher is better")
     first, *others = sorted(range(len(ws)), key=lambda i: -alone[i])
-    taken, best, soup = [first], alone[first], mean([first])
+    taken, best, soup = [first], alone[first], average([ws[first]])
     for i in others:
-        mixed = mean([*taken, i])
+        mixed = average([ws[place] for place in (*taken, i)])
         if (found := float(score(mixed))) >= best:
             taken, best, soup = [*taken, i], found, mixed
     return soup
@@ -103,19 +97,16 @@ def slerp(ws: Sequence[Weights], *, t: Share = 0.5, whole: bool = False) -> dict
 
 
 @on_parameters()
-def task_arithmetic(
-    ws: Sequence[Weights], *, base: Weights, scale: Scale | None = None, out: Weights | None = None
-) -> dict[str, Tensor]:
+def task_arithmetic(ws: Sequence[Weights], *, base: Weights, scale: Scale | None = None) -> dict[str, Tensor]:
     """`base` plus `scale` times the sum of the task vectors w - base: base + scale sum_i (w_i - base).
 
     The paper tunes one scale for all task vectors on held-out data, in steps of 0.05, and finds about 0.3 for eight.
-    None stands for 1 / n, the mean of the task vectors, at which copies merge to the copy. With `out`, weights of the
-    same names and shapes, the result is written there.
+    None stands for 1 / n, the mean of the task vectors, at which copies merge to the copy.
 
     Ref: Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089.
     """
     factor = 1 / len(ws) if scale is None else scale
-    return combine([base, *ws], [1 - factor * len(ws), *[factor] * len(ws)], out=out)
+    return combine([base, *ws], [1 - factor * len(ws), *[factor] * len(ws)])
 
 
 @on_parameters()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clkit import checks
+from clkit.merging import pieces
 from clkit.merging.pieces import Density, Draws, Piece, Scale, Seed, TaskVectors, count, largest, on_parameters
 from clkit.weights import Weights
 
@@ -139,9 +140,10 @@ def della(
     def rule(piece: Piece, part: Tensor) -> Tensor:
         shape = base[piece.name].shape
         row = part.shape[1] if len(shape) < 2 else shape[1:].numel()
-        ranks = part.view(len(ws), -1, row).abs().argsort(dim=-1, stable=True).argsort(dim=-1).view_as(part)
-        place = ranks.to(part.dtype) / (row - 1) if row > 1 else torch.full_like(part, 0.5)
-        return agreed(draws.drop(part, (density - half) + 2 * half * place))
+        order = pieces.ascending(part.view(len(ws), -1, row).abs())
+        place = torch.arange(row).to(part) / (row - 1) if row > 1 else part.new_tensor([0.5])
+        kept = ((density - half) + 2 * half * place).expand(order.shape)
+        return agreed(draws.drop(part, torch.empty_like(kept).scatter_(-1, order, kept).view_as(part)))
 
     return vectors.merge(rule, scale)
 
@@ -220,10 +222,10 @@ def pcb(
     scores: dict[str, _Scores] = {}
     for names in vectors.groups(whole):
         scores |= dict.fromkeys(names, _Scores(vectors, names))
-    kept = largest(vectors, partial(count, density), whole, lambda piece, part: scores[piece.name](part))
+    kept = largest(vectors, partial(count, density), whole, lambda piece, i: scores[piece.name](vectors.read(piece), i))
 
     def rule(piece: Piece, part: Tensor) -> Tensor:
-        score = scores[piece.name](part)
+        score = torch.stack([scores[piece.name](part, i) for i in range(len(ws))])
         score.masked_fill_(~kept(piece, score), -torch.inf)
         return (score.softmax(0).nan_to_num_(0.0) * part).sum(0)  # NaN where no task keeps the entry
 
@@ -262,14 +264,11 @@ class _Scores:
         low, width = (x.to(part)[:, None] for x in (self.low[i], torch.where(width > 0, width, torch.inf)))
         return ((part[i] * part) - low) / width
 
-    def __call__(self, part: Tensor) -> Tensor:
-        """The logarithms there (n, entries)."""
-        found = torch.empty_like(part)
-        for i in range(len(part)):
-            normed = self._normed(part, i)
-            inter = (normed.exp() / self.total[i].to(part)[:, None]).sum(0)
-            found[i] = len(part) * normed[i] - self.own[i].to(part) + inter.log()
-        return found
+    def __call__(self, part: Tensor, i: int) -> Tensor:
+        """Those of task i (entries), there where the task vectors (n, entries) are `part`."""
+        normed = self._normed(part, i)
+        inter = (normed.exp() / self.total[i].to(part)[:, None]).sum(0)
+        return len(part) * normed[i] - self.own[i].to(part) + inter.log()
 
 
 def agreed(vectors: Tensor) -> Tensor:

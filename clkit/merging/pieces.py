@@ -19,8 +19,6 @@ from clkit.weights import Weights, check_finite, check_range, check_same, combin
 
 ENTRIES = 2**14  # of a piece on the CPU: five of them and a few temporaries fit into a megabyte
 ENTRIES_ELSEWHERE = 2**22  # on an accelerator, where a kernel's start costs more than its traffic
-SELECTED = 2**18  # so many values of a task are selected from at once; of more, a sample brackets the threshold first
-SAMPLE = 2**16
 
 Density = Annotated[float, checks.Range(0, 1, "low", "the share of entries that are kept")]
 Scale = Annotated[float, checks.Range(means="1, 1 / n, or one tuned on held-out data")]
@@ -35,8 +33,8 @@ def on_parameters(
     Counters are dropped. Running statistics are averaged: the plain mean of those of `ws`. With `statistics` the
     function is given them as well, and averages them itself, weighted as it weighs the networks. A tensor that is not
     finite and equal in all inputs, such as a mask of -inf, is taken over. A `score` among the options judges all these
-    together. The result has the dtypes of `out`, of the base, or of the first weights, whichever is there. Options are
-    checked against their annotations. What is a merge already stays as it is.
+    together. The result has the dtypes of the base or, without one, of the first weights. Options are checked against
+    their annotations. What is a merge already stays as it is.
 
     The merge raises ValueError for no weights, or not `number` of them, and for inputs or a result that do not agree in
     names and shapes or are not finite.
@@ -52,7 +50,7 @@ def on_parameters(
             if not ws or number not in (None, len(ws)):
                 raise ValueError(f"ws: {len(ws)} weights were given; give {number or 'at least one'}")
             given = {f"ws[{i}]": w for i, w in enumerate(ws)}
-            given |= {name: options[name] for name in ("base", "out") if options.get(name) is not None}
+            given |= {"base": options["base"]} if options.get("base") is not None else {}
             given = {label: _floating(label, w) for label, w in given.items()}
             check_same(*given.values(), names=list(given))
             constants: Weights = {}
@@ -60,7 +58,7 @@ def on_parameters(
                 try:
                     return _merged(checked, given, options, constants, statistics)
                 except Exception:
-                    if constants or not (constants := _constants([w for label, w in given.items() if label != "out"])):
+                    if constants or not (constants := _constants([*given.values()])):
                         raise
 
         merge.on_parameters = True  # type: ignore[attr-defined]
@@ -73,17 +71,17 @@ def _merged(
     function: Callable, given: Mapping[str, Weights], options: Mapping, constants: Weights, statistics: bool
 ) -> dict[str, Tensor]:
     """Lets the function merge what is neither constant nor to be averaged, and adds the rest."""
-    number = len(given.keys() - {"base", "out"})
+    number = len(given.keys() - {"base"})
     whole = list(given.values())[:number]
-    like = given.get("out", given.get("base", whole[0]))
+    like = given.get("base", whole[0])
     averaged = [name for name in whole[0] if is_statistic(name) and name not in constants and not statistics]
-    place = {name: like[name] if "out" in given else torch.empty_like(like[name]) for name in averaged}
+    place = {name: torch.empty_like(like[name]) for name in averaged}
     rest = combine([{n: w[n] for n in averaged} for w in whole], [1 / number] * number, out=place)
     rest |= constants
     parts = {label: {name: t for name, t in w.items() if name not in rest} for label, w in given.items()}
     ws = [parts.pop(f"ws[{i}]") for i in range(number)]
     asked = {"score": lambda w: options["score"]({**w, **rest})} if "score" in options else {}
-    held = [t for w in given.values() for t in w.values() if "out" not in given and not t.is_inference()]
+    held = [t for w in given.values() for t in w.values() if not t.is_inference()]
     versions = [t._version for t in held]
     merged = function(ws, **{**options, **parts, **asked})
     label = getattr(checks.innermost(function), "__qualname__", "the merge")
@@ -94,7 +92,7 @@ def _merged(
         raise ValueError(f"{label}: it gave {merged!r:.80}; a merge gives a mapping of names to floating tensors")
     check_same(ws[0], merged, names=("ws[0]", f"what {label} gave"))
     result = {name: (merged if name in merged else rest)[name].detach() for name in whole[0]}
-    result = {n: like[n].copy_(t) if "out" in given else t.to(like[n].dtype) for n, t in result.items()}
+    result = {name: tensor.to(like[name].dtype) for name, tensor in result.items()}
     moved = {name: tensor for name, tensor in result.items() if name not in constants}
     if not finite(moved):
         check_inputs(whole, given.get("base"))
@@ -182,12 +180,14 @@ class TaskVectors:
             for start in range(0, size, step):
                 yield Piece(name, start, min(start + step, size))
 
-    def read(self, piece: Piece, stride: int = 1) -> Tensor:
-        """The task vectors there (n, entries), or every `stride`-th entry of them."""
-        base = piece.of(self.flat_base)[::stride].to(self.dtype)
+    def read(self, piece: Piece, i: int | None = None) -> Tensor:
+        """The task vectors there (n, entries), or that of task i (entries)."""
+        base = piece.of(self.flat_base).to(self.dtype)
+        if i is not None:
+            return piece.of(self.flat[i]).to(self.dtype) - base
         vectors = torch.empty(len(self.ws), len(base), dtype=self.dtype, device=base.device)
         for row, flat in zip(vectors, self.flat, strict=True):
-            torch.sub(piece.of(flat)[::stride], base, out=row)
+            torch.sub(piece.of(flat), base, out=row)
         return vectors
 
     def __iter__(self) -> Iterator[tuple[Piece, Tensor]]:
@@ -230,21 +230,20 @@ def count(density: float, size: int) -> int:
     return min(size, math.ceil(round(density * size, 6)))
 
 
-def magnitude(piece: Piece, vectors: Tensor) -> Tensor:
-    """How large each entry is, (n, entries): what most methods rank by."""
-    return vectors.abs()
-
-
-def largest(vectors: TaskVectors, keep: Callable[[int], int], whole: bool, of: EntryRule = magnitude) -> EntryRule:
+def largest(
+    vectors: TaskVectors, keep: Callable[[int], int], whole: bool, of: Callable[[Piece, int], Tensor] | None = None
+) -> EntryRule:
     """Finds which values are among each task's largest: a function of a piece and its values (n, entries), same shape.
 
-    Values are what `of` gives for a piece and its task vectors (n, entries). Of `size` values `keep(size)` are kept,
-    exactly; of those that tie with the smallest one kept, the first in order. They compete with the values of all
-    tensors if `whole`, else with those of their own tensor. The function must be given all values once, in order.
+    Values are the magnitudes of entries, or what `of` gives for a piece and a task's number (entries). Of `size` values
+    `keep(size)` are kept, exactly; of those that tie with the smallest one kept, the first in order. They compete with
+    the values of all tensors if `whole`, else with those of their own tensor. The function must be given all values
+    once, in order. All values of one task are held at once.
 
     Raises ValueError where `of` gives a NaN.
     """
     found: dict[str, _Threshold] = {}
+    of = of or (lambda piece, i: vectors.read(piece, i).abs())
     for names in vectors.groups(whole):
         found |= dict.fromkeys(names, _threshold(vectors, names, keep(vectors.size(names)), of))
     return lambda piece, values: found[piece.name](values)
@@ -261,73 +260,52 @@ class _Threshold:
         threshold = self.value.to(values.device)
         if not self.ties:
             return values >= threshold
-        equal = values == threshold
-        order = equal.cumsum(1) + self.seen.to(values.device)
-        self.seen = order[:, -1:] if values.shape[1] else self.seen
-        return (values > threshold) | (equal & (order <= self.quota.to(values.device)))
+        kept, equal = values > threshold, values == threshold
+        if equal.any():
+            order = equal.cumsum(1) + self.seen.to(values.device)
+            self.seen = order[:, -1:]
+            kept |= equal & (order <= self.quota.to(values.device))
+        return kept
 
 
-def _threshold(vectors: TaskVectors, names: tuple[str, ...], keep: int, of: EntryRule) -> _Threshold:
-    """Finds each task's smallest value kept, without sorting and without a second copy of the values.
-
-    A strided sample brackets the threshold; one reading counts what is above the bracket and collects what is in it, a
-    few per cent, from which the threshold is selected exactly. A bracket that missed is opened on that side.
-    """
+def _threshold(
+    vectors: TaskVectors, names: tuple[str, ...], keep: int, of: Callable[[Piece, int], Tensor]
+) -> _Threshold:
+    """Finds each task's smallest value kept, by selection in a copy of its values."""
     n, size = len(vectors), vectors.size(names)
     if not 0 < keep < size:
         none = torch.zeros(n, dtype=torch.long)
         return _Threshold(torch.full((n,), -math.inf if keep else math.inf, dtype=vectors.dtype), none, none)
-    low = torch.full((n, 1), -math.inf, dtype=vectors.dtype)
-    high = -low
-    if size > SELECTED:
-        _, sample = _between(low, high, vectors, names, of, stride=-(-size // SAMPLE))
-        for i, values in enumerate(sample):
-            ordered, m = values.sort(descending=True).values, len(values)
-            rank, slack = keep / size * m, 4 * math.sqrt(m * keep / size * (1 - keep / size)) + 4
-            if rank - slack >= 0:
-                high[i] = ordered[int(rank - slack)]
-            if rank + slack < m:
-                low[i] = ordered[int(rank + slack)]
-    while True:
-        above, inside = _between(low, high, vectors, names, of)
-        too_low, too_high = above >= keep, above + torch.tensor([len(values) for values in inside]) < keep
-        if not (too_low | too_high).any():
-            break
-        if (low[too_high] == -math.inf).any():  # no bracket is wider: some values are NaN
+    store = torch.empty(size, dtype=vectors.dtype, device=vectors.base[names[0]].device)
+    value, above, tied = [], [], []
+    for i in range(n):
+        at = 0
+        for piece in vectors.pieces(names):
+            store[at : (at := at + piece.stop - piece.start)] = of(piece, i)
+        if store.sum().isnan():
+            check_inputs(vectors.ws, vectors.base)
             raise ValueError(f"ws: what {names[:3]} are ranked by is not a number; give shorter task vectors")
-        high[too_low], low[too_high] = math.inf, -math.inf
-    ranks = (keep - above).tolist()
-    value = torch.stack([v.kthvalue(len(v) - rank + 1).values for v, rank in zip(inside, ranks, strict=True)])
-    pairs = list(zip(inside, value, strict=True))
-    over, tied = (torch.stack([test(v, x).sum() for v, x in pairs]) for test in (torch.gt, torch.eq))
-    return _Threshold(value, keep - above - over, tied)
+        value.append(smallest(store, size - keep).clone())
+        above.append((store > value[i]).count_nonzero())
+        tied.append((store == value[i]).count_nonzero())
+    return _Threshold(torch.stack(value), keep - torch.stack(above), torch.stack(tied))
 
 
-def _between(
-    low: Tensor, high: Tensor, vectors: TaskVectors, names: tuple[str, ...], of: EntryRule, stride: int = 1
-) -> tuple[Tensor, list[Tensor]]:
-    """How many values of each task are above `high`, and those from `low` to `high`; of every `stride`-th value.
+def smallest(values: Tensor, k: int) -> Tensor:
+    """Selects the value with `k` values before it when they are sorted (size), which come out in another order."""
+    if values.device.type != "cpu":
+        return values.kthvalue(k + 1).values
+    values.numpy().partition(k)  # in place and many at a time, where torch would copy them with an index each
+    return values[k]
 
-    Those of a task grow in one tensor: many small ones would leave the memory of freed pieces in holes.
-    """
-    n, size = len(vectors), vectors.size(names)
-    above, filled = torch.zeros(n, dtype=torch.long), [0] * n
-    store = torch.empty(n, min(size, 2 * SAMPLE), dtype=vectors.dtype)
-    strided = ((piece, vectors.read(piece, stride)) for piece in vectors.pieces(names))
-    for piece, part in vectors.of(names) if stride == 1 else strided:
-        values = of(piece, part)
-        rows = list(values)
-        if stride == 1:
-            over = values > high.to(values.device)
-            within = (values >= low.to(values.device)) & ~over
-            above += over.sum(1).cpu()
-            rows = [row[chosen] for row, chosen in zip(values, within, strict=True)]
-        for i, found in enumerate(rows):
-            start, filled[i] = filled[i], filled[i] + len(found)
-            while filled[i] > store.shape[1]:
-                store = torch.cat([store, torch.empty_like(store)], 1)
-            store[i, start : filled[i]] = found
-    return above, [row[:stop] for row, stop in zip(store, filled, strict=True)]
+
+def ascending(values: Tensor) -> Tensor:
+    """The order of values of at least 0 along the last axis (..., row), smallest first; equal ones stay in order."""
+    if values.device.type != "cpu" or values.dtype == torch.float64:
+        return values.argsort(dim=-1, stable=True)
+    keys = values.view(torch.int32).long() << 32 | torch.arange(values.shape[-1])
+    keys.numpy().sort(axis=-1)  # integers many at a time: the bits of a value, ordered as it is, above its place
+    return keys & 0xFFFFFFFF
 
 
 class Draws:

@@ -17,37 +17,59 @@ from clkit import checks
 from clkit.merging.pieces import Density, Scale, TaskVectors, on_parameters
 from clkit.weights import Weights
 
+SQUARED = 1e-8  # of the largest singular value: what is smaller is lost in a square
 SHARED = 16  # singular vectors of the same direction differ by so many times the precision of the weights, or less
 
 
-def decompose(matrix: Tensor, eps: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(matrix: Tensor, eps: float | None = None, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition U (m, r), s (r,), V (n, r), largest first, without what rounding has left.
 
-    Directions whose singular value is below eps sqrt(max(m, n)) of the largest are cut off: r is the numerical rank.
-    `eps` None is the matrix's own precision. The factors are in float64.
+    Directions whose singular value is below eps sqrt(max(m, n)) of the largest are cut off: r is the numerical rank, or
+    `most`. `eps` None is the matrix's own precision. The factors are in float64.
     """
-    limit = (torch.finfo(matrix.dtype).eps if eps is None else eps) * max(*matrix.shape, 1) ** 0.5
-    double = matrix.double()
+    double, limit, squared = _limit(matrix, eps)
     if not matrix.numel():
         return double.new_zeros(len(matrix), 0), double.new_zeros(0), double.new_zeros(matrix.shape[1], 0)
-    if matrix.dtype == torch.float64:
+    if not squared:
         u, s, vt = torch.linalg.svd(double, full_matrices=False)
         rank = int((s > limit * s[0]).sum())
-        return u[:, :rank], s[:rank], vt[:rank].T
-    wide = matrix.shape[0] <= matrix.shape[1]
-    square = double @ double.T if wide else double.T @ double
-    values, short = torch.linalg.eigh(square)
+        return u[:, :rank][:, :most], s[:rank][:most], vt[:rank][:most].T
+    s, short = (part[..., :most] for part in _of_gram(double, limit))
+    if len(double) <= double.shape[1]:
+        return short, s, double.T @ short / s
+    return double @ short / s, s, short
+
+
+def polar(matrix: Tensor, eps: float | None = None) -> tuple[Tensor, Tensor]:
+    """The nearest matrix with orthonormal directions, same shape, and the singular values of the given one.
+
+    It is U V^T without the directions that `decompose` cuts off, in float64.
+    """
+    double, limit, squared = _limit(matrix, eps)
+    if not squared or not matrix.numel():
+        u, s, v = decompose(matrix, eps)
+        return u @ v.T, s
+    s, short = _of_gram(double, limit)
+    root = short / s @ short.T  # one product of the matrix's size, where U V^T takes two
+    return root @ double if len(double) <= double.shape[1] else double @ root, s
+
+
+def _limit(matrix: Tensor, eps: float | None) -> tuple[Tensor, float, bool]:
+    """A matrix in float64, the share of the largest singular value that counts at least, and if squares keep it."""
+    eps = torch.finfo(matrix.dtype).eps if eps is None else eps
+    return matrix.double(), eps * max(*matrix.shape, 1) ** 0.5, eps > SQUARED
+
+
+def _of_gram(double: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """The singular values (r,), largest first, and the singular vectors of the shorter side (min(m, n), r)."""
+    wide = double if len(double) <= double.shape[1] else double.T
+    if double.device.type == "cpu":  # numpy sees a square, and makes half of it
+        values, short = torch.linalg.eigh(torch.from_numpy(wide.numpy() @ wide.numpy().T))
+    else:
+        values, short = torch.linalg.eigh(wide @ wide.T)
     s = values.clamp(min=0).sqrt().flip(0)
-    rank = int((s > max(limit, 3e-8) * s[0]).sum())
-    s, short = s[:rank], short.flip(1)[:, :rank]
-    long = (double.T @ short if wide else double @ short) / s
-    return (short, s, long) if wide else (long, s, short)
-
-
-def polar(matrix: Tensor, eps: float | None = None) -> Tensor:
-    """The nearest matrix with orthonormal directions, same shape: U V^T without the directions `decompose` cuts off."""
-    u, _, v = decompose(matrix, eps)
-    return u @ v.T
+    rank = int((s > limit * s[0]).sum())
+    return s[:rank], short.flip(1)[:, :rank]
 
 
 @on_parameters()
@@ -62,9 +84,8 @@ def iso_c(ws: Sequence[Weights], *, base: Weights, scale: Scale = 1.0) -> dict[s
     """
 
     def matrix(parts: Tensor) -> Tensor:
-        total = parts.sum(0)
-        u, s, v = decompose(total)
-        return (u @ v.T) * (s.sum() / min(total.shape))
+        directions, s = polar(parts.sum(0))
+        return directions * (s.sum() / min(directions.shape))
 
     return _by_matrix(ws, base, matrix, scale)
 
@@ -86,11 +107,10 @@ def tsv(
     share = 1 / max(len(ws), 1) if density is None else density
 
     def matrix(parts: Tensor) -> Tensor:
-        found = [decompose(part) for part in parts]
-        rank = max(1, int(share * min(parts.shape[1:])))
+        found = [decompose(part, most=max(1, int(share * min(part.shape)))) for part in parts]
         eps = SHARED * torch.finfo(parts.dtype).eps
-        u, v = (polar(torch.cat([f[side][:, :rank] for f in found], 1), eps) for side in (0, 2))
-        return (u * torch.cat([f[1][:rank] for f in found])) @ v.T
+        u, v = (polar(torch.cat([f[side] for f in found], 1), eps)[0] for side in (0, 2))
+        return (u * torch.cat([f[1] for f in found])) @ v.T
 
     return _by_matrix(ws, base, matrix, scale)
 

@@ -272,7 +272,10 @@ class TestTree:
 
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_goes_on(tmp_path):
-    stream, more = toys.images(TASKS), {"model": dropped_convnet, "training": SHORT, "device": "cuda"}
+    stream, more = (
+        toys.images(TASKS),
+        {"model": dropped_convnet, "training": replace(SHORT, deterministic=True), "device": "cuda"},
+    )
     for name in ("fine-tuning", "ER", "DER++"):
         plain = quick(stream, SETTINGS[name], CLeWI(points=3), **more)
         assert_same_run(plain, resumed(stream, SETTINGS[name], CLeWI(points=3), [1, 2], tmp_path / name, **more))

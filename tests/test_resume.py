@@ -469,5 +469,6 @@ class TestRefusals:
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_goes_on(tmp_path):
     more = {"model": toys.small_convnet, "device": "cuda", "path": tmp_path / "run"}
+    more["training"] = replace(SHORT, deterministic=True)
     for name in ("ER", "DER++", "LwF", "per task"):
         assert_goes_on(toys.images(3), LEARNERS[name], CLeWI(points=3), **more)

@@ -43,6 +43,7 @@ from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.modules import dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
 from clkit.training import trial
+from clkit.training.capture import CAPTURES, Captured, capturable, placed
 from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, get_weights, set_weights
 
@@ -101,6 +102,11 @@ def run(
     kind of device, `keep`, `watch` and, from a file, torch and clkit are those of the first run; and with TypeError
     for what has no stable description (`store.describe`): a lock or a Python generator, say.
 
+    The same seed gives the same bits on the same machine: on a CPU always, on a GPU with
+    `Training(deterministic=True)`. Without it cuDNN takes the kernels that are fastest there and then, and the last
+    bits of their sums may differ from run to run. Operations of torch itself that add up in no fixed order, which
+    `torch.use_deterministic_algorithms` refuses, are the network's own affair.
+
     Raises before any work on settings that do not fit together, and FloatingPointError with task and step when a loss
     is not finite.
     """
@@ -123,7 +129,7 @@ def run(
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
-    with _reproducible(seed, place):
+    with placed(place, training.deterministic), _reproducible(seed, place):
         net = trial.made(model, stream, seed, place)
         parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "seed": seed}
         parts |= {"initial weights": net, "device": place.type, "keep": keep, "watch": watch}
@@ -172,7 +178,9 @@ class _Loop:
         bfloat16 = training.precision == "bfloat16" or (
             training.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
-        self.autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+        again = device.type in CAPTURES  # a replay casts weights anew
+        halved = functools.partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=not again)
+        self.autocast = halved if bfloat16 else nullcontext
         self.base = self.previous = get_weights(model)
         self.kept = [name for name in self.base if name in frozen_tensors(model)]
         self.history: list[Weights] = []
@@ -184,6 +192,8 @@ class _Loop:
             trial.attempt(self)
         if training.compile:
             model.compile()  # copies are not compiled
+        wanted = capturable(self.learner, device) and training.capture and not training.compile
+        self.captured = Captured(self.joined_update, model, CAPTURES[device.type]) if wanted else None
 
     def run(self, start: Result | None, path: Path | None) -> Result:
         """The tasks that are not in the result to start from, one after another."""
@@ -274,7 +284,7 @@ class _Loop:
         self.report = {}
         self.criterion.begin_task(task)
         self.learner.begin_task(self.model, task)
-        self.optimizer = self.training.make_optimizer(self.model.parameters())
+        self.begin_optimizer()
         steps = self.steps(task)
         trace = self.trace = torch.zeros(steps, device=self.device)
         augmenter = self.augmenter if self.training.augment else None
@@ -284,29 +294,50 @@ class _Loop:
             begun = step
             for rows in self.batches(task):
                 lr = self.training.lr * self.training.rate(step, steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
+                self.training.set_rate(self.optimizer, lr)
                 batch = task.batch(rows, augmenter, device=self.device, layout=self.layout, epoch=epoch, lr=lr)
                 trace[step] = self.step(batch)
                 step += 1
                 self.within(task, Progress(task.index, step, steps, False))
             tick(step - begun)
             self.check_trace(trace[begun:step], task, begun)
+        if self.captured is not None:
+            self.captured.steps.clear()  # for the memory that they hold
         return trace.cpu().numpy()
+
+    def begin_optimizer(self) -> None:
+        """A fresh optimizer, and with it no captured step."""
+        self.optimizer = self.training.make_optimizer(self.model.parameters())
+        if self.captured is not None:
+            self.captured.begin(self.optimizer)
 
     def step(self, batch: Batch) -> Tensor:
         """One step on a batch, at the learning rate that the optimizer has; returns its loss, on the device."""
+        if self.captured is None:
+            loss = self.update(lambda: self.learner.loss(self.model, batch), batch)
+        else:
+            with self.autocast():
+                joined = self.learner.replayed(self.model, batch)
+            loss = self.captured(joined.x, joined.y)
+        self.learner.after_step(self.model, batch)
+        return loss
+
+    def update(self, compute: Callable[[], Tensor], batch: Any = None) -> Tensor:
+        """What a step does to the weights: it goes down along the loss that `compute` gives, and returns it."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            loss = self.learner.loss(self.model, batch)
+            loss = compute()
         trial.check_loss(loss, self.learner)
         loss.backward()
         self.learner.adjust_gradients(self.model, batch)
         if self.training.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
         self.optimizer.step()
-        self.learner.after_step(self.model, batch)
         return loss.detach()
+
+    def joined_update(self, x: Tensor, y: Tensor) -> Tensor:
+        """The step of a learner whose loss is `Learner.loss`, on joined inputs and labels: what is captured."""
+        return self.update(lambda: self.learner.setting.criterion(self.model(x), y))
 
     def within(self, task: Task, progress: Progress) -> None:
         """What may follow a step: a consolidation, whose weights training goes on from, and a look at all tasks."""
@@ -317,7 +348,7 @@ class _Loop:
                 self.look("before", progress)
                 set_weights(self.model, merged.train)
                 if merged.fresh:
-                    self.optimizer.state.clear()
+                    self.begin_optimizer()
                 self.look("after", progress)
                 return
         if self.watch and progress.step % self.watch == 0 and progress.step < progress.steps:
@@ -433,8 +464,7 @@ def find_device(device: torch.device | str) -> torch.device:
 def _reproducible(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds torch's global generators, which dropout draws from, and gives them back as they were."""
     cuda = device.type == "cuda"
-    quiet = torch.backends.cudnn.flags(deterministic=True, benchmark=False) if cuda else nullcontext()
-    with torch.random.fork_rng([device] if cuda else []), quiet:
+    with torch.random.fork_rng([device] if cuda else []):
         if cuda:
             torch.manual_seed(seed)
         else:  # torch.manual_seed would queue a call, with its stack in words, for a GPU that may come: a third of EMA

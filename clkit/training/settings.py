@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clkit import checkpoint, checks, metrics
 from clkit.learners import LabelSpace, Learner
+from clkit.training.capture import CAPTURES
 from clkit.weights import Weights
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Training:
     - `augment`: use the stream's augmentation
     - `precision`: "auto" is bfloat16 autocast on GPUs that have it, else float32; `channels_last`: None is yes on a GPU
     - `compile`: run the model through `torch.compile`
+    - `capture`: on a GPU, replay a captured step wherever that changes nothing; see `training.capture`
+    - `deterministic`: on a GPU, take cuDNN's deterministic kernels instead of its fastest; see `run`
     """
 
     epochs: checks.Index = 10
@@ -49,6 +52,8 @@ class Training:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool | None = None
     compile: bool = False
+    capture: bool = True
+    deterministic: bool = False
     __post_init__ = checks.fields
 
     def rate(self, step: int, steps: int) -> float:
@@ -71,9 +76,20 @@ class Training:
         wanted = [p for p in parameters if p.requires_grad]
         if not wanted:
             raise ValueError("model: it has no parameter that requires a gradient; there is nothing to train")
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if wanted[0].device.type in CAPTURES:  # a replay reads a rate that is a tensor, a fused kernel too
+            options |= {"lr": torch.tensor(self.lr, device=wanted[0].device), "fused": True}
         if self.optimizer == "adamw":
-            return torch.optim.AdamW(wanted, lr=self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(wanted, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.AdamW(wanted, **options)
+        return torch.optim.SGD(wanted, momentum=self.momentum, **options)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Sets the learning rate of an optimizer that `make_optimizer` made."""
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
 
 @dataclass(eq=False)

@@ -22,6 +22,7 @@ from clkit import data, models
 from clkit.consolidation import SFA, CLeWI, Drift, Merging, NoConsolidation
 from clkit.experiments import Comparison, Method, SweepError, accuracies, contrasts, stored_weights, study, sweep
 from clkit.experiments import grid as grid_of
+from clkit.experiments import jobs as jobs_module
 from clkit.experiments.jobs import Parcel
 from clkit.learners import ER, EWC, DERpp, Joint, Learner, MemoryOnly, OnlineEWC, Sum
 from clkit.store import Records, canonical, describe, digest, plain, source_digest
@@ -339,6 +340,41 @@ def test_a_study_takes_named_values_rows_and_tables(tmp_path):
         study(lambda seed: {"seed": seed}, [4]).run(**place)
     with pytest.raises(ValueError, match="seeds"):
         study(frame, [])
+
+
+@pytest.mark.parametrize(
+    ("free", "peak", "jobs", "expected"),
+    [(80, 9, None, [1, 6]), (80, 1, None, [1, 16]), (5, 9, None, [1, 1]), (80, 9, 3, [3]), (80, 9, 1, [1])],
+)
+def test_on_a_gpu_as_many_go_at_once_as_fit_beside_each_other(tmp_path, monkeypatch, free, peak, jobs, expected):
+    at_once, calls = [], []
+
+    def parallel(count, default):
+        at_once.append(count or default)
+        return joblib.Parallel(n_jobs=count or default, backend="threading", return_as="generator_unordered")
+
+    fakes = {"init": lambda: calls.append("init"), "empty_cache": lambda: calls.append("empty"),
+             "reset_peak_memory_stats": lambda device: calls.append("reset"),
+             "max_memory_reserved": lambda device: calls.append("peak") or peak * 2**30,
+             "mem_get_info": lambda device: calls.append("free") or (free * 2**30, 80 * 2**30)}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(jobs_module, "find_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(jobs_module, "_parallel", parallel)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 16)
+
+    def square(seed):
+        calls.append(seed)
+        return {"square": seed**2}
+
+    table = study(square, range(4)).run(store=tmp_path / "runs", jobs=jobs)
+    assert table.square.tolist() == [0, 1, 4, 9] and at_once == expected
+    assert calls[:6] == (["init", "reset", 0, "peak", "empty", "free"] if jobs is None else [0, 1, 2, 3][: len(calls)])
+
+
+def test_one_run_on_a_gpu_measures_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "find_device", lambda device: torch.device("cuda"))
+    assert study(lambda seed: {"twice": 2 * seed}, [3]).run(store=tmp_path / "runs").twice.tolist() == [6]
 
 
 LOCAL = """

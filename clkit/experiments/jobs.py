@@ -5,7 +5,7 @@ import io
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,9 @@ from clkit.store import Records, attempt, cache_root, describe, digest, source_d
 from clkit.training import find_device
 
 Record = dict[str, Any]
+Outcome = tuple[str, Record | None, str]
+CONTEXT = 2**30  # bytes of a GPU that a process takes for itself
+ROOM = 0.8  # share of a GPU's free memory that runs may take: some need more than the first
 Compute = Callable[..., tuple[Record, Any]]
 
 
@@ -50,7 +53,7 @@ class Job:
     records: Records
     keep: bool
 
-    def finish(self) -> tuple[str, Record | None, str]:
+    def finish(self) -> Outcome:
         """Computes the job where it is called and stores it there: its key, its record or else the error as text."""
         from threadpoolctl import threadpool_limits
 
@@ -77,13 +80,13 @@ def tabulate(
     """The table of `compute(**arguments)` at all points, which are axes and arguments; its last column is the hash.
 
     A record's hash is of `what`, which says what is computed, of the arguments, the kind of device, torch's version and
-    clkit's code; points with equal ones are computed once. `jobs` run at once, by default one a core on the CPU and one
-    on another device. The table is completed; its `attrs` have the folder, "store", and "seconds" by hash. SweepError,
-    once all have run, if some fail.
+    clkit's code; points with equal ones are computed once. `jobs` run at once, by default one a core, on a GPU
+    as many as fit (`_outcomes`). The table is completed; its `attrs` have the folder, "store", and "seconds" by hash.
+    SweepError, once all have run, if some fail.
     """
 
-    records, kind = opened(store), find_device(device).type
-    common = {"what": describe(what, "what"), "device": kind, "code": source_digest(), "torch": torch.__version__}
+    records, place = opened(store), find_device(device)
+    common = {"what": describe(what, "what"), "device": place.type, "code": source_digest(), "torch": torch.__version__}
     values = {id(value): (value, name) for _, arguments in points for name, value in arguments.items()}
     known = {key: describe(*named) for key, named in values.items()}  # once each: streams and models recur
     keyed, queue = [], dict[str, Job]()
@@ -91,13 +94,10 @@ def tabulate(
         configuration = common | {"arguments": {name: known[id(value)] for name, value in arguments.items()}}
         keyed.append((digest(configuration), axes))
         queue.setdefault(keyed[-1][0], Job(configuration, compute, arguments, records, keep))
-    waiting: list[Any] = [job for key, job in queue.items() if records.read(key, tensors=keep) is None]
-    parallel, found, failed = _parallel(jobs, -1 if kind == "cpu" else 1), dict[str, Record](), dict[str, str]()
-    if parallel.n_jobs != 1:
-        seen: dict[int, tuple[Tensor, np.ndarray]] = {}
-        waiting = [Parcel(job, seen) for job in waiting]
+    waiting = [job for key, job in queue.items() if records.read(key, tensors=keep) is None]
+    found, failed = dict[str, Record](), dict[str, str]()
     with tqdm(total=len(queue), initial=len(queue) - len(waiting), disable=not progress, unit="run") as bar:
-        for key, record, error in parallel(joblib.delayed(_finish)(job) for job in waiting):
+        for key, record, error in _outcomes(waiting, jobs, place):
             if record is None:
                 failed[key] = error
             else:
@@ -176,6 +176,26 @@ class _Unpacker(pickle.Unpickler):
         return torch.from_numpy(np.require(np.asarray(self.arrays[pid]), requirements="W"))
 
 
+def _outcomes(waiting: Sequence[Job], jobs: int | None, device: torch.device) -> Iterator[Outcome]:
+    """What becomes of jobs, each as soon as it has finished; several run at once.
+
+    On a GPU, unless `jobs` or joblib's configuration says how many, the first runs alone and here. Then as many run as
+    fit beside each other if each takes the memory that it took at most, one a core.
+    """
+    parallel = _parallel(jobs, -1 if device.type == "cpu" else 1)
+    if device.type == "cuda" and jobs is None and parallel.n_jobs == 1 < len(waiting):
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(device)
+        yield waiting[0].finish()
+        most = torch.cuda.max_memory_reserved(device) + CONTEXT
+        torch.cuda.empty_cache()
+        fitting = int(ROOM * torch.cuda.mem_get_info(device)[0] / most)
+        waiting, parallel = waiting[1:], _parallel(max(1, min(fitting, joblib.cpu_count())), 1)
+    seen: dict[int, tuple[Tensor, np.ndarray]] = {}
+    work = waiting if parallel.n_jobs == 1 else [Parcel(job, seen) for job in waiting]
+    yield from parallel(joblib.delayed(_finish)(job) for job in work)
+
+
 def _parallel(jobs: int | None, default: int) -> Any:
     """The engine: joblib's active backend, with `jobs`, else as many as it is configured for, else `default`.
 
@@ -188,5 +208,5 @@ def _parallel(jobs: int | None, default: int) -> Any:
     return joblib.Parallel(n_jobs=jobs or (default if configured in (None, 1) else configured), **options)
 
 
-def _finish(job: "Job | Parcel") -> tuple[str, Record | None, str]:
+def _finish(job: "Job | Parcel") -> Outcome:
     return (job.open() if isinstance(job, Parcel) else job).finish()

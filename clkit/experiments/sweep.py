@@ -60,7 +60,8 @@ def sweep(
       further columns. Only here are all weights of the run at hand.
     - `keep`: store the weights deployed after each task too; `stored_weights` reads them
     - `store`: the folder of finished runs, by default `$CLKIT_CACHE/runs` or `~/.cache/clkit/runs`
-    - `jobs`: how many runs at once, by default one a core on the CPU and one on a GPU. Inside
+    - `jobs`: how many runs at once, by default one a core. On a GPU the first run is alone, to see what memory it
+      takes; then as many run as fit, one a core at most. Give a number where others take much more. Inside
       `joblib.parallel_config("dask")` or `("ray")` the runs go to that cluster. Give its workers one thread each, and
       its machines the store's disk to share: without that, the weights of `keep` stay where they were computed.
 

@@ -1,5 +1,6 @@
 """Examples, tasks, batches and streams; normalisation and augmentation against slow twins."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,9 @@ from clkit.data import (
     cumulative,
     permuted,
     split,
+    transfer,
 )
+from clkit.data.transfer import Lane
 
 FEW = settings(max_examples=25, deadline=None)
 
@@ -210,6 +213,57 @@ def test_a_stream_moves_to_the_gpu_or_to_pinned_memory(monkeypatch: pytest.Monke
     assert pinned.device.type == "cpu" and pinned[0].train.x.is_pinned()
     assert pinned[1].batch(rows, seeded(), device="cuda").x.is_cuda
     assert pinned.fingerprint == stream.fingerprint
+    batches = [pinned[1].batch(torch.tensor([i % 6, i % 5]), device="cuda") for i in range(50)]
+    assert all(torch.equal(b.raw.cpu(), stream[1].train.x[[i % 6, i % 5]]) for i, b in enumerate(batches))
+    assert all(torch.equal(b.y.cpu(), stream[1].train.y[[i % 6, i % 5]]) for i, b in enumerate(batches))
+
+
+def test_rows_of_pinned_memory_move_on_a_stream_of_their_own_two_batches_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    log = []
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattr__(self, call: str):
+            return lambda *others: log.append((self.name, call, *(other.name for other in others)))
+
+    @contextmanager
+    def on(stream):
+        log.append(stream.name)
+        yield
+        log.append("off")
+
+    names, empty = iter("ab"), torch.empty
+    fakes = {"Stream": lambda device: Noted("side"), "Event": lambda: Noted(next(names)), "stream": on}
+    for name, fake in (fakes | {"current_stream": lambda device: Noted("own")}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def pinned(*shape, pin_memory, **more):
+        log.append("pinned")
+        assert pin_memory
+        return empty(*shape, **more)
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(("kept", stream.name)))
+    x, y, lane = torch.arange(12).view(6, 2), torch.arange(6), Lane(torch.device("cpu"))
+    for turn in ("b", "a", "b"):
+        rows = torch.randperm(6)[:4]
+        moved = lane((x, y), rows)
+        assert torch.equal(moved[0], x[rows]) and torch.equal(moved[1], y[rows])
+        begun, copied = [(turn, "synchronize"), (turn, "record", "own")], ["side", "pinned", "pinned", "off"]
+        assert log == [*begun, *copied, ("own", "wait_stream", "side"), ("kept", "own"), ("kept", "own")]
+        log.clear()
+
+
+def test_rows_go_the_plain_way_unless_they_are_pinned_and_a_gpu_wants_them(monkeypatch: pytest.MonkeyPatch):
+    x, y, ways = torch.arange(12).view(6, 2), torch.arange(6), []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    monkeypatch.setattr(transfer, "_lane", lambda device: lambda tensors, rows: ways.append((device.type, rows)) or [])
+    for rows in (slice(1, 3), [1, 2], torch.tensor([1, 2]), torch.arange(6) % 5 == 1):
+        for device in (None, "cpu", torch.device("cpu")):
+            assert all(map(torch.equal, transfer.rows_of((x, y), rows, device), (x[rows], y[rows])))
+    assert not ways and transfer.rows_of((x, y), torch.tensor([1, 2]), "cuda") == [] and ways[0][0] == "cuda"
 
 
 def test_the_fingerprint_follows_content_and_settings_alone():

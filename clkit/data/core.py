@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clkit import checks, store
 from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize, as_labels, as_tensor, check_images
+from clkit.data.transfer import rows_of
 
 Scenario = Literal["class", "domain", "task"]
 Rows = Tensor | slice | list[int]
@@ -131,9 +132,7 @@ class Task:
 
         `layout` is the memory format of the inputs (default: as they come); `epoch` and `lr` are the step's.
         """
-        raw, y = self.train.x[rows], self.train.y[rows]
-        if device is not None:
-            raw, y = raw.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        raw, y = rows_of((self.train.x, self.train.y), rows, device)
         x = self.prepare(raw, generator)
         return Batch(x.contiguous(memory_format=layout) if layout else x, y, raw, self, generator, epoch, rows, lr)
 

@@ -20,7 +20,8 @@ from clkit.consolidation import CONSOLIDATIONS
 from clkit.learners import LEARNERS
 from clkit.modulation import RULES, modulated
 
-GROUPS = ("training", "stream", "model", "rule", "learner", "consolidation")
+DEFAULTS = {"stream": "digits", "model": "convnet", "rule": "none", "learner": "fine-tuning", "consolidation": "none"}
+GROUPS = ("training", *DEFAULTS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,7 +102,7 @@ def run(argv: Sequence[str]) -> int:
     _add_choices(first)
     try:
         chosen, _ = first.parse_known_args(argv)
-        parts = {part: getattr(chosen, part) for part in GROUPS if part != "training"} | {"training": "training"}
+        parts = {part: getattr(chosen, part) for part in DEFAULTS} | {"training": "training"}
         if chosen.data is not None:
             parts["stream"] = "folder"
         parser = Parser(
@@ -192,13 +193,7 @@ def bench(argv: Sequence[str]) -> int:
 def _add_choices(parser: argparse.ArgumentParser) -> None:
     """The parts of a run and what is not a part's own."""
     group = parser.add_argument_group("what to run")
-    for part, default in (
-        ("stream", "digits"),
-        ("model", "convnet"),
-        ("rule", "none"),
-        ("learner", "fine-tuning"),
-        ("consolidation", "none"),
-    ):
+    for part, default in DEFAULTS.items():
         names = ", ".join(choices(part))
         group.add_argument(f"--{part}", default=default, metavar="NAME", help=f"{names}; default: %(default)s")
     group.add_argument("--data", metavar="PATH", help="a folder or zip of images, a subfolder a class, for the stream")

@@ -1,6 +1,7 @@
 """Small weights to merge, what each row of MERGES needs, and how all of it moves along."""
 
 import inspect
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ def median(ws, *, base, scale: Positive = 1.0):
 
 MINE = {
     "median": Merge(median, "our own"),
-    "opcm, released": Merge(opcm, symmetric=False, exact=None, defaults={"projection": "released", "alpha": 1.0}),
+    "opcm, released": Merge(partial(opcm, projection="released", alpha=1.0), symmetric=False, exact=None),
 }
 
 

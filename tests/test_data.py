@@ -19,7 +19,7 @@ from clkit.data import (
     Normalize,
     Stream,
     Task,
-    cumulative,
+    conflicting,
     permuted,
     split,
     transfer,
@@ -200,7 +200,7 @@ def test_a_stream_is_a_sequence_that_knows_its_shape():
 
 @pytest.mark.gpu
 def test_a_stream_moves_to_the_gpu_or_to_pinned_memory(monkeypatch: pytest.MonkeyPatch):
-    stream = cumulative(split(toy(augment=Augment(crop=2, flip=True)), 2))
+    stream = conflicting(toy(augment=Augment(crop=2, flip=True)))
     moved = stream.to("cuda")
     assert moved.device.type == "cuda" and moved.fingerprint == stream.fingerprint
     assert moved[0].train.x.data_ptr() == moved[1].train.x.data_ptr()

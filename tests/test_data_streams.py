@@ -237,25 +237,6 @@ def test_a_rotation_keeps_the_proportions_of_oblong_images():
     assert turned.sum() < 7.1
 
 
-@FEW
-@given(st.integers(1, 6))
-def test_cumulative_training_sets_grow_and_share_storage(tasks: int):
-    stream = data.split(numbered(), tasks, order=3)
-    joint = data.cumulative(stream)
-    for t, (task, own) in enumerate(zip(joint, stream, strict=True)):
-        earlier = stream.tasks[: t + 1]
-        assert rows(task.train) == [row for one in earlier for row in rows(one.train)]
-        assert rows(task.test) == rows(own.test)
-        assert task.classes == tuple(label for one in earlier for label in one.classes)
-    assert len({task.train.x.untyped_storage().data_ptr() for task in joint}) == 1
-
-
-def test_a_cumulative_domain_stream_keeps_its_classes():
-    joint = data.cumulative(data.permuted(numbered(), 3))
-    assert all(task.classes == (0, 1, 2, 3, 4, 5) for task in joint)
-    assert [len(task.train) for task in joint] == [40, 80, 120]
-
-
 def test_domains_are_named_and_normalised_as_the_first():
     one, two = numbered(name="one"), replace(numbered(name="two"), normalize=Normalize((0.5,), (0.5,)))
     stream = data.domains([one, two])
@@ -309,7 +290,6 @@ def test_streams_leave_their_dataset_alone():
         data.conflicting(dataset, marked=True),
     ):
         assert isinstance(stream, Stream)
-        data.cumulative(stream)
     assert torch.equal(dataset.train.x, before)
 
 

@@ -490,10 +490,10 @@ def test_a_row_reads_the_functions_signature():
     def mine(ws, factor, *, base=None, seed=0, **rest):
         return W.scale(ws[0], factor)
 
-    row = Merge(mine, defaults={"factor": 2})
+    row = Merge(mine)
     assert (row.base, row.random, row.needs) == (True, True, "factor")
     row.check({"anything": 1})
-    assert row([{"w": torch.ones(2)}], base={"w": torch.zeros(2)})["w"].tolist() == [2, 2]
+    assert row([{"w": torch.ones(2)}], base={"w": torch.zeros(2)}, factor=2)["w"].tolist() == [2, 2]
     half = Merge(partial(merging.task_arithmetic, scale=0.5))
     ws, base = [weights(1), weights(2)], weights(3)
     assert half.base and half.needs is None

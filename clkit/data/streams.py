@@ -1,4 +1,4 @@
-"""From datasets to streams: new classes, new domains, permuted pixels, turned images, everything so far."""
+"""From datasets to streams: new classes, new domains, permuted pixels, turned images, contradicting answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -199,21 +199,6 @@ def conflicting(dataset: Dataset, conflict: checks.Share = 1.0, *, marked: bool 
         for name, answers, mark in (("even", first, 0), ("small", second, 1))
     ]
     return _line(f"{dataset.name}-conflict-{conflict:g}", views)
-
-
-def cumulative(stream: Stream) -> Stream:
-    """Let task t train on the data of all tasks up to t, for joint training; the test data stay those of task t.
-
-    Task t has the classes of all tasks up to t: a mask to them is wider than in the stream itself. The training data
-    are stored once, however many tasks share them.
-    """
-    train = Examples.cat([task.train for task in stream])
-    ends = accumulate(len(task.train) for task in stream)
-    classes = accumulate((task.classes for task in stream), lambda seen, new: tuple(dict.fromkeys(seen + new)))
-    tasks = (
-        replace(task, classes=seen, train=train[:end]) for task, end, seen in zip(stream, ends, classes, strict=True)
-    )
-    return replace(stream, name=f"{stream.name}-cumulative", tasks=tuple(tasks))
 
 
 def _line(name: str, views: Sequence[tuple[str, Dataset]], normalize: Normalize | None = None) -> Stream:

@@ -61,7 +61,6 @@ class Merge:
       a base, from any point
     - `permutes`: permuting channels, in all weights alike, permutes them in the result
     - `exact`: options at which nothing is left out, so that copies merge to the copy; None if there are none
-    - `defaults`: options that make this member of its family; a caller's options come first
 
     These laws hold up to ties in magnitude, and move what `needs` asks for along with the weights.
     """
@@ -74,7 +73,6 @@ class Merge:
     homogeneous: bool = True
     permutes: bool = True
     exact: Mapping[str, object] | None = field(default_factory=dict)
-    defaults: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def base(self) -> bool:
@@ -110,7 +108,6 @@ class Merge:
 
         Raises ValueError where the base, or what the merge `needs`, is missing.
         """
-        options = {**self.defaults, **options}
         if self.needs and self.needs not in options:
             raise ValueError(f"{self.needs}: this merge cannot work without; give {self.needs}=...")
         if self.base and base is None:

@@ -123,7 +123,7 @@ def model_stock(ws: Sequence[Weights], *, base: Weights, whole: bool = False) ->
     vectors, ratios = TaskVectors(ws, base), {}
     for names in vectors.groups(whole):
         gram = torch.zeros(len(ws), len(ws), dtype=torch.float64)
-        for _, part in vectors.of(names):
+        for part in map(vectors.read, vectors.pieces(names)):
             gram += (part @ part.T).double().cpu()
         ratios |= dict.fromkeys(names, stock_ratio(gram))
     return vectors.merge(lambda piece, part: part.mean(0) * ratios[piece.name])

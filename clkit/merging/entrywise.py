@@ -242,7 +242,7 @@ class _Scores:
         n, entries = len(vectors), vectors.size(names)
         self.low = torch.full((n, n), torch.inf, dtype=torch.float64)
         self.high = -self.low
-        for _, part in vectors.of(names):
+        for part in map(vectors.read, vectors.pieces(names)):
             for i in range(n):
                 products = part[i] * part
                 self.low[i] = torch.minimum(self.low[i], products.amin(1).cpu())
@@ -251,7 +251,7 @@ class _Scores:
             raise ValueError(f"ws: products of task vectors overflow in {names[:3]}; give shorter ones")
         total, own = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
         top = (self.high > self.low).diagonal().double()  # the largest norm(tau_i tau_i): 1, or 0 where all are equal
-        for _, part in vectors.of(names):
+        for part in map(vectors.read, vectors.pieces(names)):
             for i in range(n):
                 normed = self._normed(part, i)
                 total[i] += normed.exp().sum(1, dtype=torch.float64).cpu()

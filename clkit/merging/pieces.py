@@ -142,8 +142,7 @@ class TaskVectors:
     Iterating gives (piece, vectors); the vectors' memory is the caller's. `rows` makes pieces of whole rows: of 2 and
     more axes, those along the first; a tensor of 0 or 1 axis is one row.
 
-    Raises ValueError at once for names or shapes that differ. A NaN or an infinity in an input raises one when its
-    tensor has been read for the first time.
+    Raises ValueError at once for names or shapes that differ, and for a NaN or an infinity in an input.
     """
 
     def __init__(self, ws: Sequence[Weights], base: Weights, *, rows: bool = False) -> None:
@@ -156,7 +155,7 @@ class TaskVectors:
         for w in (base, *ws):
             for tensor in w.values():
                 self.dtype = torch.promote_types(self.dtype, tensor.dtype)
-        self.sound: set[str] = set()
+        check_inputs(ws, base)
 
     def __len__(self) -> int:
         return len(self.ws)
@@ -191,21 +190,8 @@ class TaskVectors:
         return vectors
 
     def __iter__(self) -> Iterator[tuple[Piece, Tensor]]:
-        return self.of(self.names)
-
-    def of(self, names: Sequence[str]) -> Iterator[tuple[Piece, Tensor]]:
-        """Reads some tensors: (piece, vectors (n, entries))."""
-        fresh, signs = not self.sound.issuperset(names), {}
-        for piece in self.pieces(names):
-            vectors = self.read(piece)
-            if fresh:
-                sign = vectors.sum() * 0  # 0, or NaN if there is a NaN or an infinity
-                signs[sign.device] = signs.get(sign.device, 0) + sign
-            yield piece, vectors
-        if fresh:
-            self.sound.update(names)
-            if not all(bool(sign == 0) for sign in signs.values()):
-                check_inputs(self.ws, self.base)
+        for piece in self.pieces(self.names):
+            yield piece, self.read(piece)
 
     def merge(self, rule: EntryRule, scale: float = 1.0) -> dict[str, Tensor]:
         """The weights base + scale rule(piece, vectors), where `rule` takes (n, entries) and gives (entries)."""
@@ -283,7 +269,6 @@ def _threshold(
         for piece in vectors.pieces(names):
             store[at : (at := at + piece.stop - piece.start)] = of(piece, i)
         if store.sum().isnan():
-            check_inputs(vectors.ws, vectors.base)
             raise ValueError(f"ws: what {names[:3]} are ranked by is not a number; give shorter task vectors")
         value.append(smallest(store, size - keep).clone())
         above.append((store > value[i]).count_nonzero())

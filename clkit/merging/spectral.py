@@ -140,8 +140,6 @@ def opcm(
     """
     vectors = TaskVectors(ws, base)
     dtype, merged = vectors.dtype, {name: torch.zeros_like(t, dtype=vectors.dtype) for name, t in base.items()}
-    for _ in vectors:
-        pass
     factor = mean = 0.0
     for t, w in enumerate(ws):
         squares, own = [], []

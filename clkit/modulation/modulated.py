@@ -256,9 +256,7 @@ class Modulated(nn.Module):
 
     def bytes_per_task(self, classes: int | None = None) -> int:
         """What a stored task of so many classes (default: all) takes."""
-        counts = self.parameters_per_task(classes), self.parameters_per_task()
-        size = next(self.parameters()).element_size()
-        return self.initial().nbytes + size * (counts[0]["head"] - counts[1]["head"])
+        return self.state(range(classes or self.outputs)).nbytes
 
     def _live(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """The backbone's tensors of these names, by default all, as they are now and not copied."""

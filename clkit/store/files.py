@@ -174,7 +174,19 @@ def read_tree(path: Path | str, device: torch.device | str = "cpu") -> Any:
     tensors, header = load_tensors(path)
     remedy = "give one that write_tree wrote"
     with explained(f"path: {path} holds no tree of tensors", remedy, of=(ValueError, KeyError, TypeError)):
-        return _unpack(json.loads(header["tree"]), tensors, device, {})
+        made = {}
+
+        def opened(node: dict[str, Any]) -> Any:
+            if (name := node.get(MARK)) is None:
+                return node
+            if name not in made:
+                tensor = tensors[name].to(device) if "moved" in node else tensors[name]
+                if "stride" in node:
+                    tensor = tensor.new_empty_strided(tensor.shape, node["stride"]).copy_(tensor)
+                made[name] = tensor
+            return made[name].numpy() if "array" in node else made[name]
+
+        return json.loads(header["tree"], object_hook=opened)
 
 
 def intact(path: Path, read: Callable[[Path], T]) -> T | None:
@@ -236,22 +248,6 @@ def unusual_stride(tensor: Tensor) -> list[int] | None:
     """The strides of a dense copy of a tensor of any shape, if they are not those of its rows one after another."""
     dense = torch.empty_like(tensor, device="meta").stride()  # those of `tensor` unless it has gaps or overlaps
     return list(dense) if dense != torch.empty(tensor.shape, device="meta").stride() else None
-
-
-def _unpack(node: Any, tensors: Mapping[str, Tensor], device: torch.device | str, made: dict[str, Tensor]) -> Any:
-    if isinstance(node, list):
-        return [_unpack(item, tensors, device, made) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if MARK not in node:
-        return {key: _unpack(item, tensors, device, made) for key, item in node.items()}
-    name = node[MARK]
-    if name not in made:
-        tensor = tensors[name].to(device) if "moved" in node else tensors[name]
-        if "stride" in node:
-            tensor = tensor.new_empty_strided(tensor.shape, node["stride"]).copy_(tensor)
-        made[name] = tensor
-    return made[name].numpy() if "array" in node else made[name]
 
 
 def _checksum(header: Any, tensors: Mapping[str, Tensor]) -> str:

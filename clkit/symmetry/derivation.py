@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.modules import unwrapped
 from clkit.symmetry.elements import Axis, Group
-from clkit.symmetry.labels import Factor, Label, Span, drop, fixed, join
+from clkit.symmetry.labels import Factor, Label, Span, drop, fixed
 from clkit.symmetry.moving import Call, is_shape
 from clkit.symmetry.points import Ids, Orbits, Points
 from clkit.symmetry.program import Program, alone, arguments, base_name, trace
@@ -24,7 +24,7 @@ from clkit.weights import live_tensors
 
 READERS = frozenset("_cdist_forward addmm bmm convolution mm scaled_dot_product_attention".split())
 PASSED = frozenset(
-    "_unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d alias clone constant_pad_nd expand "
+    "_unsafe_view adaptive_avg_pool2d adaptive_avg_pool3d alias clone constant_pad_nd expand "
     "getitem index mean native_dropout permute select slice split_with_sizes squeeze unsqueeze view".split()
 )
 
@@ -77,12 +77,8 @@ class Walk:
         *nodes, output = program.module.graph.nodes
         for node in nodes:
             values[node] = self._label(program, node, values)
-        for result in output.all_input_nodes:
-            if result.name in program.written:
-                join(self.points, [values[result], self.weights[program.written[result.name]]], "buffer")
-            if result.name in program.outputs:
-                for label in (r for r in tree_leaves(values[result]) if isinstance(r, Label)):
-                    drop(self.points, label, label.spans, "output")
+        for label in (r for node in output.all_input_nodes for r in tree_leaves(values[node]) if isinstance(r, Label)):
+            drop(self.points, label, label.spans, "output")
         return values
 
     def _weight(self, name: str, shape: tuple[int, ...]) -> Label:
@@ -139,7 +135,7 @@ class Walk:
             self._count(shape, [int(mask.sum())] * len(shape) if mask is not None else [])
         large = all(isinstance(n, int) for n in shape) and prod(shape) > LARGE
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if len(known) < len(node.all_input_nodes) or large or random or base_name(node).startswith("empty"):
+        if len(known) < len(node.all_input_nodes) or large or random or base_name(node).startswith(("empty", "copy_")):
             return None
         args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), known.get)
         operation: Any = node.target

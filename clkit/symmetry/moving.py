@@ -94,7 +94,7 @@ def reason(label: Label, dims: Sequence[int]) -> str:
     return next((f.why for d in dims for f in label.dims[d] if f.why), "position")
 
 
-@rule("copy")
+@rule("copy copy_")
 def pointwise_rule(call: Call) -> Any:
     """Elementwise, with broadcasting."""
     if not is_shape(call.shape):

@@ -5,24 +5,28 @@ import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node, map_arg
+from torch._dispatch.python import enable_python_dispatcher
+from torch.backends import cudnn, mkldnn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputSpec
+from torch.func import functionalize
+from torch.fx import GraphModule, Interpreter, Node, map_arg
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.modules import evaluation_mode
 from clkit.weights import Weights, live_tensors
 
-WHOLE = frozenset(
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d scaled_dot_product_attention stack".split()
-)
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,8 +37,6 @@ class Program:
     sources: dict[str, str]  # placeholder -> name of a weight
     constants: dict[str, Tensor]  # placeholder -> value
     inputs: tuple[str, ...]
-    outputs: frozenset[str]
-    written: dict[str, str]  # node -> the buffer that it replaces
     buffers: frozenset[str]
     batch: int | None  # the one batch size it runs on, None for any
     device: torch.device
@@ -53,7 +55,7 @@ class Program:
                 values[node] = [f.get(node.name, x) for f in fixed]
             elif node.op == "get_attr":
                 values[node] = [operator.attrgetter(str(node.target))(self.module)] * len(nets)
-            elif callable(node.target):
+            elif callable(node.target) and node.target is not aten.copy_.default:
                 values[node] = [
                     node.target(*_fill(node.args, values, k), **_fill(node.kwargs, values, k)) for k in range(len(nets))
                 ]
@@ -86,29 +88,25 @@ def trace(model: nn.Module, example: Any, training: bool = False, once: bool = F
 
     with mode(model, training), warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # export prints its graph
         warnings.simplefilter("ignore")
-        exported = _exported(model, once, *arguments(example))
+        exported, module = _exported(model, once, *arguments(example))
     names = {_place(tensor): name for name, tensor in live_tensors(model).items()}
-    signature = exported.graph_signature
-    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    targets |= signature.inputs_to_lifted_tensor_constants
     held = {**exported.constants, **exported.state_dict}
-    found = {place: names.get(_place(held[target])) for place, target in targets.items()}
-    constants = {place: held[targets[place]] for place, name in found.items() if name is None}
-    written = {out: names.get(_place(held[target])) for out, target in signature.buffers_to_mutate.items()}
-    module = exported.graph_module
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    inputs = [n for n in placeholders if n.name in signature.user_inputs and isinstance(n.meta.get("val"), Tensor)]
-    for node in placeholders:
-        if not node.users:  # numbers and the like are constants of the graph
-            module.graph.erase_node(node)
+    sources, constants, inputs = {}, {}, []
+    for node, spec in zip(module.graph.find_nodes(op="placeholder"), _tensors(exported).values(), strict=True):
+        tensor = held.get(spec.target)
+        name = None if tensor is None else names.get(_place(tensor))
+        if tensor is None:
+            inputs.append(node)
+        elif name is None:
+            constants[node.name] = tensor
+        elif node.users:
+            sources[node.name] = name
     sizes = [n.meta["val"].shape[0] for n in inputs[:1] if n.meta["val"].ndim]
     return Program(
         module,
-        {n.name: name for n in placeholders if n.users and (name := found.get(n.name))},
+        sources,
         constants,
-        tuple(n.name for n in inputs),
-        frozenset(map(str, signature.user_outputs)),
-        {out: name for out, name in written.items() if name},
+        tuple(node.name for node in inputs),
         frozenset(name for b in model.buffers() if (name := names.get(_place(b)))),
         next((int(size) for size in sizes if is_concrete_int(size)), None),
         next((n.meta["val"].device for n in inputs), torch.device("cpu")),
@@ -132,7 +130,7 @@ def alone(example: Any) -> bool:
     return all(len(t) == 1 for t in tree_leaves(example) if batched(t))
 
 
-def _exported(model: nn.Module, once: bool, *example: Any) -> torch.export.ExportedProgram:
+def _exported(model: nn.Module, once: bool, *example: Any) -> tuple[ExportedProgram, GraphModule]:
     """Exports with any batch size, else with that of the example."""
     if not all(t.numel() for t in tree_leaves(example)[:1] if isinstance(t, Tensor)):
         raise ValueError("example: its first tensor has no elements; pass a row or more")
@@ -148,20 +146,90 @@ def _exported(model: nn.Module, once: bool, *example: Any) -> torch.export.Expor
         try:
             with torch.no_grad():  # else a model's own no_grad becomes a graph in the graph
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
-                return exported.run_decompositions(_decompositions())
+                return exported, _lowered(exported)
         except Exception as error:
             errors.append(error)
     raise ValueError(_untraceable(model, errors[-2:])) from errors[-1]
 
 
+@torch.library.custom_op("clkit::attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Stands for scaled dot-product attention while a graph is traced, which would take that to pieces."""
+    raise NotImplementedError
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+WHOLE = {
+    aten.adaptive_avg_pool2d.default: aten._adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default: aten._adaptive_avg_pool3d.default,
+    aten.scaled_dot_product_attention.default: torch.ops.clkit.attention.default,
+}  # what stays in one piece, and what stands for it while a graph is traced
+
+
+class _Whole(Interpreter):
+    """Runs a graph with stand-ins, and linear layers on rows, for else they bind it to a batch size.
+
+    Pooling of lines is that of images, for torch's own way writes in place.
+    """
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if target is aten.linear.default and args[0].ndim > 2:
+            return target(args[0].flatten(0, -2), *args[1:]).unflatten(0, args[0].shape[:-1])
+        if target is aten.adaptive_avg_pool1d.default:
+            return aten._adaptive_avg_pool2d(args[0].unsqueeze(-2), [1, *args[1]]).squeeze(-2)
+        return super().call_function(WHOLE.get(target, target), args, kwargs)
+
+
+def _tensors(exported: ExportedProgram) -> dict[Node, InputSpec]:
+    """The placeholders of tensors, and what each stands for."""
+    nodes = exported.graph.find_nodes(op="placeholder")
+    specs = zip(nodes, exported.graph_signature.input_specs, strict=True)
+    return {node: spec for node, spec in specs if isinstance(node.meta.get("val"), Tensor)}
+
+
+def _lowered(exported: ExportedProgram) -> GraphModule:
+    """The graph in core operations that write nothing in place, but for the last ones, which write to placeholders."""
+    nodes = exported.graph.find_nodes(op="placeholder")
+    places = [*_tensors(exported)]
+    values = [node.meta["val"] for node in places]
+
+    def interpreted(*tensors: Tensor) -> Any:
+        given = dict(zip(places, tensors, strict=True))
+        return _Whole(exported.graph_module).run(*(given.get(node, node.meta.get("val")) for node in nodes))
+
+    fake = values[0].fake_mode if values else nullcontext()
+    with fake, enable_python_dispatcher(), cudnn.flags(enabled=False), mkldnn.flags(enabled=False):
+        module = make_fx(functionalize(interpreted), _decompositions())(*values)
+    module.graph.eliminate_dead_code()
+    meant = {other: operation for operation, other in WHOLE.items()}
+    for node in module.graph.nodes:
+        node.target = meant.get(node.target, node.target)
+    return module
+
+
+@cache
 def _decompositions() -> dict[Any, Callable]:
-    table = torch.export.default_decompositions()
-    for operation in [*table]:
-        if isinstance(operation, torch._ops.OpOverload) and (
-            torch.Tag.pointwise in operation.tags or operation._schema.name.partition("::")[2] in WHOLE
-        ):
-            table.pop(operation)
-    return table
+    """The decompositions to core operations, without those of elementwise ones and of `WHOLE`."""
+    kept = {aten.stack.default, *WHOLE.values()}
+    return {
+        operation: way
+        for operation, way in torch.export.default_decompositions().items()
+        if operation not in kept and torch.Tag.pointwise not in getattr(operation, "tags", ())
+    }
 
 
 @contextmanager

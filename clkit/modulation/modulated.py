@@ -411,7 +411,7 @@ def save(
     if class_names and len(class_names) != len(state.classes):
         raise ValueError(f"class_names: {len(class_names)} for {len(state.classes)} classes; give one for each")
     facts = {"name": name, "classes": list(state.classes), "class_names": list(class_names)}
-    weights.save(path, state.tensors, **_made_by(model), **facts, bytes=state.nbytes)
+    store.save_tensors(path, state.tensors, _made_by(model) | facts | {"bytes": state.nbytes})
 
 
 def load(path: Path | str, model: Modulated) -> TaskState:
@@ -480,7 +480,7 @@ def _task(path: Path | str, model: Modulated) -> TaskState:
 
 def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A file's tensors and header, which is one that `save` writes."""
-    tensors, header = weights.load(path)
+    tensors, header = store.load_tensors(path)
     if header.get("kind") != KIND:
         raise ValueError(f"path: {path} holds no task of a modulated network; give a file that modulation.save wrote")
     ids, rule = header.get("classes") or ["none"], header.get("rule") or [None]

@@ -57,7 +57,8 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     refuses, so that nothing acts on a part of a network.
     """
     seen, live, buffers = set(), {}, {}
-    for name, tensor in unwrapped(model).state_dict(keep_vars=True).items():
+    own = nn.Module.state_dict(unwrapped(model), keep_vars=True)  # all of it, whatever a network makes of this method
+    for name, tensor in own.items():
         if name.endswith("_extra_state") or not floating(name, tensor):
             continue
         place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)

@@ -910,6 +910,19 @@ class TestStores:
 class TestFolded:
     """An ordinary network for a task."""
 
+    def test_a_network_with_methods_of_its_own_is_folded(self):
+        class Curt(nn.Sequential):
+            def requires_grad_(self, on):
+                super().requires_grad_(on)
+
+            def train(self, mode=True):
+                super().train(mode)
+
+        net = Modulated(Curt(*separable()), LowRank(2), layers="all")
+        state = net.state((0, 3))
+        folded = net.eval().folded(state)
+        assert not folded.training and folded(pictures()).shape == (5, 2)
+
     @pytest.mark.parametrize("name", RULES)
     @pytest.mark.parametrize("affine", [False, True])
     def test_it_answers_as_the_task_does(self, name, affine):

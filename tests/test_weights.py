@@ -41,6 +41,27 @@ def test_every_storage_appears_once_and_counters_do_not():
     }  # fmt: skip
 
 
+class Curt(Tied):
+    """Methods of `nn.Module` that take less, and give less, than those do."""
+
+    def state_dict(self):
+        return {"first": self.first.state_dict()}
+
+    def requires_grad_(self, on):
+        super().requires_grad_(on)
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_a_network_with_methods_of_its_own_has_the_same_weights():
+    model = Curt()
+    assert get_weights(model).keys() == get_weights(Tied()).keys()
+    new = {n: torch.rand_like(t) for n, t in get_weights(model).items()}
+    set_weights(model, new)
+    assert equal(get_weights(model), new)
+
+
 class Holds(nn.Module):
     """A network and a tensor beside it."""
 

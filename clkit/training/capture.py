@@ -117,7 +117,6 @@ class Captured:
                 self._attempt(key, x, y)
         if key in self.steps:
             return self.steps[key](x, y)
-        self.last = None
         if self.seen[key] != BEFORE or self.refused:
             return self.update(x, y)
         loss, why = self.recorder.watch(lambda: self.update(x, y))
@@ -158,16 +157,13 @@ class Captured:
             for group in self.optimizer.param_groups:
                 group["capturable"] = False
         loss, gradients = losses[0], [(parameter, parameter.grad) for parameter in self.model.parameters()]
-        self.last = key
 
         def step(new_x: Tensor, new_y: Tensor) -> Tensor:
             x.copy_(new_x)
             y.copy_(new_y)
             replay()
-            if self.last != key:  # the step before has left its own gradients
-                self.last = key
-                for parameter, gradient in gradients:
-                    parameter.grad = gradient
+            for parameter, gradient in gradients:  # another step may have left its own
+                parameter.grad = gradient
             return loss
 
         self.steps[key] = step

@@ -85,7 +85,7 @@ class Memory:
     def sample(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draws `count` rows without replacement, or all there are if fewer."""
         order = torch.rand(len(self), generator=generator, device=generator.device).topk(min(count, len(self)))
-        return {name: tensor[order.indices] for name, tensor in self.rows.items()}
+        return {name: tensor.index_select(0, order.indices) for name, tensor in self.rows.items()}
 
     def all(self) -> dict[str, Tensor]:
         """Every row, in slot order."""

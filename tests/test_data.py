@@ -190,6 +190,31 @@ def test_a_batch_joins_rows_of_a_memory_prepared_as_its_own():
     assert torch.equal(plain.x[4:], task.prepare(old))
 
 
+@given(st.lists(st.integers(1, 5), max_size=3), st.sets(st.integers(0, 3)), st.booleans(), st.booleans())
+@FEW
+def test_when_the_inputs_are_asked_for_changes_none(sizes, looks, moved, last):
+    """Joined rows are prepared at once; the twin prepares each part by itself, in the order of the draws."""
+    task = task_of(toy(), augment=Augment(crop=2, flip=True, shift=1) if moved else NO_AUGMENT)
+    layout = torch.channels_last if last else None
+    batch = task.batch(torch.tensor([4, 0, 7]), seeded(3), layout=layout)
+    twin, drawn = [], seeded(3)
+    for step, raw in enumerate([task.train.x[[4, 0, 7]], *(images(size, seed=size) for size in sizes)]):
+        twin.append(task.prepare(raw, drawn))
+        batch = batch.join(raw, torch.zeros(len(raw), dtype=torch.int64)) if step else batch
+        if step in looks:
+            assert len(batch.x) == len(batch.y)
+    assert torch.equal(batch.x, torch.cat(twin)) and batch.size == 3
+    assert layout is None or batch.x.is_contiguous(memory_format=layout)
+
+
+def test_inputs_that_are_given_stay_when_rows_are_joined():
+    batch = task_of(toy()).batch(slice(0, 4))
+    mixed = replace(batch, x=batch.x / 2).join(images(2), torch.tensor([1, 2]))
+    assert torch.equal(mixed.x[:4], batch.x / 2) and torch.equal(mixed.x[4:], batch.prepare(images(2)))
+    with pytest.raises(AttributeError, match="batch: it has no 'z'"):
+        _ = batch.z
+
+
 def test_a_stream_is_a_sequence_that_knows_its_shape():
     stream = split(toy(), 2)
     assert len(stream) == 2 and [task.index for task in stream] == [0, 1] and stream[-1] is stream.tasks[1]

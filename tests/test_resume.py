@@ -415,6 +415,7 @@ class TestRefusals:
             ({"stream": cut(toys.stream(2), 1)}, r"tasks 1: \w+ there, None here"),
             ({"keep": False}, "keep: True there, False here"),
             ({"watch": 3}, "watch: None there, 3 here"),
+            ({"threads": 2}, "threads: 1 there, 2 here"),
         ],
     )
     def test_another_run_is_refused_by_name_before_any_work(self, first, change, message, monkeypatch):

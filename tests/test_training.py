@@ -1,5 +1,6 @@
 import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from clkit.learners import ER, Learner
 from clkit.modules import hooked
 from clkit.training import Training, label, run
 from clkit.training.loop import _Loop
+from clkit.training.settings import descend
 from clkit.weights import equal, get_weights
 from toys import quick
 
@@ -301,6 +303,104 @@ class TestEvaluation:
 def test_every_setting_learns(training):
     result = quick(toys.images(tasks=2), ER(memory=9), model=toys.small_convnet, training=training)
     assert result.training_loss[0][-1] < result.training_loss[0][0]
+
+
+RULES = [{"optimizer": "sgd"}, {"momentum": 0.9, "weight_decay": 0.1}, {"optimizer": "adamw", "weight_decay": 0.1}]
+
+
+@pytest.mark.parametrize("settings", RULES)
+@pytest.mark.parametrize("layout", ["like the parameter", "rows", "sparse", "none"])
+def test_a_step_is_torch_s_whatever_the_gradient_s_layout(settings, layout):
+    """The twin takes torch's own step, entry by entry, on gradients in their parameters' layout."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"conv": (5, 4, 3, 3), "flat": (6, 4), "turned": (4, 6)}
+    start = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    start["conv"] = start["conv"].contiguous(memory_format=torch.channels_last)
+    start["turned"] = start["turned"].T
+    ours, twin = ([nn.Parameter(t.clone()) for t in start.values()] for _ in range(2))
+    training = Training(lr=0.1, **settings)
+    light = training.make_optimizer(ours)
+    kind, options = type(light), {"lr": 0.1, "weight_decay": training.weight_decay, "foreach": False}
+    plain = kind(twin, **options | ({"momentum": training.momentum} if kind is torch.optim.SGD else {}))
+    for _ in range(3):
+        for a, b in zip(ours, twin, strict=True):
+            b.grad = torch.randn(b.shape, generator=g)
+            a.grad = torch.empty_like(b).copy_(b.grad)
+        if layout != "like the parameter":
+            dense = ours[0].grad.contiguous()
+            ours[0].grad = {"rows": dense, "sparse": dense.to_sparse(), "none": None}[layout]
+            twin[0].grad = None if layout == "none" else twin[0].grad
+        descend(light)
+        plain.step()
+    for a, b in zip(ours, twin, strict=True):
+        assert a.stride() == b.stride() and torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+    assert training.momentum or settings["optimizer"] == "adamw" or all(map(torch.equal, ours, twin))
+
+
+@pytest.mark.parametrize("there", [1, 2])
+def test_a_run_computes_with_as_many_threads_as_it_is_told_and_by_default_one(there):
+    seen, before = [], torch.get_num_threads()
+
+    class Seeing(Learner):
+        def begin_task(self, model, task):
+            seen.append(torch.get_num_threads())
+            if task.index:
+                raise KeyError
+
+    torch.set_num_threads(there)
+    try:
+        assert quick(toys.stream(1), Seeing()).config["threads"] == 1
+        assert quick(toys.stream(1), Seeing(), threads=2).config["threads"] == 2
+        with pytest.raises(KeyError):
+            quick(toys.stream(2), Seeing(), threads=3)
+        assert seen == [1, 2, 3, 3] and torch.get_num_threads() == there
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="threads: 0"):
+        quick(toys.stream(1), threads=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "last"),
+    [
+        (toys.small_convnet, None, True),
+        (toys.small_convnet, False, False),
+        (models.mlp, None, False),
+        (partial(models.vit, patch=2, dim=8, depth=1, heads=2), None, False),
+    ],
+)
+def test_channels_come_last_where_a_network_convolves(model, asked, last):
+    layouts = []
+
+    class Seeing(ER):
+        def after_step(self, model, batch):
+            layouts.append(batch.layout is torch.channels_last)
+            super().after_step(model, batch)
+
+    result = quick(toys.images(1), Seeing(9), model=model, training=Training(1, 8, channels_last=asked))
+    assert layouts == [last] * 3
+    assert last == any(
+        p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+        for p in result.model.parameters()
+        if p.ndim == 4
+    )
+
+
+def test_parameters_that_are_no_convolutions_of_images_are_left_in_their_layout():
+    """A volume's convolution has a memory format of its own, to which torch would not turn it."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.volume = toys.small_convnet(toys.images(1)), nn.Conv3d(1, 1, 1)
+
+        def to(self):
+            raise AssertionError
+
+        def forward(self, x):
+            return self.net(x) + 0 * self.volume(x[:, None, None, 0]).mean()
+
+    assert quick(toys.images(1), model=Odd(), training=Training(1, 8)).accuracy.shape == (1, 1)
 
 
 def test_channels_last_changes_no_result_beyond_rounding():

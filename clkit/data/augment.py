@@ -11,6 +11,7 @@ from torch import Tensor
 from clkit import checks
 
 Pixels = Annotated[int, checks.Range(0, means="pixels")]
+Moves = tuple[Tensor, Tensor, Tensor]  # crop offsets (2, N), whether to flip (N,), shift offsets (2, N)
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Normalize:
         dtype = dtype or (x.dtype if x.is_floating_point() else torch.float32)
         scale, shift = _affine(self, x.dtype == torch.uint8, dtype, x.device)
         shape = (-1,) + (1,) * (x.ndim - 2)
-        x = x.to(dtype) if x.is_floating_point() else x
-        return (x * scale.view(shape)).add_(shift.view(shape))
+        scaled = x * scale.view(shape) if x.dtype == dtype else x.to(dtype).mul_(scale.view(shape))
+        return scaled.add_(shift.view(shape))
 
     @classmethod
     def of(cls, x: Tensor) -> "Normalize":
@@ -87,13 +88,19 @@ class Augment:
 
         With everything off, returns `x` and draws nothing. The numbers come from the generator, on its own device.
         """
-        if self == NO_AUGMENT:
-            return x
+        moves = self.drawn(x, generator)
+        return x if moves is None else self.apply(x, *moves)
+
+    def drawn(self, x: Tensor, generator: torch.Generator | None) -> Moves | None:
+        """Draw a change for each image, on the images' device; None, and nothing drawn, where nothing is to change."""
+        if generator is None or self == NO_AUGMENT:
+            return None
         if x.ndim != 4:
             raise ValueError(f"{self} needs images (N, C, H, W), not shape {tuple(x.shape)}; use Augment()")
-        return self.apply(x, *(draw.to(x.device, non_blocking=True) for draw in self.draw(len(x), generator)))
+        crop, flip, shift = (draw.to(x.device, non_blocking=True) for draw in self.draw(len(x), generator))
+        return crop, flip, shift
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, count: int, generator: torch.Generator) -> Moves:
         """Draw, for each of `count` images: crop offsets (2, N), whether to flip (N,), shift offsets (2, N)."""
 
         def integers(limit: int, *shape: int) -> Tensor:

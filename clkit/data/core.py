@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clkit import checks, store
-from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Normalize, as_labels, as_tensor, check_images
+from clkit.data.augment import BYTES, NO_AUGMENT, Augment, Moves, Normalize, as_labels, as_tensor, check_images
 from clkit.data.transfer import rows_of
 
 Scenario = Literal["class", "domain", "task"]
@@ -128,13 +128,14 @@ class Task:
         epoch: int = 0,
         lr: float = 0.0,
     ) -> "Batch":
-        """Prepare training rows as a batch, augmented with a generator, on `device` (default: where the data are).
+        """Training rows as a batch, augmented with a generator, on `device` (default: where the data are).
 
-        `layout` is the memory format of the inputs (default: as they come); `epoch` and `lr` are the step's.
+        Row numbers count from 0. `layout` is the memory format of the inputs (default: as they come); `epoch` and `lr`
+        are the step's.
         """
         raw, y = rows_of((self.train.x, self.train.y), rows, device)
-        x = self.prepare(raw, generator)
-        return Batch(x.contiguous(memory_format=layout) if layout else x, y, raw, self, generator, epoch, rows, lr)
+        parts = ((raw, self.augment.drawn(raw, generator)),)
+        return Batch(LATER, y, raw, self, generator, epoch, rows, lr, layout, parts)
 
 
 @dataclass(eq=False)
@@ -144,6 +145,9 @@ class Batch:
     After `join`, `x` and `y` hold the joined rows too, behind the current ones; `raw` and `size` do not change, so
     `x[:size]`, `y[:size]` are the current task's. `epoch` counts the passes over the task's data from 0; `rows` says
     which rows of `task.train` the current ones are; `lr` is the step's learning rate.
+
+    `x` is made when it is first asked for, of all rows at once: of `parts`, raw rows with the moves that augmentation
+    drew for them, in the memory format `layout`.
     """
 
     x: Tensor
@@ -154,6 +158,26 @@ class Batch:
     epoch: int = 0
     rows: Rows | None = None
     lr: float = 0.0
+    layout: torch.memory_format | None = None
+    parts: tuple[tuple[Tensor, Moves | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.x is LATER:
+            del self.x
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "x":
+            raise AttributeError(f"batch: it has no {name!r}")
+        self.x = made = self._made(self.parts)
+        return made
+
+    def _made(self, parts: tuple[tuple[Tensor, Moves | None], ...]) -> Tensor:
+        raws, moves = [raw for raw, _ in parts], [moves for _, moves in parts]
+        raw = torch.cat(raws) if len(raws) > 1 else raws[0]
+        if moves[0] is not None:
+            raw = self.task.augment.apply(raw, *(torch.cat(same, -1) for same in zip(*moves, strict=True)))
+        x = self.task.prepare(raw)
+        return x.contiguous(memory_format=self.layout) if self.layout else x
 
     @property
     def size(self) -> int:
@@ -162,12 +186,17 @@ class Batch:
 
     def prepare(self, raw: Tensor) -> Tensor:
         """Turn raw rows into inputs as the batch's own were: moved to its device, augmented if it was."""
-        return self.task.prepare(raw.to(self.x.device, non_blocking=True), self.generator)
+        return self.task.prepare(raw.to(self.raw.device, non_blocking=True), self.generator)
 
     def join(self, raw: Tensor, y: Tensor) -> "Batch":
         """Append rows from a memory, prepared as the batch's own."""
-        y = y.to(self.y.device, non_blocking=True)
-        return replace(self, x=torch.cat([self.x, self.prepare(raw)]), y=torch.cat([self.y, y]))
+        raw, y = (t.to(self.y.device, non_blocking=True) for t in (raw, y))
+        part = raw, self.task.augment.drawn(raw, self.generator)
+        x = torch.cat([self.x, self._made((part,))]) if "x" in vars(self) else LATER
+        return replace(self, x=x, y=torch.cat([self.y, y]), parts=(*self.parts, part))
+
+
+LATER: Any = None  # inputs that are made when they are asked for
 
 
 @dataclass(frozen=True, eq=False, repr=False)

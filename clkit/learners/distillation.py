@@ -40,7 +40,10 @@ class DERpp(ER):
         weighed = [weight for weight in (self.alpha, self.beta) if weight and len(self.store)]
         count = self.batch or self.setting.batch
         draws = [self.store.sample(count, self.setting.generator) for _ in weighed]
-        logits = model(torch.cat([batch.x, *(batch.prepare(rows["x"]) for rows in draws)]))
+        joined = batch
+        for rows in draws:
+            joined = joined.join(rows["x"], rows["y"])
+        logits = model(joined.x)
         current, *replayed = logits.split([batch.size, *(len(rows["y"]) for rows in draws)])
         self.current = current.detach().float()
         loss = self.setting.criterion(current, batch.y)

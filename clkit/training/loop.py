@@ -43,8 +43,8 @@ from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.modules import dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
 from clkit.training import trial
-from clkit.training.capture import CAPTURES, Captured, capturable, on_gpu
-from clkit.training.settings import Result, Training
+from clkit.training.capture import CAPTURES, Captured, capturable, placed
+from clkit.training.settings import Result, Training, descend
 from clkit.weights import Weights, check_finite, get_weights, set_weights
 
 ModelFactory = Callable[..., nn.Module]
@@ -79,6 +79,7 @@ def run(
     watch: checks.Index | None = None,
     checkpoint: Path | str | None = None,
     resume: Result | Path | str | None = None,
+    threads: checks.Count = 1,
 ) -> Result:
     """Trains a model on the tasks of a stream one after another and tests it on all of them after each.
 
@@ -99,8 +100,13 @@ def run(
     NaN in `Result.accuracy`. `checkpoint` takes a longer stream too, and comes first where its file is there.
 
     Both are refused with ValueError, naming what differs, unless data, model, learner, consolidation, training, seed,
-    kind of device, `keep`, `watch` and, from a file, torch and clkit are those of the first run; and with TypeError
-    for what has no stable description (`store.describe`): a lock or a Python generator, say.
+    kind of device, `keep`, `watch`, `threads` and, from a file, torch and clkit are those of the first run; and with
+    TypeError for what has no stable description (`store.describe`): a lock or a Python generator, say.
+
+    `threads` is how many of the CPU's threads torch computes with meanwhile, one on every machine: the last bits of a
+    result depend on it. On cores with other work two threads wait for each other, and a step of a perceptron takes
+    seventeen times as long as with one, of a ResNet-18 one to four times. More pay for large networks on idle cores;
+    several runs at once use all cores better.
 
     The same seed gives the same bits on the same machine: on a CPU always, on a GPU with
     `Training(deterministic=True)`. Without it cuDNN takes the kernels that are fastest there and then, and the last
@@ -113,33 +119,35 @@ def run(
     learner = copy.deepcopy(learner if learner is not None else Learner())
     rule: Consolidation = consolidation if consolidation is not None else NoConsolidation()
     training = training if training is not None else Training()
-    trial.check_arguments(stream, model, learner, rule, training, resume)
     started = time.perf_counter()
-    place, model = find_device(device), unwrapped(model) if isinstance(model, nn.Module) else model
-    path = store.writable(checkpoint) if checkpoint is not None else None
-    begun = path if path is not None and path.exists() else resume
-    start = Result.load(begun) if isinstance(begun, Path | str) else begun
-    record = {
-        "stream": {"name": stream.name, "tasks": len(stream), "scenario": stream.scenario, "data": stream.fingerprint},
-        "model": label(model),
-        "learner": repr(learner),
-        "consolidation": repr(rule),
-        "training": json.loads(json.dumps(asdict(training))),
-        "seed": seed,
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "versions": {"torch": torch.__version__, "numpy": np.__version__},
-    }
-    gpu = on_gpu(place, training.deterministic) if place.type == "cuda" else nullcontext()
-    with gpu, _reproducible(seed, place):
-        net = trial.made(model, stream, seed, place)
-        parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "seed": seed}
-        parts |= {"initial weights": net, "device": place.type, "keep": keep, "watch": watch}
-        identity = identify(stream, parts, needed=path is not None or start is not None)
-        if start is not None:
-            check_same(start.state, identity, f"{'resume' if begun is resume else 'checkpoint'}: {begun}")
-        here = stream.to(place).given(dtype_of(net))
-        loop = _Loop(here, net, learner, rule, training, seed, place, record, identity, progress, keep, watch, started)
-        return loop.run(start, path)
+    with _threads(threads):
+        trial.check_arguments(stream, model, learner, rule, training, resume)
+        place, model = find_device(device), unwrapped(model) if isinstance(model, nn.Module) else model
+        path = store.writable(checkpoint) if checkpoint is not None else None
+        begun = path if path is not None and path.exists() else resume
+        start = Result.load(begun) if isinstance(begun, Path | str) else begun
+        facts = {"name": stream.name, "tasks": len(stream), "scenario": stream.scenario, "data": stream.fingerprint}
+        record = {
+            "stream": facts,
+            "model": label(model),
+            "learner": repr(learner),
+            "consolidation": repr(rule),
+            "training": json.loads(json.dumps(asdict(training))),
+            "seed": seed,
+            "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+            "threads": threads,
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        }
+        with placed(place, training.deterministic), _reproducible(seed, place):
+            net = trial.made(model, stream, seed, place)
+            parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "seed": seed}
+            parts |= {"initial weights": net, "device": place.type, "keep": keep, "watch": watch, "threads": threads}
+            identity = identify(stream, parts, needed=path is not None or start is not None)
+            if start is not None:
+                check_same(start.state, identity, f"{'resume' if begun is resume else 'checkpoint'}: {begun}")
+            here = stream.to(place).given(dtype_of(net))
+            rest = record, identity, progress, keep, watch, started
+            return _Loop(here, net, learner, rule, training, seed, place, *rest).run(start, path)
 
 
 @dataclass(eq=False)
@@ -169,10 +177,12 @@ class _Loop:
         self.holdout = getattr(self.consolidation, "holdout", None) or 0.0
         setting = Setting(self.own, self.criterion, len(self.stream.classes), training.batch, self.holdout)
         self.learner.start(setting)
-        channels_last = training.channels_last if training.channels_last is not None else device.type == "cuda"
+        convolves = any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
+        channels_last = training.channels_last if training.channels_last is not None else convolves
         self.layout = torch.channels_last if channels_last and len(self.stream.shape) == 3 else None
-        if self.layout is not None:
-            nn.Module.to(model, memory_format=self.layout)
+        for parameter in model.parameters():
+            if self.layout is not None and parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=self.layout)
         self.optimizer = training.make_optimizer(model.parameters())
         self.frozen = frozen_modules(model)
         training_mode(model, self.frozen)
@@ -325,7 +335,8 @@ class _Loop:
 
     def update(self, compute: Callable[[], Tensor], batch: Any = None) -> Tensor:
         """What a step does to the weights: it goes down along the loss that `compute` gives, and returns it."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            parameter.grad = None
         with self.autocast():
             loss = compute()
         trial.check_loss(loss, self.learner)
@@ -333,7 +344,7 @@ class _Loop:
         self.learner.adjust_gradients(self.model, batch)
         if self.training.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
-        self.optimizer.step()
+        descend(self.optimizer)
         return loss.detach()
 
     def joined_update(self, x: Tensor, y: Tensor) -> Tensor:
@@ -459,6 +470,17 @@ def find_device(device: torch.device | str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'device: {str(device)!r} was asked for and torch sees no GPU; use "cpu" or "auto"')
     return place
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Lets torch compute with so many threads, and gives their number back as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -63,10 +63,11 @@ def made(model: Any, stream: Stream, seed: int, device: torch.device) -> nn.Modu
             raise TypeError(f"model: the factory gave {net!r:.80} ({type(net).__name__}); let it return a module")
         net = unwrapped(net)
     check_finite(get_weights(net), "model")
-    try:
-        net.to(device)
-    except TypeError:  # a module's own `to` may take something else
-        nn.Module.to(net, device)
+    if any(tensor.device != device for tensor in (*net.parameters(), *net.buffers())):
+        try:
+            net.to(device)
+        except TypeError:  # a module's own `to` may take something else
+            nn.Module.to(net, device)
     return net
 
 

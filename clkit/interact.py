@@ -1,9 +1,9 @@
 """A slider that shows one picture for each of its values.
 
 A cell that shows it has two outputs: the knob, a widget, and the picture, an output like that of any figure, which is
-exchanged when the knob moves. So the picture has its own size, and it is what is saved: read without a kernel, or
-without ipywidgets, the last one shown stands still. Nothing is captured or printed, so notebooks that hold a slider
-can be executed and compared by machine.
+exchanged when the knob moves. So the picture has its own size, and it is what is saved: read without a kernel, the
+last one shown stands still. Nothing is captured or printed, so notebooks that hold a slider can be executed and
+compared by machine.
 """
 
 import io
@@ -39,24 +39,21 @@ def slider(
 class Slider:
     """What `slider` returns; the last expression of a cell shows it. `index` is the position among `values`.
 
-    `widget` is the box with the knob and the value beside it, None without ipywidgets; `png` the picture, as bytes.
+    `widget` is the box with the knob and the value beside it; `png` the picture, as bytes.
     """
 
     def __init__(self, draw: Callable[[Any], Any], values: Sequence[Any], label: str, start: int, dpi: Any) -> None:
+        import ipywidgets
+
         self.values, self.label, self.dpi = list(values), label, dpi
         self._draw, self._pictures, self._shown = draw, {}, []
-        self.widget: Any = None
-        self.move(start)
-        try:
-            import ipywidgets
-        except ImportError:
-            return
         wide = {"layout": {"width": f"{40 + len(label)}ch"}, "style": {"description_width": "initial"}}
         options = [(_text(value), index) for index, value in enumerate(self.values)]
         knob = ipywidgets.SelectionSlider(options=options, value=start, description=label, readout=False, **wide)
         knob.observe(lambda change: self.move(change["new"]), names="value")
-        value = ipywidgets.Label(options[start][0], layout={"width": "max-content"})  # a read-out would be cut
-        self.widget = ipywidgets.HBox([knob, value])
+        value = ipywidgets.Label(layout={"width": "max-content"})  # a read-out would be cut
+        self.widget: Any = ipywidgets.HBox([knob, value])
+        self.move(start)
 
     def picture(self, index: int) -> bytes:
         """The picture for `values[index]`, drawn when it is first asked for."""
@@ -72,8 +69,7 @@ class Slider:
     def move(self, index: int) -> None:
         """Shows the picture for `values[index]`."""
         self.index, self.png = index, self.picture(index)
-        if self.widget is not None:
-            self.widget.children[1].value = _text(self.values[index])
+        self.widget.children[1].value = _text(self.values[index])
         for place in self._shown:
             place.update(self._bundle(), raw=True)
 
@@ -84,8 +80,7 @@ class Slider:
     def _ipython_display_(self) -> None:
         from IPython.core.display_functions import display
 
-        if self.widget is not None:
-            display(self.widget._repr_mimebundle_() | {"text/plain": repr(self)}, raw=True)
+        display(self.widget._repr_mimebundle_() | {"text/plain": repr(self)}, raw=True)
         self._shown.append(display(self._bundle(), raw=True, display_id=True))
 
     def _bundle(self) -> dict[str, Any]:

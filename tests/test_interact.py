@@ -2,7 +2,6 @@
 
 import base64
 import io
-import sys
 from types import SimpleNamespace
 
 import matplotlib as mpl
@@ -120,16 +119,6 @@ def test_the_knob_and_the_picture_are_outputs_of_their_own(drawing, displayed):
     shown._ipython_display_()  # in another cell: both follow the knob
     shown.widget.children[0].value = 0
     assert [bundle["text/plain"] for bundle in displayed[4:]] == ["α = 0", "α = 0"]
-
-
-def test_without_ipywidgets_the_picture_stands_still(drawing, displayed, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    shown = slider(drawing[0], VALUES)
-    shown._ipython_display_()
-    assert shown.widget is None and [bundle.keys() for bundle in displayed] == [{"image/png", "text/plain"}]
-    first = shown.png
-    shown.move(2)
-    assert shown.png != first
 
 
 def test_bad_input_names_itself(drawing):

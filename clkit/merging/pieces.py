@@ -17,7 +17,7 @@ from torch import Tensor
 from clkit import checks
 from clkit.weights import Weights, check_finite, check_range, check_same, combine, finite, floating, is_statistic
 
-ENTRIES = 2**14  # of a piece on the CPU: five of them and a few temporaries fit into a megabyte
+ENTRIES = 2**15  # of a piece on the CPU: five of them and a few temporaries fit into a megabyte
 ENTRIES_ELSEWHERE = 2**22  # on an accelerator, where a kernel's start costs more than its traffic
 
 Density = Annotated[float, checks.Range(0, 1, "low", "the share of entries that are kept")]

@@ -240,7 +240,7 @@ class TestAlign:
         symmetry, net, reference, _, x = nets
         for by in ("activations", "weights"):
             result = alignment.align(symmetry, net, reference, reference, x, by=by)
-            assert set(result.identity.values()) == {1.0}
+            assert set(result.unmoved.values()) == {1.0}
 
     def test_dead_units_are_reported(self, nets):
         symmetry, net, reference, moving, x = nets

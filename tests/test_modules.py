@@ -133,7 +133,7 @@ class TestFrozen:
                 order = {g: torch.arange(part.units).flip(0) for g, part in group.groups.items()}
                 moved = permute(group, order, get_weights(net))
                 match = align(group, net, get_weights(net), moved, torch.randn(50, 6), by=by)
-                first, second = (match.identity[g] for g in sorted(group.groups, key=lambda g: group.groups[g].units))
+                first, second = (match.unmoved[g] for g in sorted(group.groups, key=lambda g: group.groups[g].units))
                 assert second < 1 and (first == 1) == frozen
 
     def test_a_side_pass_moves_nothing(self):

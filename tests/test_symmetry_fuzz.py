@@ -281,7 +281,7 @@ class Draw:
     def number(self) -> float:
         return self.r.choice([0.0, 0.5, 1.0, 2.0, -1.0])
 
-    def image(self, width: int = 4) -> Value:
+    def image(self) -> Value:
         """A value (batch, channels, height, width)."""
         fit = [v for v in self.pool if len(v.shape) == 4 and self.scope[v].is_floating_point() and min(v.shape[2:]) > 1]
         if fit and self.r.random() < 0.7:
@@ -384,13 +384,13 @@ def operation(function: Operation) -> Operation:
     return function
 
 
-def unary(*expressions: str, rank: int = 1, most: int = 9) -> None:
+def unary(*expressions: str) -> None:
     """Operations on one value `a` along a dimension `d` of size `n`."""
     for expression in expressions:
         name = expression.partition(":")[0]
 
         def draw(g: Draw, expression: str = expression) -> str:
-            a = g.a(rank, most)
+            a = g.a()
             d = g.dim(a)
             n = a.shape[d]
             values = {"a": a, "d": d, "n": n, "i": g.r.randrange(n), "c": g.number(), "b": ""}
@@ -1141,7 +1141,7 @@ def flat(result: Any) -> Tensor:
     return torch.cat([p.flatten() / p.abs().max() for p in parts])
 
 
-def fault(program: Program, draws: int = 3) -> tuple[str, float]:
+def fault(program: Program) -> tuple[str, float]:
     """What is wrong with a program's symmetry ("" if nothing is, "refused" if clkit says so), the share that moves."""
     net, x = program.build()
     try:
@@ -1150,12 +1150,12 @@ def fault(program: Program, draws: int = 3) -> tuple[str, float]:
         return ("refused" if str(error).startswith("model: ") else f"ValueError: {error}"), 0.0
     except Exception as error:
         return f"{type(error).__name__}: {error}", 0.0
-    for k in range(draws):
+    for k in range(3):
         change = symmetry.verify(net, dtype=torch.float64, generator=torch.Generator().manual_seed(k)).change
         if not change < TOLERANCE:
             return f"change: {change:.1e}", symmetry.share
     if "self.training" in program.source:  # what only the training graph uses was derived from it
-        for k in range(draws):
+        for k in range(3):
             moved = alignment.random_permutations(symmetry, torch.Generator().manual_seed(k))
             with torch.no_grad():
                 one, other = (flat(functional_call(copy.deepcopy(net).train(), w, (x,))) for w in

@@ -55,7 +55,6 @@ def of_timm(name: str, size: int, **options: Any) -> Entry:
 VIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 4}
 WIDE_HEADS = VIT | {"num_heads": 2}
 MIXER = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 24}
-GATED = {"block_layer": "SpatialGatingBlock", "mlp_layer": "GatedMlp", "mlp_ratio": 4}
 WINDOWS = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (2, 1, 1, 1), "num_heads": (2, 2, 4, 4)}
 SHORT = {"layers": (1, 1, 1, 1)}
 TIMM: dict[str, tuple[int, dict[str, Any]]] = {
@@ -322,11 +321,11 @@ class Stepped(nn.Module):
 class Block(nn.Module):
     """A residual block with group norm, scaled and shifted by a time embedding."""
 
-    def __init__(self, inner: int, outer: int, groups: int = 4) -> None:
+    def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.GroupNorm(groups, inner), nn.SiLU(), nn.Conv2d(inner, outer, 3, padding=1))
+        self.first = nn.Sequential(nn.GroupNorm(4, inner), nn.SiLU(), nn.Conv2d(inner, outer, 3, padding=1))
         self.time = nn.Linear(32, 2 * outer)
-        self.norm, self.second = nn.GroupNorm(groups, outer), nn.Conv2d(outer, outer, 3, padding=1)
+        self.norm, self.second = nn.GroupNorm(4, outer), nn.Conv2d(outer, outer, 3, padding=1)
         self.skip = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def in_turn(
     symmetry: Symmetry,
     permutations: dict[str, Tensor],
     roots: list[str],
-    compare: Callable[[str, Permutations], Matrices],
+    similar: Callable[[str, Permutations], Matrices],
     generator: torch.Generator | None = None,
     pair: "Callable[[Permutations], Pair] | None" = None,
 ) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def in_turn(
     for _ in range(ROUNDS if roots else 0):
         before = permutations
         for root in order:
-            new = permutations | assign(symmetry, compare(root, permutations), [root])
+            new = permutations | assign(symmetry, similar(root, permutations), [root])
             if not pair or root not in tied or pair(new).total(root) > pair(permutations).total(root):
                 permutations = new
         if equal(permutations, before):
@@ -100,7 +100,7 @@ class Pair:
 
     def cosines(self, name: str, rows: Ids | None = None, columns: Ids | None = None) -> NDArray[np.float64]:
         """Of each two units: their inner product over their lengths, 0 where there is nothing."""
-        products, lengths = self.compare(name, rows, columns)
+        products, lengths = self.products(name, rows, columns)
         return np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
 
     def total(self, root: str) -> float:
@@ -109,7 +109,7 @@ class Pair:
         moved = {name: self.element.move(self.symmetry.axes[name], self.moving[name]) for name in names}
         return dot({name: self.reference[name] for name in sorted(names)}, moved)
 
-    def compare(
+    def products(
         self, name: str, rows: Ids | None = None, columns: Ids | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Inner products of each two units of a group, or of some, other axes permuted as they stand; and lengths."""

@@ -31,14 +31,15 @@ class Alignment:
     """How to permute the moving weights to look like the reference, and how alike they are then, by group.
 
     `permutations`; `similarity`, a mean over matched units (of correlations; of cosines if matched by weights; of
-    their members for blocks); `identity`, the share of units that stay; `degenerate`, how many units never vary in
-    one of the networks, for groups that have such: they were told apart by their weights. Of many networks, the
-    reference is the mean of the others.
+    their members for blocks); `unmoved`, the share of units that stay; `degenerate`, how many units are like none of
+    the other network's, for groups that have such. By activations these never vary in one of the networks, and their
+    weights told them apart; by weights, all their inner products are 0. Of many networks, the reference is the mean of
+    the others.
     """
 
     permutations: dict[str, Tensor]
     similarity: dict[str, float]
-    identity: dict[str, float]
+    unmoved: dict[str, float]
     degenerate: dict[str, int]
 
 
@@ -69,10 +70,10 @@ def align(
     sum of similarities grows.
 
     By weights (git re-basin, algorithm 1): each group in turn gets the assignment that maximises the inner product of
-    all parameters, the others held, until nothing changes. The first round goes from the input to the output;
-    `generator` draws the order of later ones and stays as it is. A group on two axes of one weight takes a step only
-    if the product grows. Weights of grouped convolutions do not take part, for what they say about one axis depends
-    on the other. Running statistics are no parameters.
+    all parameters, the others held, until nothing changes. The first round goes through the groups as the model
+    registers their weights; `generator` draws the order of later ones and stays as it is. A group on two axes of one
+    weight takes a step only if the product grows. Weights of convolutions in groups of several inputs do not take part,
+    for what they say about one axis depends on the other. Running statistics are no parameters.
 
     `model` is any model of the architecture; it is left as it is. Units of its frozen parts stay where they are. Raises
     ValueError for weights that do not fit the symmetry or are not finite, and for no inputs.
@@ -99,8 +100,9 @@ def align_many(
 
     Each network in turn is matched to the mean of the others as they then stand, until none moves (git re-basin
     2209.04836, algorithm 3). At every step the sum over pairs of networks grows: of the inner products of their
-    parameters, or of the correlations of matched units. The latter come from one pass of all networks. Added up over
-    the others, they are covariances with the sum of the others' standardised activations.
+    parameters, or of the correlations of matched units. The latter come from one pass of all networks, and from more
+    for groups beside others, as `align` says. Added up over the others, they are covariances with the sum of the
+    others' standardised activations.
 
     The paper begins with the networks as they are. Here all are first matched to the one that is most like the others
     and then take turns by how alike they are, so their order in the list counts only among ties. Two networks get
@@ -210,7 +212,7 @@ class _ByWeights(_Matcher):
         draws = self.generator.clone_state() if self.generator else torch.Generator().manual_seed(0)
 
         def products(root: str, permutations: Permutations) -> Matrices:
-            return {g: pair(permutations).compare(g)[0] for g in self.symmetry.family(root)}
+            return {g: pair(permutations).products(g)[0] for g in self.symmetry.family(root)}
 
         return in_turn(self.symmetry, identity(self.symmetry), roots, products, draws, pair)
 
@@ -238,9 +240,9 @@ class _ByActivations(_Matcher):
         for tap in self.symmetry.taps:
             moving = {self.symmetry.root(g) for groups in tap.others.values() for g in groups} & {*self.free}
             (self.beside if moving else alone).extend((tap, group) for group in tap.slots)
-        self.known = {group for _, group in alone}
+        self.clear = {group for _, group in alone}
         moments = [Moments(*place) for place in alone]
-        moments += [Moments(*place, ordered=True) for place in self.beside if place[1] not in self.known]
+        moments += [Moments(*place, ordered=True) for place in self.beside if place[1] not in self.clear]
         first = self.measure(self.nets, moments)
         self.alone = {pair: shown[: len(alone)] for pair, shown in first.items()}
         self.seen = {pair: mean(shown) for pair, shown in first.items()}
@@ -249,7 +251,7 @@ class _ByActivations(_Matcher):
         """After that, groups beside others take turns as long as the networks become more alike."""
         found, pairs = super().run(), [*self.seen]
         roots = [r for r in dict.fromkeys(self.symmetry.root(g) for _, g in self.beside) if r in self.free]
-        hidden = [r for r in roots if self.known.isdisjoint(self.symmetry.family(r))]
+        hidden = [r for r in roots if self.clear.isdisjoint(self.symmetry.family(r))]
         parts, settled = [hidden, roots, *([root] for root in roots)] if roots else [], set()
         if roots:
             self.look(found)

@@ -25,7 +25,7 @@ STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 class Similarities:
     """By group: `matrix[i, j]`, how alike unit i of the reference and unit j of the moving network are.
 
-    Entries of a unit that never varies are 0.
+    Entries of a unit that never varies are 0 for Pearson's statistic.
     """
 
     matrix: dict[str, Matrix]
@@ -52,8 +52,9 @@ def similarities(
     at least). The products are added up in double precision. Raises ValueError for a model of several inputs.
 
     `statistic="clewi2024"` is what CLeWI's released code computes: it divides by the number of images where that of
-    positions belongs. Let c be the covariance of two units over HW positions an image, m their means, s their
-    deviations. It is (c - (HW - 1) m1 m2) / (d1 d2) with d^2 = s^2 + (HW - 1)^2 m^2: correlation only where HW = 1.
+    positions belongs. Let c be the covariance of two units over n positions, HW in each image, m their means, s their
+    deviations. It is HW (c - (HW - 1) m1 m2) / (d1 d2 + 1e-4) with d^2 = HW (s^2 + (HW - 1)^2 m^2) n / (n - 1). Only
+    where HW = 1 is it a correlation, but for n / (n - 1) and 1e-4.
     """
     moments = [Moments(tap, group) for tap in symmetry.taps for group in tap.slots]
     watch = partial(symmetry.watch, model, inputs=inputs, batch=batch)
@@ -61,6 +62,7 @@ def similarities(
     return Similarities(mean(measure(watch, images, [reference, moving], moments)[0, 1]))
 
 
+Spare = dict[int, Tensor]  # memory for the rows of each network, used again: fresh pages cost more than the numbers
 Shown = list[tuple[str, Matrix]]  # groups, each as often as it is seen, and how alike units are there
 
 
@@ -70,10 +72,12 @@ def measure(
 ) -> dict[tuple[int, int], Shown]:
     """What one pass of networks (`watch`) shows of each pair of them; `images`: see `Moments.compare`."""
 
+    spare: Spare = {}
+
     def look(tap: Tap, values: list[Tensor]) -> None:
         for m in moments:
             if m.tap is tap:
-                m.add(values)
+                m.add(values, spare)
 
     watch(nets=nets, look=look)
     return {(j, k): [(m.group, m.compare(j, k, images)) for m in moments] for j, k in combinations(range(len(nets)), 2)}
@@ -86,9 +90,10 @@ def mean(shown: Shown) -> Matrices:
 
 
 class Moments:
-    """Sums over positions of the values of one group's units in networks, of their squares and products in pairs.
+    """Sums over positions of what one group's units show in networks, of its squares, and of products in pairs.
 
-    `ordered` sorts the values of a unit along the other axes that move, so that their order does not count.
+    Summed are deviations from `shift`, the first batch's means, for large means would cancel. `ordered` sorts the
+    values of a unit along the other axes that move, so that their order does not count.
     """
 
     def __init__(self, tap: Tap, group: str, ordered: bool = False) -> None:
@@ -96,19 +101,21 @@ class Moments:
         self.shift: list[Tensor] = []
         self.sums: dict[tuple[int, ...], Tensor] = {}
 
-    def add(self, values: list[Tensor]) -> None:
+    def add(self, values: list[Tensor], spare: Spare) -> None:
         """Takes one batch's values of all networks."""
         now = []
         for k, value in enumerate(values):
             view = self.tap.read(value)
-            places = len(self.tap.places)
+            dims = len(self.tap.dims)
             if self.ordered:
-                view = view.flatten(places, places + len(self.tap.others) - 1).sort(places).values
-            rest = tuple(range(places, view.ndim))
+                view = view.flatten(dims, dims + len(self.tap.others) - 1).sort(dims).values
+            rest = tuple(range(dims, view.ndim))
             if len(self.shift) == k:
                 self.shift.append(view.to(torch.promote_types(view.dtype, torch.float32)).mean(rest, keepdim=True))
-            rows = torch.empty(view.shape, dtype=self.shift[k].dtype, device=view.device)
-            rows = torch.sub(view, self.shift[k], out=rows).flatten(places).flatten(0, -2)
+            if k not in spare or spare[k].numel() < view.numel() or spare[k].dtype != self.shift[k].dtype:
+                spare[k] = torch.empty(view.numel(), dtype=self.shift[k].dtype, device=view.device)
+            rows = spare[k][: view.numel()].view(view.shape)
+            rows = torch.sub(view, self.shift[k], out=rows).flatten(dims).flatten(0, -2)
             now.append(self._pick(rows))
         self.count += now[0].shape[2]
         for k, rows in enumerate(now):
@@ -127,9 +134,9 @@ class Moments:
         return rows.unflatten(0, self.slots.shape)
 
     def compare(self, j: int, k: int, images: int | None) -> Matrix:
-        """How alike the units of two networks are, a mean over lanes; 0 for what is constant.
+        """How alike the units of two networks are, a mean over lanes.
 
-        `images`: their number for the statistic of CLeWI's code, None for Pearson's.
+        `images`: their number for the statistic of CLeWI's code, None for Pearson's, which is 0 for what is constant.
         """
         (a, mean_a, spread_a), (b, mean_b, spread_b) = self._statistics(j), self._statistics(k)
         shared, least = self.sums[j, k] / self.count - a[:, :, None] * b[:, None, :], 0.0

@@ -122,7 +122,7 @@ class CLeWI:
         )
         report = {
             "similarity": mean(match.similarity.values()) if match.similarity else 1.0,
-            "identity": mean(match.identity.values()) if match.identity else 1.0,
+            "identity": mean(match.unmoved.values()) if match.unmoved else 1.0,
             "constant": sum(match.degenerate.values()),
             "warnings": ["degenerate matching"] if match.degenerate else [],
         }

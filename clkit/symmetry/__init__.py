@@ -11,9 +11,10 @@
 All points of the weights begin free. A walk through the graph (`derivation`) puts *labels* on the axes of every value:
 which points lie there. At each operation a rule (`moving`, `rules`) unites points, refines colours and makes blocks,
 until the operation commutes with every permutation that is left. It stays so, for whatever comes later only shrinks
-the group. The graph has core operations alone, and what depends on constants only is computed. What an unknown
-operation meets is pinned, which costs coverage and never correctness; so are the model's inputs and outputs. Orbits of
-several units become the groups of a `Symmetry` (`structure`), which is plain data.
+the group. The graph (`program`) has core operations, elementwise ones, and attention and pooling in one piece. What
+depends on constants only is computed. What an unknown operation meets is pinned, which costs coverage and never
+correctness; so are the model's inputs and outputs. Orbits of several units become the groups of a `Symmetry`
+(`structure`), which is plain data.
 """
 
 from clkit.symmetry.derivation import symmetry

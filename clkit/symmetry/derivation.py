@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,7 +18,7 @@ from clkit.symmetry.elements import Axis, Group
 from clkit.symmetry.labels import Factor, Label, Span, drop, fixed
 from clkit.symmetry.moving import Call, is_shape
 from clkit.symmetry.points import Ids, Orbits, Points
-from clkit.symmetry.program import Program, alone, arguments, base_name, trace
+from clkit.symmetry.program import Program, arguments, base_name, single, trace
 from clkit.symmetry.rules import propagate
 from clkit.symmetry.structure import Symmetry, Tap, slots_of
 from clkit.weights import live_tensors
@@ -36,25 +37,32 @@ def symmetry(model: nn.Module, example: Any) -> Symmetry:
     list is one argument. None, numbers, strings and nested containers may be among them, and hold as they are.
     An operation that is not understood pins the axes that meet it and is named in `Symmetry.frozen`. Weights that the
     model does not use in evaluation (auxiliary heads) follow its graph in training. Raises ValueError for a model
-    that `torch.export` cannot follow.
+    that `torch.export` cannot follow, for one with a shape that depends on the values of its inputs, and for an
+    example without elements.
     """
     model = unwrapped(model)
     shapes = {name: tuple(t.shape) for name, t in live_tensors(model).items()}
     program = trace(model, example)
     programs = [program]
-    if program.batch is None and alone(arguments(example)):  # a model may tell a batch of one from others
+    if program.batch is None and single(arguments(example)):  # a model may tell a batch of one from others
         programs.append(trace(model, example, once=True))
+    still = dict.fromkeys(_overlapping(model), "shared memory")
     if shapes.keys() - program.used:
-        try:
-            programs.append(trace(model, example, training=True))
-        except ValueError:  # evaluation works and training does not: what only that uses is pinned
-            pass
+        with suppress(ValueError):  # evaluation works and training does not: what only that uses is pinned
+            return _derived([*programs, trace(model, example, training=True)], shapes, still, example)
+    return _derived(programs, shapes, still, example)
+
+
+def _derived(
+    programs: list[Program], shapes: dict[str, tuple[int, ...]], still: dict[str, str], example: Any
+) -> Symmetry:
+    """What the graphs leave of the symmetry, if some weights stand `still`, and those that no graph uses."""
     walk = Walk(programs, shapes)
-    idle = shapes.keys() - {name for some in programs for name in some.used}
-    for name, why in (dict.fromkeys(idle, "not used") | dict.fromkeys(_overlapping(model), "shared memory")).items():
-        for points in walk.places[name]:
+    idle = shapes.keys() - {name for program in programs for name in program.used}
+    for name, why in (dict.fromkeys(idle, "not used") | still).items():
+        for points in walk.axes[name]:
             walk.points.pin(points[points >= 0], why)
-    return _read(program, walk, example)
+    return _read(programs[0], walk, example)
 
 
 LARGE = 1 << 20  # constants of more elements are not computed
@@ -66,7 +74,7 @@ class Walk:
     def __init__(self, programs: list[Program], shapes: dict[str, tuple[int, ...]]) -> None:
         self.points = Points()
         self.fibres = {name: self.points.fresh(*shape) for name, shape in _fibres(programs, shapes).items()}
-        self.places: dict[str, list[Ids]] = {}  # the points on each axis of the weights, -1 for an axis of one index
+        self.axes: dict[str, list[Ids]] = {}  # the points on each axis of the weights, -1 for an axis of one index
         self.weights = {name: self._weight(name, shape) for name, shape in shapes.items()}
         self.known: dict[Label, Tensor] = {}
         self.picked: dict[Any, int] = {}  # how many a constant mask picks, for the symbol of that size
@@ -83,10 +91,10 @@ class Walk:
 
     def _weight(self, name: str, shape: tuple[int, ...]) -> Label:
         """New points for every axis; the inputs of a grouped convolution are known by its groups as well: fibres."""
-        axes = self.places[name] = []
+        axes = self.axes[name] = []
         for k, n in enumerate(shape):
-            known = self.fibres.get(name) if k == 1 else None
-            axes.append(np.full(n, -1) if n < 2 else self.points.fresh(n) if known is None else known)
+            fibres = self.fibres.get(name) if k == 1 else None
+            axes.append(np.full(n, -1) if n < 2 else self.points.fresh(n) if fibres is None else fibres)
         whys = ["" if axis.ndim == 1 else "group of a convolution" for axis in axes]
         dims = tuple((Factor(n, why),) if n > 1 else () for n, why in zip(shape, whys, strict=True))
         spans = (Span(axis, row) for axis, row in zip(axes, dims, strict=True) if row and axis.ndim == 1)
@@ -211,18 +219,18 @@ def _read(program: Program, walk: Walk, example: Any) -> Symmetry:
     lane = np.unique(np.stack([orbits.colour, orbits.orbit]), axis=1, return_inverse=True)[1].ravel()
     lane = np.append(lane, 0)
     reasons, reason = _blame(orbits, found.group)
-    names = _names(walk.places, found)
+    names = _names(walk.axes, found)
     number = np.full(int(found.group.max(initial=-1)) + 2, -1)
     number[list(names)] = np.arange(len(names))
     axes = {
         name: tuple(Axis(number[found.group[p]], found.index[p], lane[p], reason[p]) for p in places)
-        for name, places in walk.places.items()
+        for name, places in walk.axes.items()
     }
     groups = {}
     for g, name in names.items():
         outer = int(found.within[g])
-        blocks = int(found.units[outer]) if outer >= 0 else 1
-        groups[name] = Group(name, int(found.units[g]) // blocks, names.get(outer), blocks)
+        blocks = int(found.counts[outer]) if outer >= 0 else 1
+        groups[name] = Group(name, int(found.counts[g]) // blocks, names.get(outer), blocks)
 
     def slots(points: Ids) -> dict[str, Ids]:
         rows = slots_of(found.group[points], found.index[points], lane[points])
@@ -234,12 +242,12 @@ def _read(program: Program, walk: Walk, example: Any) -> Symmetry:
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """Which group (-1: none) and which of its units every point follows; for groups, that around it, its units."""
+    """Which group (-1: none) and which of its units every point follows; by group, that around it, how many units."""
 
     group: Ids
     index: Ids
     within: Ids
-    units: Ids
+    counts: Ids
 
 
 def _follow(orbits: Orbits) -> _Found:
@@ -276,8 +284,8 @@ def _blame(orbits: Orbits, group: Ids) -> tuple[tuple[str, ...], Ids]:
         inner = np.flatnonzero((orbits.block >= 0) & (why[orbits.unit] > 0))
         outer = orbits.block[inner]
         why[outer] = np.where(why[outer] > 0, why[outer], why[orbits.unit[inner]])
-    alone = len(orbits.reasons)
-    why = np.where(why > 0, why, alone)[orbits.unit]
+    last = len(orbits.reasons)
+    why = np.where(why > 0, why, last)[orbits.unit]
     return (*orbits.reasons, "no other has its role"), np.append(np.where(group[:-1] < 0, why, 0), 0)
 
 
@@ -300,8 +308,9 @@ def _names(places: dict[str, list[Ids]], found: _Found) -> dict[int, str]:
 def _taps(program: Program, values: Mapping[Node, Any], slots: Callable[[Ids], dict[str, Ids]]) -> tuple[Tap, ...]:
     """The values that convolutions, linear layers and attention read, traced back through pooling and views.
 
-    A residual stream is read once a block and all its readings count. Values that do not depend on the model's
-    input (a hidden layer that makes position biases) count only for groups that show nowhere else.
+    A residual stream is read once a block and all its readings count. Two kinds of values count only for groups that
+    show nowhere else: those that do not depend on the model's input (a hidden layer that makes position biases), and
+    then those that depend on it but that none of these operations reads.
     """
     nodes = list(program.module.graph.nodes)
     driven = {n for n in nodes if n.name in program.inputs}

@@ -150,7 +150,7 @@ def permute_rule(call: Call) -> Label:
 @rule("slice select split_with_sizes flip")
 def take_rule(call: Call) -> Any:
     """Elements at known indices along dimensions."""
-    return _take(call, call.operation, call["self"], call.arguments.get("dims", [call.arguments.get("dim", 0)]))
+    return _take(call, call["self"], call.arguments.get("dims", [call.arguments.get("dim", 0)]))
 
 
 @rule("repeat")
@@ -158,15 +158,15 @@ def repeat_rule(call: Call) -> Any:
     """All dimensions, and new ones in front, one after the other several times."""
     shape = call["self"].shape
     label = expand(call["self"], [1] * (len(call["repeats"]) - len(shape)) + [*shape])
-    return _take(call, call.operation, label, range(len(label.dims)))
+    return _take(call, label, range(len(label.dims)))
 
 
-def _take(call: Call, operation: Any, label: Label, dims: Sequence[int], but: str = "") -> Any:
-    """The label of what an operation takes along dimensions: it shows the indices on the numbers 0, 1, 2, ..."""
+def _take(call: Call, label: Label, dims: Sequence[int]) -> Any:
+    """The label of what the operation takes along dimensions: it shows the indices on the numbers 0, 1, 2, ..."""
     rank, taken = len(label.dims), [label] * (1 if is_shape(call.shape) else len(call.shape))
     for dim in (d % rank for d in dims):
         numbers = torch.arange(label.shape[dim]).view([-1 if d == dim else 1 for d in range(rank)])
-        shown = operation(**{k: a for k, a in call.arguments.items() if k != but} | {"self": numbers})
+        shown = call.operation(**call.arguments | {"self": numbers})
         for i, moved in enumerate([shown] if isinstance(shown, Tensor) else shown):
             line = tuple(slice(None) if d == dim else 0 for d in range(rank))
             index = moved[line] if moved.ndim == rank else moved.reshape(-1)

@@ -54,7 +54,7 @@ class Points:
         self._next[new], self.count, self.colours = new, self.count + n, self.colours + 1
         return new.reshape(shape)
 
-    def units(self, points: Ids) -> Ids:
+    def units_of(self, points: Ids) -> Ids:
         """The unit of every point, named by one of its members."""
         root = self._root[points]
         while not np.array_equal(up := self._root[root], root):
@@ -62,18 +62,18 @@ class Points:
         self._root[points] = root
         return root
 
-    def blocks(self, points: Ids) -> Ids:
+    def blocks_of(self, points: Ids) -> Ids:
         """The unit of the block around every point, -1 where there is none."""
-        block = self._block[self.units(points)]
+        block = self._block[self.units_of(points)]
         inside = block >= 0
-        block[inside] = self.units(block[inside])
+        block[inside] = self.units_of(block[inside])
         return block
 
     def recolour(self, points: Ids, tags: Ids | int = 0) -> None:
         """Refines colours by tags: of points, and of all in their units. Only equal tags may replace each other."""
         first = points.ravel()
         tags = np.broadcast_to(np.broadcast_to(tags, points.shape).ravel(), first.shape)
-        one = np.unique(self.units(first), return_index=True)[1]
+        one = np.unique(self.units_of(first), return_index=True)[1]
         every = self._rings(first[one])
         self._refine(every.ravel(), np.broadcast_to(tags[one], every.shape).ravel())
         self._refine(first, tags)  # a unit with several of the points got the tag of one
@@ -120,7 +120,7 @@ class Points:
 
     def are_blocks(self, points: Ids) -> bool:
         """Are the rows of a matrix of points blocks already, each another one?"""
-        around = self.blocks(points)
+        around = self.blocks_of(points)
         return bool((around >= 0).all() and (around == around[:, :1]).all()) and len(np.unique(around)) == len(points)
 
     def rows(self, points: Ids) -> Ids | None:
@@ -129,7 +129,7 @@ class Points:
             return points[:, 0]
         if (key := (points.shape, points.tobytes())) in self._rows:
             return self._rows[key]
-        members = self.units(points)
+        members = self.units_of(points)
         if (members == members[:, :1]).all():
             new = self.fresh(len(points))
             self._unite(new, members[:, 0], "")
@@ -143,7 +143,7 @@ class Points:
     def _wrap(self, members: list[Ids]) -> Ids | None:
         """Puts sets of units into blocks, each set into another one; None where they cross."""
         flat, lengths = np.concatenate(members), [len(some) for some in members]
-        around = self.blocks(flat)
+        around = self.blocks_of(flat)
         if len(np.unique(flat)) < len(flat) or ((around < 0).any() and (around >= 0).any()):
             return None
         wider = [np.unique(some) for some in np.split(around, np.cumsum(lengths)[:-1])]
@@ -170,13 +170,14 @@ class Points:
         self._unite(a, b, why)
 
     def _put(self, units: Ids, blocks: Ids) -> None:
-        old = self.blocks(units)
-        assert ((old < 0) | (old == self.blocks(np.broadcast_to(blocks, old.shape)))).all(), "a unit leaves its block"
+        old = self.blocks_of(units)
+        new = self.blocks_of(np.broadcast_to(blocks, old.shape))
+        assert ((old < 0) | (old == new)).all(), "a unit leaves its block"
         self._block[units] = blocks
 
     def _unite(self, a: Ids, b: Ids, why: str) -> None:
         while True:
-            one, other = self.units(a), self.units(b)
+            one, other = self.units_of(a), self.units_of(b)
             todo = one != other
             if not todo.any():
                 return
@@ -184,10 +185,10 @@ class Points:
             first = np.zeros(pairs.size, bool)
             first[np.unique(pairs, return_index=True)[1]] = True
             low, high = pairs[first.reshape(-1, 2).all(axis=1)].T
-            block = self._join_blocks(self.blocks(low), self.blocks(high), why)
+            block = self._join_blocks(self.blocks_of(low), self.blocks_of(high), why)
             if block is None:
                 break
-            if (self.units(low) != low).any() or (self.units(high) != high).any():
+            if (self.units_of(low) != low).any() or (self.units_of(high) != high).any():
                 continue  # their blocks were among them
             if self._circular(low, high, block):
                 break
@@ -222,7 +223,7 @@ class Points:
             return inner
         side = each.index(pairs.shape[1])
         fine, coarse = pairs[side], pairs[1 - side]
-        around = self.blocks(fine)
+        around = self.blocks_of(fine)
         if (around >= 0).all():
             self._unite(around, coarse, why)
         elif (around >= 0).any():
@@ -240,20 +241,20 @@ class Points:
         order = np.argsort(old)
         old, new, up = old[order], new[order], block
         for _ in range(DEPTH):
-            up = np.unique(self.units(up[up >= 0]))
+            up = np.unique(self.units_of(up[up >= 0]))
             if not len(up):
                 return False
             place = np.minimum(np.searchsorted(old, up), len(old) - 1)
-            up = np.where(old[place] == up, new[place], self.blocks(up))
+            up = np.where(old[place] == up, new[place], self.blocks_of(up))
         return True
 
     def finish(self) -> Orbits:
         """Sorts the units into orbits: colour refinement by the orbits of members and blocks, until nothing changes."""
         everything = np.arange(self.count)
-        unit, colour, block = self.units(everything), self._colour[everything], self.blocks(everything)
+        unit, colour, block = self.units_of(everything), self._colour[everything], self.blocks_of(everything)
         up = np.unique(block)
         for _ in range(DEPTH):
-            up = np.unique(self.blocks(up[up >= 0]))
+            up = np.unique(self.blocks_of(up[up >= 0]))
         assert (up < 0).all(), "a block lies in itself"
         inside, rows = (np.concatenate([some[k] for some in self._links] or [up[:0]]) for k in (0, 1))
         members = np.unique(unit[block >= 0])

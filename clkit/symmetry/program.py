@@ -80,9 +80,12 @@ def _fill(arguments: Any, values: Mapping[Node, list[Any]], k: int) -> Any:
 def trace(model: nn.Module, example: Any, training: bool = False, once: bool = False) -> Program:
     """Traces a model on an example in evaluation mode, for any batch size if it allows; it stays as it is.
 
-    The graph has core ATen operations, which write nothing in place; elementwise ones and `WHOLE` stay, for they
-    are faster so. `training` traces the training mode. A batch of one is first tried as two, for it would be traced as
-    if it always were one; but not with `once`. Raises ValueError naming the module that `torch.export` cannot follow.
+    The graph has core ATen operations. They write nothing in place, but for the last ones, which copy to placeholders.
+    Elementwise ones and `WHOLE` stay, for they are faster so. `training` traces the training mode.
+
+    Tries go on until one succeeds: for any batch size, then for the example's. A batch of one would be traced as if it
+    always were one, so both tries are first made with a batch of two; but not with `once`. Raises ValueError naming the
+    module that `torch.export` cannot follow in the last two tries.
     """
     from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
@@ -93,7 +96,7 @@ def trace(model: nn.Module, example: Any, training: bool = False, once: bool = F
     held = {**exported.constants, **exported.state_dict}
     sources, constants, inputs = {}, {}, []
     for node, spec in zip(module.graph.find_nodes(op="placeholder"), _tensors(exported).values(), strict=True):
-        tensor = held.get(spec.target)
+        tensor = held.get(str(spec.target))
         name = None if tensor is None else names.get(_place(tensor))
         if tensor is None:
             inputs.append(node)
@@ -125,16 +128,16 @@ def batched(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def alone(example: Any) -> bool:
+def single(example: Any) -> bool:
     """Whether all tensors of an example have length one: a batch of one, or no batch."""
     return all(len(t) == 1 for t in tree_leaves(example) if batched(t))
 
 
 def _exported(model: nn.Module, once: bool, *example: Any) -> tuple[ExportedProgram, GraphModule]:
-    """Exports with any batch size, else with that of the example."""
+    """What `torch.export` gives, and its graph in core operations; see `trace` for the order of tries."""
     if not all(t.numel() for t in tree_leaves(example)[:1] if isinstance(t, Tensor)):
         raise ValueError("example: its first tensor has no elements; pass a row or more")
-    double = alone(example) and not once
+    double = single(example) and not once
     twice = [tree_map(lambda t: torch.cat([t, t]) if batched(t) else t, example)] if double else []
     errors = []
     for call, free in product([*twice, example], (True, False)):
@@ -191,7 +194,8 @@ class _Whole(Interpreter):
             return target(args[0].flatten(0, -2), *args[1:]).unflatten(0, args[0].shape[:-1])
         if target is aten.adaptive_avg_pool1d.default:
             return aten._adaptive_avg_pool2d(args[0].unsqueeze(-2), [1, *args[1]]).squeeze(-2)
-        return super().call_function(WHOLE.get(target, target), args, kwargs)
+        operation: Any = WHOLE.get(target, target)
+        return super().call_function(operation, args, kwargs)
 
 
 def _tensors(exported: ExportedProgram) -> dict[Node, InputSpec]:

@@ -61,10 +61,15 @@ def addmm_rule(call: Call) -> Label:
 
 @rule("_grouped_mm grouped_mm_fallback")
 def experts_rule(call: Call) -> Any:
-    """Rows sorted by expert, each run times the matrix of its expert: one order for all experts."""
-    first, second, *_ = call.labels(*call.arguments)
-    if len(first.dims) != 2 or len(second.dims) != 3:
+    """Rows sorted by expert, each run times the matrix of its expert: one order for all experts, whose ends are told.
+
+    A bias has a row for each expert, as no other operation has: it is not understood.
+    """
+    first, second, *ends = call.labels(*call.arguments)
+    if len(first.dims) != 2 or len(second.dims) != 3 or call.labels("bias"):
         return NotImplemented
+    for label in ends:
+        settle(call.points, label, range(len(label.dims)), call.why)
     rows, experts = settle(call.points, first, [0], call.why), settle(call.points, second, [0], call.why)
     return _contract(call, [rows, experts], ["xz", "ezy"], "xy")
 
@@ -262,8 +267,8 @@ def propagate(call: Call) -> Any:
     numbers = not any(label.dims for label in operands) and all(prod(s) == 1 for s in shapes)
     if numbers or all(0 in s for s in shapes):
         return tree_map(lambda s: fixed(s, "empty") if is_shape(s) else None, call.shape, is_leaf=is_shape)
-    known = rule_of(call.node.target)
-    if known and (result := known(call)) is not NotImplemented:
+    found = rule_of(call.node.target)
+    if found and (result := found(call)) is not NotImplemented:
         assert [t.shape for t in tree_leaves(result) if t is not None] == shapes, call.why
         return result
     live = any(label.spans for label in operands)

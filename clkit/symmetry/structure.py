@@ -29,14 +29,14 @@ from clkit.weights import Weights, live_tensors
 class Tap:
     """An axis of a value that shows units: of the result of `node`, as operations that mix channels read it.
 
-    Each dimension of the value is split into `sizes` (-1: what is left); the new dimensions `places`, flattened,
+    Each dimension of the value is split into `sizes` (-1: what is left); the new dimensions `dims`, flattened,
     hold the positions; `slots[group]` has one row of positions, in the order of the group's units, for each lane.
     `others` are the new dimensions that hold other axes of the value which move, with the groups that lie there.
     """
 
     node: str
     sizes: tuple[tuple[int, ...], ...]
-    places: tuple[int, ...]
+    dims: tuple[int, ...]
     slots: dict[str, Ids]
     others: dict[int, tuple[str, ...]]
 
@@ -45,7 +45,7 @@ class Tap:
         for dim in reversed(range(len(self.sizes))):
             if self.sizes[dim]:
                 value = value.unflatten(dim, self.sizes[dim])
-        front = (*self.places, *self.others)
+        front = (*self.dims, *self.others)
         return value.movedim(front, tuple(range(len(front))))
 
 
@@ -218,7 +218,7 @@ class Symmetry:
     def places(self) -> dict[str, list[tuple[str, int, Ids]]]:
         """Where parameters hold each group: name, axis, positions (lanes, units).
 
-        Weights of grouped convolutions are left out: what lies on one axis depends on the other.
+        Weights of convolutions in groups of several inputs are left out: what lies on one axis depends on the other.
         """
         found: dict[str, list[tuple[str, int, Ids]]] = {name: [] for name in self.groups}
         names = list(self.groups)

@@ -59,7 +59,7 @@ def barriers(seed: int) -> list[dict[str, Any]]:
                 seen = inputs if matching == "activations" else None
                 found = alignment.align(symmetry, net, first.weights[0], moving, seen, by=matching)
                 end = alignment.permute(symmetry, found.permutations, moving)
-                identity = sum(found.identity.values()) / len(found.identity)
+                identity = sum(found.unmoved.values()) / len(found.unmoved)
             line = landscape.curve(net, (first.weights[0], end), stream, 11)
             bits = bits_per_byte(line.loss).mean(1)
             lead = {"pair": pair, "matching": matching, "identity": identity}

@@ -25,7 +25,7 @@ from clkit.weights import live_tensors
 
 READERS = frozenset("_cdist_forward addmm bmm convolution mm scaled_dot_product_attention".split())
 PASSED = frozenset(
-    "_unsafe_view adaptive_avg_pool2d adaptive_avg_pool3d alias clone constant_pad_nd expand "
+    "_unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d alias clone constant_pad_nd expand "
     "getitem index mean native_dropout permute select slice split_with_sizes squeeze unsqueeze view".split()
 )
 

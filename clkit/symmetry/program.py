@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch.backends import cudnn, mkldnn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputSpec
 from torch.func import functionalize
 from torch.fx import GraphModule, Interpreter, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -81,7 +81,7 @@ def trace(model: nn.Module, example: Any, training: bool = False, once: bool = F
     """Traces a model on an example in evaluation mode, for any batch size if it allows; it stays as it is.
 
     The graph has core ATen operations. They write nothing in place, but for the last ones, which copy to placeholders.
-    Elementwise ones and `WHOLE` stay, for they are faster so. `training` traces the training mode.
+    Elementwise ones, stacking and `WHOLE` stay, for they are faster so. `training` traces the training mode.
 
     Tries go on until one succeeds: for any batch size, then for the example's. A batch of one would be traced as if it
     always were one, so both tries are first made with a batch of two; but not with `once`. Raises ValueError naming the
@@ -95,15 +95,16 @@ def trace(model: nn.Module, example: Any, training: bool = False, once: bool = F
     names = {_place(tensor): name for name, tensor in live_tensors(model).items()}
     held = {**exported.constants, **exported.state_dict}
     sources, constants, inputs = {}, {}, []
-    for node, spec in zip(module.graph.find_nodes(op="placeholder"), _tensors(exported).values(), strict=True):
-        tensor = held.get(str(spec.target))
-        name = None if tensor is None else names.get(_place(tensor))
-        if tensor is None:
+    places = module.graph.find_nodes(op="placeholder")
+    for node, spec in zip(places, exported.graph_signature.input_specs, strict=True):
+        if not isinstance(node.meta.get("val"), Tensor):
+            module.graph.erase_node(node)  # numbers and the like are constants of the graph
+        elif spec.target is None:
             inputs.append(node)
-        elif name is None:
-            constants[node.name] = tensor
-        elif node.users:
-            sources[node.name] = name
+        elif name := names.get(_place(held[spec.target])):
+            sources |= {node.name: name} if node.users else {}
+        else:
+            constants[node.name] = held[spec.target]
     sizes = [n.meta["val"].shape[0] for n in inputs[:1] if n.meta["val"].ndim]
     return Program(
         module,
@@ -155,69 +156,39 @@ def _exported(model: nn.Module, once: bool, *example: Any) -> tuple[ExportedProg
     raise ValueError(_untraceable(model, errors[-2:])) from errors[-1]
 
 
-@torch.library.custom_op("clkit::attention", mutates_args=())
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Stands for scaled dot-product attention while a graph is traced, which would take that to pieces."""
-    raise NotImplementedError
-
-
-@_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
+def _stand_in(operation: Any) -> Any:
+    """An operation that nothing takes to pieces while a graph is traced, where another one would be."""
+    name, _, schema = str(operation._schema).removeprefix("aten::").partition("(")
+    if not hasattr(torch.ops.clkit, name):  # this file may be loaded again
+        torch.library.define(f"clkit::{name}", f"({schema}")
+        torch.library.register_fake(f"clkit::{name}")(operation)
+    return getattr(torch.ops.clkit, name).default
 
 
 WHOLE = {
-    aten.adaptive_avg_pool2d.default: aten._adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default: aten._adaptive_avg_pool3d.default,
-    aten.scaled_dot_product_attention.default: torch.ops.clkit.attention.default,
-}  # what stays in one piece, and what stands for it while a graph is traced
+    operation.default: _stand_in(operation.default)
+    for operation in (
+        *(aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d),
+        aten.scaled_dot_product_attention,
+    )
+}
 
 
 class _Whole(Interpreter):
-    """Runs a graph with stand-ins, and linear layers on rows, for else they bind it to a batch size.
-
-    Pooling of lines is that of images, for torch's own way writes in place.
-    """
+    """Runs a graph with stand-ins, and linear layers on rows, for else they bind it to a batch size."""
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if target is aten.linear.default and args[0].ndim > 2:
             return target(args[0].flatten(0, -2), *args[1:]).unflatten(0, args[0].shape[:-1])
-        if target is aten.adaptive_avg_pool1d.default:
-            return aten._adaptive_avg_pool2d(args[0].unsqueeze(-2), [1, *args[1]]).squeeze(-2)
-        operation: Any = WHOLE.get(target, target)
-        return super().call_function(operation, args, kwargs)
-
-
-def _tensors(exported: ExportedProgram) -> dict[Node, InputSpec]:
-    """The placeholders of tensors, and what each stands for."""
-    nodes = exported.graph.find_nodes(op="placeholder")
-    specs = zip(nodes, exported.graph_signature.input_specs, strict=True)
-    return {node: spec for node, spec in specs if isinstance(node.meta.get("val"), Tensor)}
+        return super().call_function(WHOLE.get(target, target), args, kwargs)
 
 
 def _lowered(exported: ExportedProgram) -> GraphModule:
-    """The graph in core operations that write nothing in place, but for the last ones, which write to placeholders."""
-    nodes = exported.graph.find_nodes(op="placeholder")
-    places = [*_tensors(exported)]
-    values = [node.meta["val"] for node in places]
-
-    def interpreted(*tensors: Tensor) -> Any:
-        given = dict(zip(places, tensors, strict=True))
-        return _Whole(exported.graph_module).run(*(given.get(node, node.meta.get("val")) for node in nodes))
-
-    fake = values[0].fake_mode if values else nullcontext()
+    """The graph in core operations."""
+    values = [node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")]
+    fake = detect_fake_mode(values) or nullcontext()
     with fake, enable_python_dispatcher(), cudnn.flags(enabled=False), mkldnn.flags(enabled=False):
-        module = make_fx(functionalize(interpreted), _decompositions())(*values)
+        module = make_fx(functionalize(_Whole(exported.graph_module).run), _decompositions())(*values)
     module.graph.eliminate_dead_code()
     meant = {other: operation for operation, other in WHOLE.items()}
     for node in module.graph.nodes:
@@ -227,12 +198,11 @@ def _lowered(exported: ExportedProgram) -> GraphModule:
 
 @cache
 def _decompositions() -> dict[Any, Callable]:
-    """The decompositions to core operations, without those of elementwise ones and of `WHOLE`."""
-    kept = {aten.stack.default, *WHOLE.values()}
+    """The decompositions to core operations, without those of elementwise ones and of stacking."""
     return {
         operation: way
         for operation, way in torch.export.default_decompositions().items()
-        if operation not in kept and torch.Tag.pointwise not in getattr(operation, "tags", ())
+        if operation is not aten.stack.default and torch.Tag.pointwise not in getattr(operation, "tags", ())
     }
 
 

@@ -120,9 +120,10 @@ def value(name: str, given: Any, hint: Any) -> Any:
     found = _fit(given, hint)
     if found is not _NO:
         return found
-    words = [word for part in _parts(hint) if get_origin(part) is Literal for word in get_args(part)]
+    words = [word for part, _ in _parts(hint) if get_origin(part) is Literal for word in get_args(part)]
     if words and isinstance(given, str):
-        raise unknown(name, given, words, others=[_words(p) for p in _parts(hint) if get_origin(p) is not Literal])
+        others = [_words(*part) for part in _parts(hint) if get_origin(part[0]) is not Literal]
+        raise unknown(name, given, words, others=others)
     raise ValueError(f"{name}: {given!r}; give {expects(hint)}")
 
 
@@ -177,13 +178,13 @@ def parse(name: str, text: str, hint: Any) -> Any:
 
 def readable(hint: Any) -> Any:
     """The parts of an annotation whose values a text can stand for; None if there is none."""
-    parts = tuple(part for part in _parts(hint) if _checkable(part))
+    parts = tuple(Annotated[(part, *ranges)] if ranges else part for part, ranges in _parts(hint) if _checkable(part))
     return Union[parts] if any(part is not NoneType for part in parts) else None  # noqa: UP007
 
 
 def expects(hint: Any) -> str:
     """What an annotation allows, in words: "a whole number, at least 1, or none"."""
-    return " or ".join(dict.fromkeys(_words(part) for part in _parts(hint)))
+    return " or ".join(dict.fromkeys(_words(*part) for part in _parts(hint)))
 
 
 @functools.cache
@@ -201,18 +202,19 @@ def _hints(thing: Any) -> dict[str, Any]:
     return wanted
 
 
-def _parts(hint: Any) -> list[Any]:
-    """The alternatives of an annotation; ranges beside a union hold for each of its numbers."""
-    if get_origin(hint) is Annotated and get_origin(get_args(hint)[0]) in (Union, UnionType):
-        inner, *ranges = get_args(hint)
-        return [p if p is NoneType else Annotated[(p, *ranges)] for p in _parts(inner)]
-    return [p for a in get_args(hint) for p in _parts(a)] if get_origin(hint) in (Union, UnionType) else [hint]
+def _parts(hint: Any, ranges: tuple[Range, ...] = ()) -> list[tuple[Any, tuple[Range, ...]]]:
+    """The alternatives of an annotation with their ranges; those beside a union hold for each of its numbers."""
+    if get_origin(hint) is Annotated:
+        inner, *more = get_args(hint)
+        return _parts(inner, (*ranges, *(r for r in more if isinstance(r, Range))))
+    if get_origin(hint) in (Union, UnionType):
+        return [part for inner in get_args(hint) for part in _parts(inner, ranges)]
+    return [(hint, () if hint is NoneType else ranges)]
 
 
 def _checkable(hint: Any) -> bool:
     """Whether every part of an annotation is a number, a word, a path, None, or a tuple of such."""
-    for part in _parts(hint):
-        base = get_args(part)[0] if get_origin(part) is Annotated else part
+    for base, _ in _parts(hint):
         if get_origin(base) in _MANY:
             if not all(_checkable(inner) for inner in get_args(base) if inner is not ...):
                 return False
@@ -223,11 +225,7 @@ def _checkable(hint: Any) -> bool:
 
 def _fit(given: Any, hint: Any) -> Any:
     """The value in Python's own types if it fits the annotation, else `_NO`."""
-    for part in _parts(hint):
-        ranges: tuple[Any, ...] = ()
-        if get_origin(part) is Annotated:
-            part, *rest = get_args(part)
-            ranges = tuple(r for r in rest if isinstance(r, Range))
+    for part, ranges in _parts(hint):
         found = _plain(given, part)
         if found is not _NO and all(found in r for r in ranges):
             return found
@@ -255,8 +253,7 @@ def _read(text: str, hint: Any) -> Any:
     """What a text stands for, `_NO` if nothing: None before numbers, numbers before words, a list if it has commas."""
     order = [NoneType, bool, int, float, Literal, str, Path, tuple]
     found: list[tuple[int, Any]] = []
-    for part in _parts(hint):
-        kind = get_args(part)[0] if get_origin(part) is Annotated else part
+    for kind, _ in _parts(hint):
         if get_origin(kind) in _MANY:
             items = [_read(item.strip(), get_args(kind)[0]) for item in text.split(",") if item.strip()]
             if _NO not in items:
@@ -285,16 +282,12 @@ def _tuple(given: Any, kinds: tuple[Any, ...]) -> Any:
     return _NO if _NO in found else given if same else found
 
 
-def _words(hint: Any) -> str:
+def _words(hint: Any, ranges: tuple[Range, ...]) -> str:
     """What one part of an annotation allows."""
-    ranges = ""
-    if get_origin(hint) is Annotated:
-        hint, *rest = get_args(hint)
-        ranges = "".join(str(r) for r in rest if isinstance(r, Range))
     if get_origin(hint) is Literal:
         return " or ".join(repr(word) for word in get_args(hint))
     if get_origin(hint) in _MANY:
-        inner = list(dict.fromkeys(_words(kind) for kind in get_args(hint) if kind is not ...))
+        inner = dict.fromkeys(expects(kind) for kind in get_args(hint) if kind is not ...)
         return f"several, each {' or '.join(inner)}"
     words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
-    return words.get(hint, "None") + ranges
+    return words.get(hint, "None") + "".join(map(str, ranges))

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
+from pandas import DataFrame
+
 from clkit import benchmarks, checks, data, experiments, models, training
 from clkit.consolidation import CONSOLIDATIONS
 from clkit.learners import LEARNERS
@@ -89,7 +91,7 @@ def figures(argv: Sequence[str]) -> int:
         (o.notebook, f"{o.seconds:.1f}", o.figures, o.holds, o.does_not_hold, o.failed, "failed" if o.error else "ok")
         for o in outcomes
     ]
-    _print_table(("notebook", "seconds", "figures", "hold", "do not hold", "differ", ""), rows)
+    _print_table(("seconds", "figures", "hold", "do not hold", "differ", ""), rows)
     for outcome in outcomes:
         if outcome.error:
             _complain(f"{outcome.notebook}: {outcome.error}")
@@ -139,7 +141,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"{name:<12} {value:.4f}")
     tasks = range(len(accuracy))
     print("\naccuracy on each task (across) after each task (down)")
-    _print_table(("", *tasks), [(t, *(f"{a:.3f}" for a in row)) for t, row in enumerate(accuracy)])
+    _print_table(tasks, [(t, *(f"{a:.3f}" for a in row)) for t, row in enumerate(accuracy)])
     return 0
 
 
@@ -186,7 +188,7 @@ def bench(argv: Sequence[str]) -> int:
     shown = [
         (r["name"], f"{r['ours']:.4g}", f"{r['theirs']:.4g}", r.get("unit", ""), f"{r['ratio']:.2f}") for r in rows
     ]
-    _print_table(("benchmark", "ours", "theirs", "unit", "ratio"), shown)
+    _print_table(("ours", "theirs", "unit", "ratio"), shown)
     return 0
 
 
@@ -299,13 +301,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _print_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
-    """Columns as wide as they need to be, the first to the left, the others to the right."""
-    lines = [[str(cell) for cell in line] for line in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *rest in lines:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+def _print_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
+    """Columns as wide as they need to be, the first to the left and without its head, the others to the right."""
+    names, *columns = zip(*rows, strict=True)
+    print(DataFrame(dict(zip(head, columns, strict=True)), names).to_string())
 
 
 def _complain(problem: object, status: int = 2) -> int:

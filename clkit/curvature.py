@@ -6,14 +6,18 @@ entry for each parameter that wants a gradient, named as `get_weights` names it.
 """
 
 import copy
+import itertools
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections import Counter, namedtuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from clkit import checks
 from clkit.data import IGNORED, cuts
@@ -23,6 +27,7 @@ from clkit.weights import Weights, set_weights
 FisherLabels = Literal["sampled", "true", "exact", "weighted"]
 LARGEST_CHUNK = 512
 NUMBERS_AT_ONCE = 2**28  # of per-example gradients
+NUMBERS_IN_A_PIECE = 2**22  # of what a layer met
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -64,31 +69,28 @@ def fisher(
     if y is not None and len(y) != len(x):
         raise ValueError(f"y: it has {len(y)} rows and x has {len(x)}; pass one label for each row of x")
     net, chunk = _ready(model, x, chunk)
-    with torch.no_grad():
-        logits = torch.cat([net(part) for part in x.tensor_split([*cuts(len(x), chunk)])])
+    with torch.no_grad():  # of all rows where labels are drawn; BatchNorm without statistics takes no single one
+        seen = x if labels == "sampled" else x[:2]
+        logits = torch.cat([net(part) for part in seen.tensor_split([*cuts(len(seen), chunk)])])
     if labels in ("exact", "weighted") and logits.ndim != 2:
-        raise ValueError(f'labels: "{labels}" is for logits (N, C), not {tuple(logits.shape)}; use "sampled"')
+        raise ValueError(f'labels: "{labels}" is for logits (N, C), not {(len(x), *logits.shape[1:])}; use "sampled"')
     space = torch.ones((), dtype=torch.bool, device=x.device) if space is None else space
-    space = space.expand(logits.shape)
-    p = logits.masked_fill(~space, float("-inf")).softmax(-1)
-
-    def surprise(logits: Tensor, space: Tensor, label: Tensor, scale: Tensor) -> Tensor:
-        log_p = logits.masked_fill(~space, float("-inf")).log_softmax(-1)
-        hit = log_p.gather(-1, label.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return -scale * torch.where(label == IGNORED, 0, hit).sum()
-
-    def of(label: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        return _mean_slopes(net, surprise, torch.square, (x, space, label, weight.sqrt()), chunk)
-
-    if labels == "exact":
-        classes = torch.arange(p.shape[-1], device=p.device)
-        parts = [of(c.expand(len(x)), p[:, c]) for c in classes]
-        return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+    space = space.expand(len(x), *logits.shape[1:])
     if labels == "sampled":
+        p = logits.masked_fill(~space, float("-inf")).softmax(-1)
         drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
         y = drawn if y is None else torch.where(y == IGNORED, y, drawn)
-    assert y is not None
-    return of(y, p.gather(1, y[:, None])[:, 0] if labels == "weighted" else p.new_ones(len(x)))
+    classes = torch.arange(logits.shape[-1], device=x.device)
+    choices = [c.expand(len(x)) for c in classes] if y is None or labels == "exact" else [y]
+
+    def surprise(logits: Tensor, rows: slice, choice: int) -> Tensor:
+        label = choices[choice][rows]
+        log_p = logits.masked_fill(~space[rows], float("-inf")).log_softmax(-1)
+        hit = log_p.gather(-1, label.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        scale = (hit.detach() / 2).exp() if labels in ("exact", "weighted") else 1  # its square is the probability
+        return -(scale * torch.where(label == IGNORED, 0, hit)).sum()
+
+    return _mean_slopes(net, surprise, torch.square, x, chunk, len(choices))
 
 
 @checks.arguments
@@ -99,7 +101,7 @@ def sensitivity(model: nn.Module, x: Tensor, *, chunk: checks.Count | None = Non
     arXiv 1711.09601, eq. 4), which needs no labels. The inputs `x` (N, ...) are prepared; `chunk` is as in `fisher`.
     """
     net, chunk = _ready(model, x, chunk)
-    return _mean_slopes(net, lambda logits: logits.square().sum(), torch.abs, (x,), chunk)
+    return _mean_slopes(net, lambda logits, *_: logits.square().sum(), torch.abs, x, chunk)
 
 
 @checks.arguments
@@ -141,8 +143,25 @@ def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode)  # pyright: ignore
-        x = nn.functional.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride).transpose(1, 2)
+        x = patches(x.unsqueeze(1), layer.kernel_size, layer.stride, 0, layer.dilation).transpose(1, 2)
     return x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def patches(x: Tensor, kernel: Sequence[int], stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Tensor:
+    """What a kernel meets at each of its places: (N, M, C, *sizes) to (N, C x kernel, M x places).
+
+    The arguments are those of torch's convolutions in any number of dimensions; padding is with zeros.
+    """
+    axes, same = len(kernel), padding == "same"
+    ends = 0 if isinstance(padding, str) else padding
+    steps, gaps, ends = (torch.tensor(v).expand(axes).tolist() for v in (stride, dilation, ends))
+    spans = [gap * (width - 1) + 1 for gap, width in zip(gaps, kernel, strict=True)]
+    pads = [((span - 1) // 2, span // 2) if same else (end, end) for span, end in zip(spans, ends, strict=True)]
+    x = F.pad(x, [p for pair in reversed(pads) for p in pair]) if axes else x
+    for axis in range(axes):
+        x = x.unfold(3 + axis, spans[axis], steps[axis])[..., :: gaps[axis]]
+    x = x.permute(0, 2, *range(3 + axes, 3 + 2 * axes), 1, *range(3, 3 + axes))
+    return x.flatten(2 + axes).flatten(1, 1 + axes)
 
 
 def ridge(design: Tensor, targets: Tensor, strength: float) -> Tensor:
@@ -184,50 +203,138 @@ def _copied(model: nn.Module, x: Tensor) -> nn.Module:
     return net
 
 
-def _mean_slopes(
-    net: nn.Module,
-    objective: Callable[..., Tensor],
-    size: Callable[[Tensor], Tensor],
-    rows: tuple[Tensor, ...],
-    chunk: int,
-) -> dict[str, Tensor]:
-    """The mean over examples of `size` of the gradient of objective(logits, *rest), for rows (x, *rest)."""
-    live = trainable(net)
-    parameters = {name: p.detach() for name, p in live.items()}
+Slopes = dict[str, Tensor]  # of parameters, by name
+Objective = Callable[[Tensor, slice, int], Tensor]  # logits, their rows and a choice: a sum over rows, each alone
+Size = Callable[[Tensor], Tensor]
 
-    def value(parameters: dict[str, Tensor], x: Tensor, *rest: Tensor) -> Tensor:
-        return objective(called(net, parameters, (x.unsqueeze(0),)).squeeze(0), *rest)
 
-    slopes = torch.func.vmap(torch.func.grad(value), in_dims=(None, *[0] * len(rows)))
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+def _mean_slopes(net: nn.Module, objective: Objective, size: Size, x: Tensor, chunk: int, choices: int = 1) -> Slopes:
+    """The mean over rows of `size` of the objective's gradient in each row alone, summed over the choices."""
     # the attention that can be batched over examples; what torch batches by a loop of its own is no news
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", "There is a performance drop")
-        for part in zip(*(t.split(chunk) for t in rows), strict=True):
-            try:
-                found = slopes(parameters, *part)
-            except (RuntimeError, ValueError):  # what vmap cannot do: recurrent cells, branches on values, dropout
-                found = _one_by_one(net, objective, live, part)
-            for name, slope in found.items():
-                total[name] += size(slope).sum(0)
-    return {name: t / len(rows[0]) for name, t in total.items()}
-
-
-def _one_by_one(
-    net: nn.Module, objective: Callable[..., Tensor], live: dict[str, nn.Parameter], rows: tuple[Tensor, ...]
-) -> dict[str, Tensor]:
-    """The gradient of objective(logits, *rest) for every row, by name: (N, ...) each, in one pass a row."""
-    slopes = []
-    for x, *rest in zip(*rows, strict=True):
         try:
-            with torch.enable_grad():
-                loss = objective(net(x.unsqueeze(0)).squeeze(0), *rest)
-            slopes.append(torch.autograd.grad(loss, list(live.values()), materialize_grads=True))
-        except (RuntimeError, ValueError) as error:
-            bare = [n for n, m in net.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
-            norms = f"; BatchNorm without statistics, here {bare[0]!r}, takes no single row" if bare else ""
-            raise ValueError(
-                f"model: {type(net).__name__} has no gradients for one example alone ({error}){norms}; let it take "
-                "single rows, or use a rule that does without"
-            ) from error
-    return {name: torch.stack(found) for name, found in zip(live, zip(*slopes, strict=True), strict=True)}
+            total = _by_layer(net, objective, size, x, chunk, choices)
+        except (RuntimeError, ValueError):  # what vmap cannot do: recurrent cells, branches on values, dropout
+            total = _one_by_one(net, objective, size, x, choices)
+    return {name: t / len(x) for name, t in total.items()}
+
+
+def _one_by_one(net: nn.Module, objective: Objective, size: Size, x: Tensor, choices: int) -> Slopes:
+    """Sums over rows and choices, in one pass each."""
+    live = trainable(net)
+    total = {name: torch.zeros_like(p) for name, p in live.items()}
+    try:
+        for row, choice in itertools.product(range(len(x)), range(choices)):
+            rows = slice(row, row + 1)
+            value = objective(net(x[rows]), rows, choice)
+            slopes = torch.autograd.grad(value, list(live.values()), materialize_grads=True)
+            for name, slope in zip(live, slopes, strict=True):
+                total[name] += size(slope)
+    except (RuntimeError, ValueError) as error:
+        bare = [n for n, m in net.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+        norms = f"; BatchNorm without statistics, here {bare[0]!r}, takes no single row" if bare else ""
+        raise ValueError(
+            f"model: {type(net).__name__} has no gradients for one example alone ({error}){norms}; let it take "
+            "single rows, or use a rule that does without"
+        ) from error
+    return total
+
+
+# a linear layer or a convolution as it was called, by torch's names for its arguments, and the shape that came out
+Product = namedtuple("Product", "shape input weight bias stride padding dilation groups", defaults=(None, 1, 0, 1, 1))
+
+
+class _Tapped(TorchFunctionMode):
+    """Keeps the products with known weights, and adds to some a tap: a zero, whose gradient is the product's own."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {id(weight): name for name, weight in weights.items()}
+        self.taps: Slopes = {}
+        self.products: dict[str, Product] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding and kwargs["padding_idx"] is not None:  # torch's vmap forgets it
+            table, padding = args[1], kwargs["padding_idx"]
+            rows = torch.arange(len(table), device=table.device)[:, None]
+            args = args[0], torch.where(rows == padding % len(table), table.detach(), table)
+            kwargs = {**kwargs, "padding_idx": None}
+        out = func(*args, **kwargs)
+        if func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
+            product = Product(out.shape, *args, **kwargs)
+            name = self.names.get(id(product.weight), "")
+            self.products[name] = product
+            out = out + self.taps.get(name, 0)
+        return out
+
+
+def _by_layer(net: nn.Module, objective: Objective, size: Size, x: Tensor, chunk: int, choices: int) -> Slopes:
+    """The same, from what goes into linear layers and convolutions and from the gradients at what comes out.
+
+    Those give a weight's whole gradient where the graph takes the weight in once: there. Of any other parameter each
+    example gets its own, whose gradients are formed. Each row passes the network alone, by vmap.
+    """
+    leaves = {name: p.detach().requires_grad_() for name, p in trainable(net).items()}
+    tapped, whole = _Tapped(leaves), {}
+
+    def forward(row: Tensor, given: Slopes) -> tuple[Tensor, Slopes]:
+        own = {name: t for name, t in given.items() if name not in whole}
+        tapped.taps = given
+        with tapped:
+            out = called(net, {**leaves, **own}, (row.unsqueeze(0),))
+        return out.squeeze(0), {name: tapped.products[name].input.detach() for name in whole}
+
+    out, _ = torch.func.vmap(forward)(x[:1], {})
+    torch.autograd.grad(out.sum(), list(leaves.values()), allow_unused=True)  # raises where an input was overwritten
+    uses = _uses(out)
+    whole |= {name: p for name, p in tapped.products.items() if name in leaves and uses[id(leaves[name])] == 1}
+    parts = {name: leaf.detach() for name, leaf in leaves.items() if uses[id(leaf)]}
+    parts |= {name: product.weight.new_zeros(product.shape) for name, product in whole.items()}
+    total = {name: torch.zeros_like(p) for name, p in leaves.items()}
+    for start in range(0, len(x), chunk):
+        rows = slice(start, min(start + chunk, len(x)))
+        given = {name: t.expand(rows.stop - start, *t.shape).requires_grad_() for name, t in parts.items()}
+        out, inputs = torch.func.vmap(forward)(x[rows], given)
+        uses = _uses(out)
+        if any(uses[id(leaves[name])] != 1 for name in whole):
+            raise RuntimeError("the network is another at every call")
+        for choice in range(choices):
+            value, again = objective(out, rows, choice), choice + 1 < choices
+            slopes = torch.autograd.grad(value, list(given.values()), retain_graph=again)
+            for name, slope in zip(given, slopes, strict=True):
+                total[name] += _sum(whole[name], inputs[name], slope, size) if name in whole else size(slope).sum(0)
+    return total
+
+
+def _uses(value: Tensor) -> Counter[int]:
+    """How often the graph of a value takes in each leaf, by its id."""
+    uses, seen, nodes = Counter[int](), set(), [value.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            if getattr(node, "_saved_padding_idx", 0) < getattr(node, "_saved_weight_sym_argsize_0", 0):
+                raise RuntimeError("torch's vmap forgets the padding index of an embedding")
+            sources = [source for source, _ in node.next_functions]
+            nodes += sources
+            uses.update(id(getattr(source, "variable", None)) for source in sources)
+    return uses
+
+
+def _sum(product: Product, x: Tensor, g: Tensor, size: Size) -> Tensor:
+    """The sum over examples of `size` of the weight's gradient.
+
+    It comes from a product's inputs (N, ..., C, *sizes) and the gradients at its outputs (N, ..., O, *places).
+    """
+    weight, groups = product.weight, product.groups
+    x, g = (t.reshape(len(t), -1, *t.shape[1 - weight.ndim :]) for t in (x, g))
+    g = g.movedim(1, 2).flatten(2)
+    one = x.shape[1] == g.shape[2] == 1  # whose gradient is a product of two: so is its size
+    rows = max(1, NUMBERS_IN_A_PIECE // (groups * weight[0].numel() * g.shape[2] + (not one) * weight.numel()))
+    total = torch.zeros_like(weight).view(groups, len(weight) // groups, -1)
+    for pair in zip(x.split(rows), g.split(rows), strict=True):
+        into = patches(pair[0], weight.shape[2:], product.stride, product.padding, product.dilation)
+        a, b = (t.unflatten(1, (groups, -1)) for t in (into, pair[1]))
+        total += torch.einsum("ngop,ngip->goi", size(b), size(a)) if one else size(b @ a.mT).sum(0)
+    return total.view_as(weight)

@@ -9,13 +9,13 @@ import copy
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.autograd.forward_ad import dual_level, unpack_dual
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
@@ -87,14 +87,13 @@ class Linearized(nn.Module):
         with torch.no_grad():
             steps = {name: theta[name] - p for name, p in point.items()}
         with torch.set_grad_enabled(bool(trained)), dual_level():
-            duals = {name: make_dual(leaves.get(name, p), steps[name]) for name, p in point.items()}
+            duals = {name: _dual(leaves.get(name, p), steps[name]) for name, p in point.items()}
             with Rules():
                 out = called(self.network, duals, (x,))
-            out, push = unpack_dual(out)
+            out, push = _parts(out)
         value = out.detach() if push is None else out.detach() + push.detach()
-        if not out.requires_grad:
-            return value
-        return _PullBack.apply(value, (out, list(leaves.values())), *(theta[name] for name in trained))
+        graph = out, list(leaves.values())
+        return _PullBack.apply(value, graph, *(theta[name] for name in trained)) if out.requires_grad else value
 
     def _by_jvp(self, x: Tensor, point: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> Tensor:
         """The definition, by torch's own rules."""
@@ -200,8 +199,12 @@ class Rules(TorchFunctionMode):
         return rule(func, *args, **(kwargs or {})) if rule else func(*args, **(kwargs or {}))
 
 
+# torch has one level of forward mode; what its public functions do around these takes a tenth of a small network's step
+_dual = partial(torch._make_dual, level=0)  # pyright: ignore
+
+
 def _parts(tensor: Tensor | None) -> tuple[Any, Any]:
-    return (None, None) if tensor is None else unpack_dual(tensor)
+    return (None, None) if tensor is None else torch._unpack_dual(tensor, level=0)  # pyright: ignore
 
 
 def _bilinear(op: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
@@ -215,7 +218,7 @@ def _bilinear(op: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
             push.view(-1, push.shape[-1]).addmm_(dx.reshape(-1, dx.shape[-1]), w.t())  # in place, in one kernel
         elif dx is not None:
             push += op(dx, w, None, *rest, **more)
-    return make_dual(y, push)
+    return _dual(y, push)
 
 
 def _normalised(
@@ -233,7 +236,7 @@ def _normalised(
         y, *moments = kernels[0](x, w, b)
         with torch.no_grad():
             push = op(x, dw, db).addcmul_(kernels[1](dx, x, *moments), w.view(channels))
-        return make_dual(y, push)
+        return _dual(y, push)
     y, at = op(x, w, b), x.detach().requires_grad_()
     with torch.enable_grad():
         z = op(at, None, None)
@@ -242,17 +245,17 @@ def _normalised(
         if w is not None:
             moved = z * dw.view(channels) if db is None else torch.addcmul(db.view(channels), z, dw.view(channels))
             push = moved.addcmul_(push, w.view(channels))
-    return make_dual(y, push.to(y.dtype))
+    return _dual(y, push.to(y.dtype))
 
 
 def _relu(op: Any, input: Tensor, inplace: bool = False) -> Tensor:
-    x, dx = unpack_dual(input)
+    x, dx = _parts(input)
     if dx is None or inplace:
         return op(input, inplace)
     y = op(x)
     with torch.no_grad():
         push = torch.ops.aten.threshold_backward(dx, y, 0)
-    return make_dual(y, push)
+    return _dual(y, push)
 
 
 def _batch_norm(
@@ -275,7 +278,7 @@ def _batch_norm(
         push = op(x, running_mean, running_var, dw, db, *rest)
         if dx is not None:
             push.addcmul_(dx, (w * (running_var + eps).rsqrt()).view(channels))
-    return make_dual(y, push)
+    return _dual(y, push)
 
 
 def _layer_norm(
@@ -332,7 +335,7 @@ def _attention(
         (dp,) = torch.autograd.grad(p, scores, dscores.to(p.dtype))  # softmax has a symmetric Jacobian
     with torch.no_grad():
         push = (dp @ v).add_(p @ dv)
-    return make_dual(y, push)
+    return _dual(y, push)
 
 
 def _with_math(op: Any, *args: Any, **more: Any) -> Any:

@@ -10,14 +10,12 @@ once, at the end. A number that is finite before it is rounded and infinite afte
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from clkit import store
 from clkit.modules import unwrapped
 
 Weights = Mapping[str, Tensor]
@@ -59,7 +57,8 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     refuses, so that nothing acts on a part of a network.
     """
     seen, live, buffers = set(), {}, {}
-    for name, tensor in unwrapped(model).state_dict(keep_vars=True).items():
+    own = nn.Module.state_dict(unwrapped(model), keep_vars=True)  # all of it, whatever a network makes of this method
+    for name, tensor in own.items():
         if name.endswith("_extra_state") or not floating(name, tensor):
             continue
         place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
@@ -133,22 +132,9 @@ def wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
 
 
-def map_weights(fn: Callable[..., Tensor], *ws: Weights) -> dict[str, Tensor]:
-    """Applies `fn` tensor by tensor, name by name, to weights of equal names and shapes.
-
-    Tensors of one mapping keep the dtype that `fn` gives them: it may be there to change it. Of several mappings `fn`
-    is handed wide ones, and what it gives is rounded to the dtype of the first.
-    """
-    check_same(*ws)
-    if len(ws) == 1:
-        return {name: fn(tensor) for name, tensor in ws[0].items()}
-    result = {}
-    for name, tensor in ws[0].items():
-        parts = [w[name] for w in ws]
-        made = fn(*(part.to(wide(*parts)) for part in parts))
-        result[name] = made.to(tensor.dtype) if made.is_floating_point() else made
-    check_range(result, ws)
-    return result
+def map_weights(fn: Callable[[Tensor], Tensor], w: Weights) -> dict[str, Tensor]:
+    """Applies `fn` tensor by tensor; names stay, shapes and dtypes are what it gives."""
+    return {name: fn(tensor) for name, tensor in w.items()}
 
 
 @torch.no_grad()
@@ -257,16 +243,3 @@ def dot(a: Weights, b: Weights) -> float:
 def norm(a: Weights) -> float:
     """The Euclidean length of weights, seen as one long vector."""
     return dot(a, a) ** 0.5
-
-
-def save(path: Path | str, weights: Weights, **header: object) -> None:
-    """Writes weights to a safetensors file with a checksum, by rename; `header` goes along as JSON."""
-    store.save_tensors(path, weights, header)
-
-
-def load(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what `save` wrote: the weights, on the CPU, and the header.
-
-    Raises ValueError on a file that is damaged or no safetensors, FileNotFoundError where there is none.
-    """
-    return store.load_tensors(path)

@@ -220,7 +220,7 @@ class TestRefusals:
         assert path.read_bytes() == broken[damage]
 
     def test_other_files_are_refused(self, tmp_path):
-        weights.save(tmp_path / "w", {"a": torch.zeros(3)}, tree="x")
+        store.save_tensors(tmp_path / "w", {"a": torch.zeros(3)}, {"tree": "x"})
         store.write_tree(tmp_path / "tree", [1, 2])
         (tmp_path / "folder").mkdir()
         for name, message in (("w", "no saved run"), ("tree", "no saved run"), ("folder", "a folder has that name")):

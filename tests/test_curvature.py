@@ -1,13 +1,18 @@
 """Per-example gradients, many at once, are what a loop over examples with autograd gives."""
 
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 import toys
-from clkit import curvature, models
+from clkit import curvature, data, models
 from clkit.curvature import diagonal_trace, fisher, grams, sensitivity
 from clkit.modules import evaluation_mode
 from clkit.weights import equal, get_weights, set_weights
@@ -20,7 +25,8 @@ def loop(model, x, objective, size):
     with evaluation_mode(model):
         for row in range(len(x)):
             value = objective(model(x[row : row + 1])[0], row)
-            slopes = torch.autograd.grad(value, [model.get_parameter(name) for name in names])
+            leaves = [model.get_parameter(name) for name in names]
+            slopes = torch.autograd.grad(value, leaves, materialize_grads=True)
             for name, slope in zip(names, slopes, strict=True):
                 total[name] += size(slope) / len(x)
     return total
@@ -145,6 +151,198 @@ class TestFisher:
         assert diagonal_trace(blank) == 0 and diagonal_trace(fisher(model, x, generator=g)) > 0
         with pytest.raises(ValueError, match=r"logits \(N, C\), not \(5, 3, 7\)"):
             fisher(model, x, labels="exact")
+
+
+class Built(nn.Module):
+    """A function of the module and its input, with layers and parameters of its own."""
+
+    def __init__(self, function, *layers, **shapes):
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class Doubled(torch.autograd.Function):
+    """A linear layer whose derivative is not its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w):
+        return F.linear(x, w)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, w = ctx.saved_tensors
+        return grads[0] @ w, 2 * grads[0].T @ x
+
+
+def chain(*layers):
+    return nn.Sequential(*layers)
+
+
+def twice(layer):
+    return chain(layer, nn.Tanh(), layer, nn.Flatten())
+
+
+def sharing(name):
+    model = chain(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    setattr(model[2], name, getattr(model[0], name))
+    return model
+
+
+def partly_frozen():
+    model = chain(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def listened_to():
+    layer = nn.Linear(5, 3)
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output + module.weight.sum())
+    return chain(layer, nn.Tanh())
+
+
+def gated(model, x):
+    with torch.no_grad():
+        gate = F.linear(x, model.w)
+    return x @ model.w.T * gate
+
+
+def clkits(factory, stream):
+    return lambda: factory(stream), stream[0].prepare(stream[0].train.x[:4])
+
+
+IDS = torch.tensor([[0, 2, 3], [2, 2, 4], [5, 2, 2], [0, 0, 6]])
+FAMILY = {
+    "resnet18": (lambda: models.resnet18(data.split(data.digits(), tasks=5), width=4), (4, 1, 8, 8)),
+    "encoder": clkits(partial(models.encoder, widths=(4, 8), dim=4), toys.images()),
+    "gpt": clkits(partial(models.gpt, width=8, depth=1, heads=2), toys.tokens()),
+    "a sequence": (lambda: chain(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)), (4, 6, 5)),
+    "transposed": (lambda: chain(nn.ConvTranspose2d(2, 4, 3, stride=2), nn.Flatten()), (4, 2, 4, 3)),
+    "a layer twice": (lambda: twice(nn.Linear(5, 5)), (4, 5)),
+    "a convolution twice": (lambda: twice(nn.Conv2d(2, 2, 3, padding=1)), (4, 2, 4, 3)),
+    "a weight for two layers": (lambda: sharing("weight"), (4, 5)),
+    "a bias for two layers": (lambda: sharing("bias"), (4, 5)),
+    "a weight outside its layer": (
+        lambda: Built(lambda m, x: m.layers[0](x) * m.layers[0].weight.norm(), nn.Linear(5, 3)), (4, 5)
+    ),
+    "a weight back and forth": (
+        lambda: Built(lambda m, x: F.linear(m.layers[0](x), m.layers[0].weight.T), nn.Linear(5, 3)), (4, 5)
+    ),
+    "direct parameters": (lambda: Built(lambda m, x: x @ m.w + m.b, w=(5, 3), b=(3,)), (4, 5)),
+    "parameters by name": (lambda: Built(lambda m, x: F.linear(bias=m.b, weight=m.w, input=x), w=(3, 5), b=3), (4, 5)),
+    "a derivative of its own": (lambda: Built(lambda m, x: Doubled.apply(x, m.w), w=(3, 5)), (4, 5)),
+    "rows that meet": (lambda: Built(lambda m, x: m.layers[0](x - x.mean(0) / 2), nn.Linear(5, 3)), (4, 5)),
+    "a layer of a constant": (
+        lambda: Built(lambda m, x: m.layers[0](x) * m.layers[1](m.w), nn.Linear(5, 3), nn.Linear(2, 3), w=2), (4, 5)
+    ),
+    "an output that is not used": (
+        lambda: Built(lambda m, x: (m.layers[1](x), m.layers[0](x))[1], nn.Linear(5, 3), nn.Linear(5, 3)), (4, 5)
+    ),
+    "frames of a film": (
+        lambda: Built(lambda m, x: m.layers[0](x.flatten(0, 1)).view(len(x), -1), nn.Conv2d(2, 4, 3, groups=2)),
+        (4, 3, 2, 5, 4),
+    ),
+    "norms": (
+        lambda: chain(
+            nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm1d(4), nn.LayerNorm(5), nn.PReLU(4), nn.Flatten(),
+        ),
+        (4, 2, 7),
+    ),
+    "in place": (lambda: chain(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3), nn.ReLU(inplace=True)), (4, 5)),
+    "padded words": (lambda: chain(nn.Embedding(7, 4, padding_idx=2), nn.Flatten(), nn.Linear(12, 3)), IDS),
+    "counted words": (lambda: chain(nn.Embedding(7, 4, scale_grad_by_freq=True), nn.Flatten()), IDS),
+    "attention": (
+        lambda: Built(lambda m, x: m.layers[0](x, x, x)[0][:, 0], nn.MultiheadAttention(4, 2, batch_first=True)),
+        (4, 5, 4),
+    ),
+    "normed weights": (lambda: chain(parametrizations.weight_norm(nn.Conv2d(2, 3, 3)), nn.Flatten()), (4, 2, 4, 4)),
+    "frozen parts": (partly_frozen, (4, 5)),
+    "a hook": (listened_to, (4, 5)),
+}  # fmt: skip
+ALONE = {
+    "a gate without gradients": (lambda: Built(gated, w=(3, 5)), (4, 5)),
+    "a branch": (
+        lambda: Built(lambda m, x: m.layers[0](x) * (m.w if m.w.sum() > 0 else -m.w), nn.Linear(5, 3), w=3), (4, 5)
+    ),
+    "padded words without a layer": (lambda: Built(lambda m, x: torch.embedding(m.w, x, 2).flatten(1), w=(7, 2)), IDS),
+    "a recurrent layer": (
+        lambda: Built(lambda m, x: m.layers[0](x)[0][:, -1], nn.GRU(5, 3, batch_first=True)), (4, 6, 5)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FAMILY, *ALONE])
+def test_by_layers_or_row_by_row_they_are_what_a_loop_gives(name, monkeypatch):
+    """Layers are a way to the same numbers; a model that has no such way goes row by row."""
+    make, x = (FAMILY | ALONE)[name]
+    rows, way = [], curvature._one_by_one
+    monkeypatch.setattr(curvature, "_one_by_one", lambda *given: rows.append(name) or way(*given))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        model = make().double().eval()
+        x = x if isinstance(x, torch.Tensor) else torch.randn(x, dtype=torch.float64)
+    x = x.double() if x.is_floating_point() else x
+    y = model(x[:1]).argmax(-1).expand(len(x), *model(x[:1]).shape[1:-1])
+    twins = {
+        "size": loop(model, x, lambda logits, row: logits.square().sum(), torch.abs),
+        "true": loop(model, x, lambda logits, row: F.cross_entropy(logits, y[row], reduction="sum"), torch.square),
+    }
+    assert close(sensitivity(model, x, chunk=3), twins["size"])
+    assert close(fisher(model, x, labels="true", y=y), twins["true"])
+    assert bool(rows) == (name in ALONE)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_of_any_convolution_they_are_what_a_loop_gives(drawn):
+    axes = drawn.draw(st.integers(1, 3))
+
+    def each(low, high):
+        return tuple(drawn.draw(st.integers(low, high)) for _ in range(axes))
+
+    groups, kernel, dilation, sizes = drawn.draw(st.sampled_from([1, 2, 4])), each(1, 3), each(1, 2), each(3, 6)
+    padding = drawn.draw(st.sampled_from(["same", "valid", 1, each(0, 2)]))
+    options = {"groups": groups, "dilation": dilation, "padding": padding}
+    options |= {"stride": 1 if isinstance(padding, str) else each(1, 2)}
+    options |= {"padding_mode": drawn.draw(st.sampled_from(["zeros", "circular", "replicate"]))}
+    assume(all(size > gap * (width - 1) for size, gap, width in zip(sizes, dilation, kernel, strict=True)))
+    layer = getattr(nn, f"Conv{axes}d")(4, 4, kernel, bias=drawn.draw(st.booleans()), **options).double()
+    model, x = chain(layer, nn.Tanh(), nn.Flatten()), torch.randn(3, 4, *sizes, dtype=torch.float64)
+    assert close(sensitivity(model, x), loop(model, x, lambda logits, row: logits.square().sum(), torch.abs))
+
+
+def test_an_input_that_is_overwritten_has_no_gradients():
+    def overwritten(model, x):
+        x = torch.tanh(x)
+        y = model.layers[0](x)
+        return y + x.mul_(2)[:, :3]
+
+    with pytest.raises(ValueError, match="no gradients for one example alone"):
+        sensitivity(Built(overwritten, nn.Linear(5, 3)), torch.ones(2, 5))
+
+
+def test_a_network_that_is_another_at_every_call_goes_row_by_row(monkeypatch):
+    calls, rows = [], []
+
+    def count(model, x):
+        calls.append(len(x))
+        return model.layers[0](x if len(calls) == 1 else model.layers[0](x))
+
+    monkeypatch.setattr(curvature, "_one_by_one", lambda *given: rows.append(1) or {})
+    sensitivity(Built(count, nn.Linear(3, 3)), torch.ones(2, 3))
+    assert rows == [1]
 
 
 def test_sensitivity_is_the_mean_size_of_the_gradient_of_the_squared_output(case):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import toys
-from clkit import data, models, weights
+from clkit import data, models
 from clkit.modulation import (
     LowRank,
     Mask,
@@ -28,6 +28,7 @@ from clkit.modulation import (
     network,
     save,
 )
+from clkit.store import load_tensors, save_tensors
 from clkit.training import label
 from clkit.weights import equal, get_weights
 
@@ -909,6 +910,19 @@ class TestStores:
 class TestFolded:
     """An ordinary network for a task."""
 
+    def test_a_network_with_methods_of_its_own_is_folded(self):
+        class Curt(nn.Sequential):
+            def requires_grad_(self, on):
+                super().requires_grad_(on)
+
+            def train(self, mode=True):
+                super().train(mode)
+
+        net = Modulated(Curt(*separable()), LowRank(2), layers="all")
+        state = net.state((0, 3))
+        folded = net.eval().folded(state)
+        assert not folded.training and folded(pictures()).shape == (5, 2)
+
     @pytest.mark.parametrize("name", RULES)
     @pytest.mark.parametrize("affine", [False, True])
     def test_it_answers_as_the_task_does(self, name, affine):
@@ -1032,7 +1046,7 @@ class TestFiles:
     def test_a_file_with_something_else_in_it_is_refused(self, damage, tmp_path):
         net, path = trained(Modulation(2, 2)), tmp_path / "task.safetensors"
         save(path, net, net.state((0, 1)))
-        tensors, header = weights.load(path)
+        tensors, header = load_tensors(path)
         first = next(name for name in tensors if name.startswith("gains."))
         changed = {
             "missing": lambda: tensors.pop(first),
@@ -1046,7 +1060,7 @@ class TestFiles:
             "fields": lambda: header.pop("layers"),
         }
         changed[damage]()
-        weights.save(path, tensors, **header)
+        save_tensors(path, tensors, header)
         for reading in (lambda: load(path, net), lambda: network(path, separable())):
             with pytest.raises(ValueError, match=str(path.name)):
                 reading()

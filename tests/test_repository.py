@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -61,6 +62,33 @@ def test_ci_gpu_writes_the_headlines_table_and_goes_on_from_its_store(tmp_path, 
         assert "a few images" in out and [row.split(",")[0] for row in table] == ["method", "ER", "ER + CLeWI"]
         assert len(records) == 2
     assert json.loads((tmp_path / "headline.json").read_text())["gain"][0]["n"] == 1
+
+
+def test_ci_measures_what_its_file_does_not_have(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("measures", ROOT / ".ci" / "measures.py")
+    assert spec and spec.loader
+    measures, file, done = importlib.util.module_from_spec(spec), tmp_path / "measures", []
+    spec.loader.exec_module(measures)
+    if not measures.GPU:
+        rows = [*measures.merges(), *measures.tangent()]
+        assert all(row.keys() == {"name", "unit", "ours", "theirs", "ratio"} and row["ratio"] > 0 for row in rows)
+        assert len(rows) == 6 and measures.replay(2, True) > 0 and measures.passes(2, True) > 0
+
+    def part(name):
+        done.append(name)
+        return [measures.row(name, "GB", 3, 2)]
+
+    parts = {"one": lambda: part("one"), "bad": lambda: 1 / 0, "two": lambda: part("two")}
+    monkeypatch.setattr(measures, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["measures", str(file), "bad", "one"])
+    assert measures.main() == 1 and done == ["one"]
+    monkeypatch.setattr(sys, "argv", ["measures", str(file)])
+    parts["bad"] = lambda: part("mended")
+    assert measures.main() == 0 and done == ["one", "mended", "two"]
+    assert list(json.loads(file.read_text())["parts"]) == ["one", "bad", "two"]
+    assert "    1.50  mended: 3 and 2 GB" in capsys.readouterr().out
+    file.write_text(file.read_text().replace('"device": "', '"device": "another than '))
+    assert measures.main() == 0 and done[3:] == ["one", "mended", "two"]
 
 
 def code_lines_of_a_file(path: Path) -> int:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 import toys
-from clkit import data, models, modulation, store, weights
+from clkit import data, models, modulation, store
 from clkit.consolidation import NoConsolidation
 from clkit.experiments import sweep
 from clkit.learners import ER, Learner
@@ -615,8 +615,8 @@ class TestWhatCannotBeWritten:
 def test_paths_are_expanded_wherever_they_are_taken(home, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "deep").mkdir()
-    weights.save(f"{home}/new/w.safetensors", {"w": torch.ones(1)})
-    assert weights.load(f"{home}/new/w.safetensors")[0]["w"] == 1
+    store.save_tensors(f"{home}/new/w.safetensors", {"w": torch.ones(1)}, {})
+    assert store.load_tensors(f"{home}/new/w.safetensors")[0]["w"] == 1
     assert Records(f"{home}/runs").folder.resolve() == tmp_path / "runs"
     for name in "ab":
         (tmp_path / "pack" / name).mkdir(parents=True)

@@ -9,11 +9,12 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import joblib
 
 from clkit import checks
 from clkit.experiments.pages import repository, suffix
@@ -95,12 +96,11 @@ def execute(
             env["CLKIT_RECORD"] = "1"
         if folder:
             env["CLKIT_FIGURES"] = str(expand(folder).resolve())
-        with ThreadPoolExecutor(jobs) as pool:
-            waiting = [
-                pool.submit(_execute, path, book, env, write, check, lambda: bar.update())
-                for path, book in zip(notebooks, books, strict=True)
-            ]
-            return [future.result() for future in waiting]
+        outcomes: Any = joblib.Parallel(jobs, prefer="threads")(
+            joblib.delayed(_execute)(path, book, env, write, check, lambda: bar.update())
+            for path, book in zip(notebooks, books, strict=True)
+        )
+        return outcomes
 
 
 def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: bool, tick: Callable[[], Any]) -> Outcome:

@@ -22,6 +22,7 @@ from clkit.experiments.statistics import AXES
 from clkit.learners import Learner
 from clkit.store import plain
 from clkit.training import Result, Training
+from clkit.training.trial import check_arguments
 from clkit.weights import Weights
 
 Streams = Stream | Mapping[str, Stream | Callable[[int], Stream]] | Callable[[int], Stream]
@@ -82,6 +83,12 @@ def sweep(
     parts = sources, models, trainings, chosen = _parts(streams, model, training or Training(), methods)
     seeds = _seeds(seeds)
     made = {(name, seed): _stream(name, source, seed) for name, source in sources.items() for seed in seeds}
+    for title, method in chosen.items():
+        remedy = "give a learner, (learner, consolidation, training, model), or a Method"
+        with checks.explained(f"methods: {title!r} is none", remedy, of=TypeError, kind=TypeError):
+            net, recipe = method.model or next(iter(models.values())), method.training or next(iter(trainings.values()))
+            rule = method.consolidation or NoConsolidation()
+            check_arguments(next(iter(made.values())), net, method.learner, rule, recipe, None)
     points = []
     for stream, net, recipe, title, seed in itertools.product(*parts, seeds):
         method = chosen[title]
@@ -253,30 +260,19 @@ def _named(argument: str, value: Any) -> Mapping[str, Any]:
         return value
     if isinstance(value, Stream):
         return {value.name: value}
-    maker = value.func if isinstance(value, partial) else value
-    return {getattr(maker, "__name__", type(maker).__name__): value}
+    return {word(value): value}
 
 
 def _parts(streams: Any, model: Any, training: Any, methods: Any) -> tuple[Named, Named, Named, dict[str, Method]]:
     """The parts of a grid of runs, each by name."""
     if not isinstance(methods, Mapping) or not methods:
         raise TypeError("methods: give a mapping of names to learners, for example {'ER': ER(memory=50)}")
-    chosen = {name: _method(name, method) for name, method in methods.items()}
+    chosen = {name: _method(method) for name, method in methods.items()}
     return _named("streams", streams), _named("model", model), _named("training", training), chosen
 
 
-def _method(name: str, method: Any) -> Method:
-    if isinstance(method, Method):
-        return method
-    parts = method if isinstance(method, tuple) else (method,)
-    if not 1 <= len(parts) <= 4 or not isinstance(parts[0], Learner):
-        raise TypeError(f"methods: {name!r} is {method!r:.60}; give a learner, (learner, consolidation), or a Method")
-    rule, training = (*parts, None, None)[1:3]
-    if isinstance(rule, type) or not hasattr(rule or NoConsolidation(), "due"):
-        raise TypeError(f"methods: the consolidation of {name!r} is {rule!r:.60}; give an instance, such as CLeWI(0.3)")
-    if not isinstance(training, Training | None):
-        raise TypeError(f"methods: the training of {name!r} is {training!r:.60}; give a Training")
-    return Method(*parts)
+def _method(method: Any) -> Method:
+    return method if isinstance(method, Method) else Method(*(method if isinstance(method, tuple) else (method,)))
 
 
 def _stream(name: str, source: Any, seed: int) -> Stream:

@@ -91,7 +91,8 @@ class Modulated(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.backbone = copy.deepcopy(unwrapped(backbone)).requires_grad_(False)
+        self.backbone = copy.deepcopy(unwrapped(backbone))
+        nn.Module.requires_grad_(self.backbone, False)
         self.rule, self.layers, self.statistics, self.affine, self.seed = rule, layers, statistics, affine, seed
         self._rule = rule or DEFAULT  # without a rule there is no part that it makes
         self.head = _find_head(self.backbone, head)
@@ -241,7 +242,8 @@ class Modulated(nn.Module):
             setattr(head, kind, nn.Parameter(torch.empty_like(weights[name])))
         setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", len(state.classes))
         set_weights(net, {name: weights[name] for name in live_tensors(net)})
-        return net.requires_grad_(True).eval()
+        nn.Module.requires_grad_(net).eval()
+        return net
 
     def parameters_per_task(self, classes: int | None = None) -> dict[str, int]:
         """How many numbers a task of so many classes (default: all) has in its gains, statistics, affine and head.
@@ -411,7 +413,7 @@ def save(
     if class_names and len(class_names) != len(state.classes):
         raise ValueError(f"class_names: {len(class_names)} for {len(state.classes)} classes; give one for each")
     facts = {"name": name, "classes": list(state.classes), "class_names": list(class_names)}
-    weights.save(path, state.tensors, **_made_by(model), **facts, bytes=state.nbytes)
+    store.save_tensors(path, state.tensors, _made_by(model) | facts | {"bytes": state.nbytes})
 
 
 def load(path: Path | str, model: Modulated) -> TaskState:
@@ -480,7 +482,7 @@ def _task(path: Path | str, model: Modulated) -> TaskState:
 
 def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A file's tensors and header, which is one that `save` writes."""
-    tensors, header = weights.load(path)
+    tensors, header = store.load_tensors(path)
     if header.get("kind") != KIND:
         raise ValueError(f"path: {path} holds no task of a modulated network; give a file that modulation.save wrote")
     ids, rule = header.get("classes") or ["none"], header.get("rule") or [None]

@@ -115,8 +115,7 @@ def bars(
     share = common.factor(label) > 1 and shown[value].min() >= 0
 
     def interval(seeds: Any) -> tuple[float, float]:
-        half = student.ppf(0.975, len(seeds) - 1) * seeds.std(ddof=1) / len(seeds) ** 0.5
-        low, high = seeds.mean() - half, seeds.mean() + half
+        low, high = student.interval(0.95, len(seeds) - 1, seeds.mean(), seeds.sem())
         return (max(low, 0), min(high, 100)) if share else (low, high)
 
     methods = {name: common.family(name) for name in shown[by]}

@@ -15,6 +15,7 @@ the numbers of the step that is not captured: torch hands seed and offset of its
 the offset on.
 """
 
+import logging
 import random
 import warnings
 from collections import Counter
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from clkit.learners import Learner
 
+log = logging.getLogger("clkit.training")
 BEFORE = 2  # steps of a shape: the first chooses algorithms and makes the optimizer's state, the second is watched
 MOST = 8  # captured steps a task: each holds gradients of its own
 
@@ -53,8 +55,6 @@ class Graphs:
 
     def capture(self, step: Callable[[], Tensor]) -> Callable[[], Any]:
         """Captures a step, which is not taken, and returns what takes it. Raises RuntimeError if torch cannot."""
-        if self.broken:
-            raise RuntimeError("an earlier capture in this process has failed")
         stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[stream.device_index]
         state = generator.clone_state()
@@ -82,11 +82,8 @@ def capturable(learner: Learner, device: torch.device) -> bool:
 
 
 @contextmanager
-def placed(device: torch.device, deterministic: bool) -> Iterator[None]:
-    """On a GPU: a stream of the run's own, since none is captured on the default one, and cuDNN's choice of kernels."""
-    if device.type != "cuda":
-        yield
-        return
+def on_gpu(device: torch.device, deterministic: bool) -> Iterator[None]:
+    """On a GPU a stream of the run's own, since none is captured on the default one, and cuDNN's choice of kernels."""
     own, others = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     own.wait_stream(others)
     kernels = torch.backends.cudnn.flags(enabled=True, deterministic=deterministic, benchmark=not deterministic)
@@ -120,11 +117,16 @@ class Captured:
                 self._attempt(key, x, y)
         if key in self.steps:
             return self.steps[key](x, y)
-        self.last = None
         if self.seen[key] != BEFORE or self.refused:
             return self.update(x, y)
-        loss, self.refused = self.recorder.watch(lambda: self.update(x, y))
+        loss, why = self.recorder.watch(lambda: self.update(x, y))
+        self._refuse(why)
         return loss
+
+    def _refuse(self, why: str) -> None:
+        self.refused = why
+        if why:
+            log.info("steps run as they are, without a capture: %s", why)
 
     def _attempt(self, key: Any, x: Tensor, y: Tensor) -> None:
         """Captures the step for inputs and labels such as these; else all is as it was, and `refused` says why."""
@@ -141,7 +143,7 @@ class Captured:
             if draws != random.getstate() or not host.equal(torch.get_rng_state()):
                 raise RuntimeError("it draws random numbers on the host")
         except Exception as error:
-            self.refused = f"{type(error).__name__}: {error}"
+            self._refuse(f"{type(error).__name__}: {error}")
             self.steps.clear()
             for held, old in kept:
                 held.clear()
@@ -155,16 +157,13 @@ class Captured:
             for group in self.optimizer.param_groups:
                 group["capturable"] = False
         loss, gradients = losses[0], [(parameter, parameter.grad) for parameter in self.model.parameters()]
-        self.last = key
 
         def step(new_x: Tensor, new_y: Tensor) -> Tensor:
             x.copy_(new_x)
             y.copy_(new_y)
             replay()
-            if self.last != key:  # the step before has left its own gradients
-                self.last = key
-                for parameter, gradient in gradients:
-                    parameter.grad = gradient
+            for parameter, gradient in gradients:  # another step may have left its own
+                parameter.grad = gradient
             return loss
 
         self.steps[key] = step

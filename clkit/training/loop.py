@@ -43,7 +43,7 @@ from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.modules import dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
 from clkit.training import trial
-from clkit.training.capture import CAPTURES, Captured, capturable, placed
+from clkit.training.capture import CAPTURES, Captured, capturable, on_gpu
 from clkit.training.settings import Result, Training, descend
 from clkit.weights import Weights, check_finite, get_weights, set_weights
 
@@ -138,7 +138,8 @@ def run(
             "threads": threads,
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
         }
-        with placed(place, training.deterministic), _reproducible(seed, place):
+        gpu = on_gpu(place, training.deterministic) if place.type == "cuda" else nullcontext()
+        with gpu, _reproducible(seed, place):
             net = trial.made(model, stream, seed, place)
             parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "seed": seed}
             parts |= {"initial weights": net, "device": place.type, "keep": keep, "watch": watch, "threads": threads}

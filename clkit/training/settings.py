@@ -82,7 +82,7 @@ class Training:
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         options["fused"] = all(p.is_floating_point() for p in wanted)
         if wanted[0].device.type in CAPTURES:  # a replay reads a rate that is a tensor
-            options["lr"] = torch.tensor(self.lr, device=wanted[0].device)
+            options["lr"] = torch.tensor(self.lr, dtype=torch.float32, device=wanted[0].device)
         if self.optimizer == "adamw":
             return torch.optim.AdamW(wanted, **options)
         return torch.optim.SGD(wanted, momentum=self.momentum, **options)

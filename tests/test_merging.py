@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -295,6 +295,7 @@ WIDE, NARROW = (torch.float32, torch.float64), (torch.float16, torch.bfloat16)
 @rows
 @law
 @given(seed=seeds, dtypes=st.lists(st.sampled_from(WIDE + NARROW), min_size=4, max_size=4))
+@example(seed=0, dtypes=[torch.float32, torch.float32, torch.float16, torch.float32])
 def test_dtypes_may_differ_and_the_result_has_the_first(name, seed, dtypes):
     """That of the base, else of the first weights; the arithmetic is that of inputs made wide, rounded once."""
     row, (ws, base) = MERGES[name], several(MERGES[name], seed)

@@ -43,13 +43,18 @@ def greedy_soup(ws: Sequence[Weights], *, score: Callable[[Weights], float]) -> 
     Ref: Wortsman et al., Model soups, arXiv 2203.05482, recipe 1.
     """
     check_inputs(ws)
+
+    def mean(places: Sequence[int]) -> dict[str, Tensor]:
+        into = weights.map_weights(torch.empty_like, ws[0])  # of the first one's dtype, whichever is best
+        return combine([ws[i] for i in places], [1 / len(places)] * len(places), out=into)
+
     alone = [float(score(w)) for w in ws]
     if not all(math.isfinite(s) for s in alone):
         raise ValueError(f"score: it gave {alone}; give a function of weights to finite numbers, higher is better")
     first, *others = sorted(range(len(ws)), key=lambda i: -alone[i])
-    taken, best, soup = [first], alone[first], average([ws[first]])
+    taken, best, soup = [first], alone[first], mean([first])
     for i in others:
-        mixed = average([ws[place] for place in (*taken, i)])
+        mixed = mean([*taken, i])
         if (found := float(score(mixed))) >= best:
             taken, best, soup = [*taken, i], found, mixed
     return soup

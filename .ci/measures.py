@@ -16,11 +16,12 @@ What FILE has is not measured again. Without a GPU the same path runs on small n
 import argparse
 import json
 import logging
+import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,7 +33,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clkit import alignment, data, models
-from clkit.benchmarks import interleaved, row
 from clkit.experiments import sweep
 from clkit.learners import ER
 from clkit.merging import dare_ties, ties
@@ -61,6 +61,22 @@ def finished(work: Callable[[], Any]) -> Callable[[], None]:
         finish()
 
     return go
+
+
+def interleaved(ways: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
+    """The median seconds that each way takes, of `repeats`, taking turns; a first turn does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def row(name: str, unit: str, ours: float, theirs: float) -> dict:
+    """Two numbers of one unit, and ours over theirs."""
+    return {"name": name, "unit": unit, "ours": ours, "theirs": theirs, "ratio": ours / theirs}
 
 
 def noise(rows: int, tests: int = 20, **more: Any) -> data.Stream:

@@ -1,355 +1,437 @@
-"""Each claim about speed, measured against the naive way in one run: every benchmark gives rows of ratios.
+"""Each claim about speed, measured in one run: against the naive way, against a floor, and against peers.
 
-- training: the resident loop against loops that a DataLoader feeds. A perceptron 784-100-100-10, plain SGD, replay of
-  64 rows from a reservoir of 500 beside every batch of 64, one epoch. The DataLoader loops hold the memory as most
-  replay code does, a list that is filled row by row.
-- memory: writes into a reservoir, against a row at a time, and against a training step of that perceptron.
-- consolidation: a run with a consolidation against one without.
-- weights: five networks of ResNet-18's shapes. The traffic of sums is ideal: every input read once, the result written
-  once. A result that is allocated is written to fresh memory, which the system has to hand out first; so is that of
-  `clone`.
-- merging: TIES in pieces against TIES by sorting, in processes of its own, each way in another, for its time and the
-  most memory it needs.
-- tangent: cross entropy on 64 random images of 28 x 28, backward, plain SGD. Where matrix products take the time, an
-  ordinary step is three passes (forward, and two backward). A tangent step is five, since a tangent passes through
-  every layer twice: its rate can be 0.6 of the ordinary one. The perceptron's step is half a millisecond, to which a
-  hundred calls from Python add as much.
-- modulation: what `training.run` does in a step, forward, backward and AdamW; the plain one trains every weight.
-  Batches of 32 images of 28 x 28 pixels on the device that torch has.
-- alignment: ResNet-18 with the stem for small images, 200 images of 32 x 32, in one pass against the forward passes
-  alone, and against one prefix network for each permutation. CLeWI's released code (arXiv 2404.04002) finds each of 13
-  permutations from activations that it gets by running both networks from the input up to there, once for means and
-  products and once more for deviations. It puts a convolution with identity weights into every shortcut.
+A ratio is theirs over ours: above 1, clkit takes less. Every number is a median over turns. In each turn all ways of a
+benchmark go, one after the other: a slow minute slows them all. A benchmark is a process of its own, of one thread on
+the CPU, and counts the seconds that this computes. A peer that is not installed is named, without a number.
 
-The CPU has one thread, in a process of its own where other work would tell.
+- training: a step of ER on random bytes, with as many rows from the memory as from the task. These are 64 of 28 x 28
+  pixels for the perceptron 784-100-100-10, else 32 of 3 x 32 x 32, channels last. The floor is a loop by hand over the
+  same bytes, in the same layout and precision: draw rows, prepare them, forward, backward, SGD, keep rows. Mammoth's
+  rule (arXiv 2004.07211, and its released code) is a DataLoader over PIL images, a transform for each replayed row, a
+  draw and a write for each kept one, and `loss.item()`. Avalanche (arXiv 2104.00405) is its Replay strategy over
+  prepared tensors, without loggers. Both compute in float32 with channels first, as they come.
+- busy: a run on five tasks of digits with all threads that torch would take, by the clock on the wall.
+- fisher: 512 rows for the perceptron, 128 for the convnet, true labels. BackPACK (arXiv 1912.10985): SumGradSquared.
+- merging: five networks of ResNet-18's shapes; of half the width for TIES and DELLA. A sum reads every input once and
+  writes the result once. FusionBench (arXiv 2406.03280) trims all weights as one vector, mergekit (arXiv 2403.13257) a
+  tensor at a time; each is held against ours with the same option. Both are called below what loads and saves models.
+- alignment: ResNet-18 with the stem for small images, of width 32, on 64 images of 32 x 32. CLeWI's released code
+  (arXiv 2404.04002) finds each of 13 permutations from activations that it gets by running both networks from the input
+  up to there, twice; here once. Every first symmetry is of another width, so that none can know the last one's.
+- tangent: cross entropy on 64 random images of 28 x 28, SGD. Where matrix products take the time, an ordinary step is
+  three passes (forward, and two backward). A tangent step is five, since a tangent passes through every layer twice:
+  its rate can be 0.6 of the ordinary one.
+- modulation: forward, backward and AdamW on 32 images of 28 x 28; the plain step trains every weight.
+- consolidation: a run of the perceptron over three tasks of random bytes.
 """
 
 import copy
+import importlib.metadata
+import itertools
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from clkit import alignment, checks, data, models
-from clkit.consolidation import EMA, SFA, Consolidation, NoConsolidation
+from clkit import alignment, checks, curvature, data, models
+from clkit.consolidation import EMA, SFA
+from clkit.experiments.pages import repository
 from clkit.learners import ER
-from clkit.memory import Memory
-from clkit.merging import average, task_arithmetic, ties
+from clkit.merging import della, ties
 from clkit.modulation import Modulated, Modulation
+from clkit.store import write_json, write_text
 from clkit.tangent import Linearized
 from clkit.training import Training, run
-from clkit.weights import Weights, combine, get_weights, lerp
+from clkit.weights import Weights, combine, get_weights
 
-Row = dict[str, object]
-Way = Callable[[], object]
+Row = dict[str, Any]
+Measure = Callable[[], float]
+Ways = dict[tuple[str, str], Measure | None]  # by the case and the way it is done; None where a peer is not installed
+Tick = Callable[[], None]
+OURS = "clkit"
+PACKAGES = ("torch", "avalanche-lib", "backpack-for-pytorch", "fusion-bench", "mergekit")
 
 
-def benchmarks() -> dict[str, Callable[[], list[Row]]]:
-    """The benchmarks by name."""
+def benchmarks() -> dict[str, Callable[..., list[Row]]]:
+    """The benchmarks by name: functions of a number of turns and of the share of the full size to run at."""
     return {
-        "training": training, "memory": memory_writes, "consolidation": consolidation, "weights": sums,
-        "merging": ties_by_sorting, "tangent": tangent_steps, "modulation": modulated_steps, "alignment": alignments,
+        "training": training, "busy": busy, "fisher": fisher, "merging": merging, "alignment": alignments,
+        "tangent": tangent, "modulation": modulation, "consolidation": consolidation,
     }  # fmt: skip
 
 
 def rows(names: Sequence[str] = (), progress: bool = True) -> Iterator[Row]:
-    """Runs benchmarks, by default all, one after another, and yields their rows: name, unit, ours, theirs, ratio.
+    """Runs benchmarks, by default all, one after another, and yields their rows.
 
-    Raises ValueError on an unknown name before any is run.
+    A row has the `benchmark` and, in words, `what` was measured in which `case` and `against` what, all three also as
+    one `name`; then `unit`, `ours`, `theirs` and the `ratio` of theirs to ours. These two are None for a peer that is
+    not installed. Raises ValueError on an unknown name before any is run.
     """
-    known = benchmarks()
     for name in names:
-        checks.choice("benchmark", name, known)
-    for name in tqdm(names or list(known), disable=not progress, unit="benchmark"):
-        yield from known[name]()
+        checks.choice("benchmark", name, benchmarks())
+    for name in tqdm(names or list(benchmarks()), disable=not progress, unit="benchmark"):
+        yield from ({"benchmark": name, **row} for row in apart(name))
 
 
-def interleaved(
-    ways: Mapping[str, Way], repeats: int = 5, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """The median seconds by `clock` that each way takes, of `repeats`, taking turns: a slow minute slows them all.
-
-    Each goes once before, and that does not count.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats + 1):
-        for name, way in ways.items():
-            started = clock()
-            way()
-            seconds[name].append(clock() - started)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-def apart(measure: Callable[..., Any], *arguments: str) -> Any:
-    """What a function of this file gives, a JSON value, called with texts in a new process of one thread and no GPU."""
-    code = f"import json, sys; from {__name__} import {measure.__name__} as f; print(json.dumps(f(*sys.argv[1:])))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+def apart(name: str) -> list[Row]:
+    """The rows of one benchmark from a new process of one thread and no GPU; peers may print before them."""
+    code = f"import json, sys; from {__name__} import benchmarks as b; print('\\n', json.dumps(b()[sys.argv[1]]()))"
+    call, env = [sys.executable, "-W", "ignore", "-c", code, name], {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(call, env=os.environ | env, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{measure.__name__} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout)
+        raise RuntimeError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(name: str, unit: str, ours: float, theirs: float) -> Row:
-    """A row of the table: two numbers of one unit, and ours over theirs."""
-    return {"name": name, "unit": unit, "ours": ours, "theirs": theirs, "ratio": ours / theirs}
+def cost(go: Callable[[], object], times: float = 1) -> Measure:
+    """Measures the seconds that a call takes, over `times`."""
+
+    def measure() -> float:
+        started = time.process_time()
+        go()
+        return (time.process_time() - started) / times
+
+    return measure
 
 
-BATCH, MEAN, STD = 64, 0.1307, 0.3081
+def a_step(loop: Callable[[Tick], object], count: int) -> Measure:
+    """Measures the seconds of a step, the mean of the last so many of a loop that calls `tick()` after each."""
+
+    def measure() -> float:
+        ticks: list[float] = []
+        loop(lambda: ticks.append(time.process_time()))
+        return (ticks[-1] - ticks[-1 - count]) / count
+
+    return measure
 
 
-def digits_like(count: int) -> data.Stream:
-    """One task of random bytes in MNIST's format."""
+def compare(what: str, ways: Ways, turns: int, unit: str = "seconds of the CPU") -> list[Row]:
+    """The rows for each way but ours against ours in the same case; what stands in several places is taken once."""
+    taken: dict[Measure, list[float]] = {measure: [] for measure in ways.values() if measure is not None}
+    for _ in range(turns):
+        for measure, values in taken.items():
+            values.append(measure())
+    medians: dict[Any, float] = {measure: statistics.median(values) for measure, values in taken.items()}
+    table = []
+    for (case, way), measure in ways.items():
+        if way != OURS:
+            ours, theirs = medians[ways[case, OURS]], medians.get(measure)
+            row = {"name": f"{what}, {case} / {way}", "what": what, "case": case, "against": way, "unit": unit}
+            table.append(row | {"ours": ours, "theirs": theirs, "ratio": theirs and theirs / ours})
+    return table
+
+
+def peer(name: str) -> Any:
+    """A module of another project, None where that is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def noise(count: int, shape: tuple[int, ...], augment: data.Augment = data.NO_AUGMENT, tasks: int = 1) -> data.Stream:
+    """Tasks of the same random bytes."""
     g = torch.Generator().manual_seed(0)
-
-    def examples(count: int) -> data.Examples:
-        images = torch.randint(0, 256, (count, 1, 28, 28), generator=g, dtype=torch.uint8)
-        return data.Examples(images, torch.randint(0, 10, (count,), generator=g))
-
-    labels = tuple(range(10))
-    task = data.Task(0, "bytes", labels, examples(count), examples(10), data.Normalize((MEAN,), (STD,)))
-    return data.Stream("bytes", (task,), tuple(map(str, labels)))
+    x = torch.randint(0, 256, (count, *shape), generator=g, dtype=torch.uint8)
+    rows = data.Examples(x, torch.randint(0, 10, (count,), generator=g))
+    one = data.Task(0, "bytes", (*range(10),), rows, rows[:10], data.Normalize((0.4,), (0.3,)), augment)
+    return data.Stream("bytes", tuple(replace(one, index=i) for i in range(tasks)), (*"0123456789",), "domain")
 
 
-def steps(net: nn.Module, x: Tensor, y: Tensor, count: int, optimizer: Callable[..., torch.optim.Optimizer]) -> Way:
-    """So many training steps of what wants a gradient in a network, on the same batch."""
+def steps(net: nn.Module, batch: data.Batch, optimizer: Callable[..., torch.optim.Optimizer]) -> Measure:
+    """Measures the seconds of a training step of what wants a gradient in a network, the mean of a few on one batch."""
     net.train()
     stepper = optimizer([p for p in net.parameters() if p.requires_grad])
 
     def go() -> None:
-        for _ in range(count):
+        for _ in range(4):
             stepper.zero_grad()
-            cross_entropy(net(x), y).backward()
+            cross_entropy(net(batch.x), batch.y).backward()
             stepper.step()
-        _finish(x)
 
-    return go
-
-
-def _finish(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+    return cost(go, 4)
 
 
 SGD = partial(torch.optim.SGD, lr=0.01)
-ROWS, MEMORY, OFFERED = 12_000, 500, 4096
+MEMORY = 500
+CASES = {"": ((), "float32"), " augmented": ((4, True), "float32"), " in bfloat16": ((), "bfloat16")}
+# a factory, the shape of an input, how many rows a step takes of the task, how many steps are timed
+NETS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], int, int]] = {
+    "perceptron": (models.mlp, (1, 28, 28), 64, 150),
+    "convnet": (models.convnet, (3, 32, 32), 32, 10),
+    "ResNet-18": (partial(models.resnet18, width=16), (3, 32, 32), 32, 4),
+}
 
 
-def loaded(stream: data.Stream, dataset: torch.utils.data.Dataset) -> None:
-    """The training of our loop, fed by a DataLoader and with a list for a memory."""
-    net, memory, seen = models.mlp(stream), [], 0
-    optimizer = SGD(net.parameters())
-    for x, y in torch.utils.data.DataLoader(dataset, BATCH, shuffle=True):
-        old = random.sample(memory, min(BATCH, len(memory)))
-        inputs = torch.cat([x, torch.stack([m[0] for m in old])]) if old else x
-        labels = torch.cat([y, torch.stack([m[1] for m in old])]) if old else y
+def training(turns: int = 5, share: float = 1.0) -> list[Row]:
+    """Our step of ER against a loop by hand, a loop that a DataLoader feeds, and Avalanche."""
+    ways: Ways = {}
+    for net, (factory, shape, batch, full) in NETS.items():
+        timed, batch = max(2, round(full * share)), max(2, round(batch * share))
+        count = (timed + 4) * batch
+        by_peer = by_avalanche(noise(count, shape), factory, batch)
+        others = {"Mammoth's rule": a_step(partial(by_loader, noise(count, shape), factory, batch), timed)}
+        others["Avalanche"] = by_peer and a_step(by_peer, timed)  # pyright: ignore
+        for words, (moves, precision) in CASES.items():
+            if precision == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                for way, loop in ((OURS, resident), ("a loop by hand", by_hand)):
+                    stream = noise(count, shape, data.Augment(*moves))
+                    ways[net + words, way] = a_step(partial(loop, stream, factory, batch, precision), timed)
+                ways |= {} if moves else {(net + words, way): measure for way, measure in others.items()}
+    return compare("ER step", ways, turns)
+
+
+def resident(stream: data.Stream, factory: Any, batch: int, precision: Any, tick: Tick) -> None:
+    """Our loop."""
+
+    class Ticking(ER):
+        """ER that tells of every step."""
+
+        def after_step(self, model: nn.Module, batch: data.Batch) -> None:
+            super().after_step(model, batch)
+            tick()
+
+    recipe = Training(1, batch, 0.01, precision=precision, channels_last=True)
+    run(stream, factory, Ticking(MEMORY), None, recipe, device="cpu", progress=False, keep=False)
+
+
+def by_hand(stream: data.Stream, factory: Any, batch: int, precision: str, tick: Tick) -> None:
+    """The least that a loop over resident bytes does."""
+    task, g, layout = stream[0], torch.Generator().manual_seed(0), torch.channels_last
+    x, y, cast = task.train.x, task.train.y, torch.autocast("cpu", torch.bfloat16, precision == "bfloat16")
+    kept_x, kept_y = x[:MEMORY].clone(), y[:MEMORY].clone()
+    net = factory(stream).to(memory_format=layout).train()
+    parameters = list(net.parameters())
+    for new in torch.randperm(len(y), generator=g).split(batch):
+        old = torch.randint(len(kept_y), new.shape, generator=g)
+        inputs = task.prepare(torch.cat([x[new], kept_x[old]]), g).contiguous(memory_format=layout)
+        with cast:
+            loss = cross_entropy(net(inputs), torch.cat([y[new], kept_y[old]]))
+        slopes = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            torch._foreach_add_(parameters, slopes, alpha=-0.01)  # pyright: ignore
+        kept_x[old], kept_y[old] = x[new], y[new]
+        tick()
+
+
+def by_loader(stream: data.Stream, factory: Any, batch: int, tick: Tick) -> None:
+    """The rule as Mammoth has it, fed by a DataLoader, with a memory that is filled row by row."""
+    from torchvision import transforms
+
+    task, net, seen = stream[0], factory(stream).train(), 0
+    optimizer, to_tensor = SGD(net.parameters()), transforms.ToTensor()
+    normalize = transforms.Normalize(task.normalize.mean, task.normalize.std)
+    kept_x, kept_y = torch.zeros(MEMORY, *stream.shape), torch.zeros(MEMORY, dtype=torch.int64)
+    images = list(zip(map(transforms.ToPILImage(), task.train.x), task.train.y, strict=True))
+    for rows in torch.utils.data.DataLoader(images, batch, shuffle=True, collate_fn=list):  # pyright: ignore
+        bare, y = torch.stack([to_tensor(image) for image, _ in rows]), torch.stack([label for _, label in rows])
+        x = torch.stack([normalize(image) for image in bare])
+        old = torch.randperm(min(seen, MEMORY))[:batch]
+        inputs = torch.cat([x, *(normalize(row)[None] for row in kept_x[old])])
         optimizer.zero_grad()
-        cross_entropy(net(inputs), labels).backward()
+        loss = cross_entropy(net(inputs), torch.cat([y, kept_y[old]]))
+        loss.backward()
         optimizer.step()
-        for pair in zip(x, y, strict=True):
-            if len(memory) < MEMORY:
-                memory.append(pair)
-            elif (slot := random.randrange(seen + 1)) < MEMORY:
-                memory[slot] = pair
-            seen += 1
-
-
-class Images(torch.utils.data.Dataset):
-    """Images the way torchvision serves MNIST: a PIL image per row, then transforms."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        from torchvision import transforms
-
-        self.x, self.y = x[:, 0], y
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, row: int) -> tuple:
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.x[row].numpy())), self.y[row]
-
-
-def rows_a_second() -> dict[str, float]:
-    """Rows a second of each loop, interleaved, in this process as it stands."""
-    stream = digits_like(ROWS)
-    task, recipe = stream[0], Training(1, BATCH, 0.01)
-    tensors = torch.utils.data.TensorDataset(task.prepare(task.train.x), task.train.y)
-    images = Images(task.train.x, task.train.y)
-    loops: dict[str, Way] = {
-        "resident": lambda: run(stream, models.mlp, ER(MEMORY), None, recipe, device="cpu", progress=False, keep=False),
-        "DataLoader over tensors": lambda: loaded(stream, tensors),
-        "DataLoader over images": lambda: loaded(stream, images),
-    }
-    return {name: ROWS / seconds for name, seconds in interleaved(loops).items()}
-
-
-def training() -> list[Row]:
-    """Our rate over each other's."""
-    rates = apart(rows_a_second)
-    ours = rates.pop("resident")
-    return [row(f"ER training, resident / {name}", "images a second", ours, rate) for name, rate in rates.items()]
-
-
-def memory_writes() -> list[Row]:
-    """Rows a second offered to a reservoir of bytes in the format of MNIST; then a write as a share of a step."""
-    stream, g = digits_like(OFFERED), torch.Generator().manual_seed(0)
-    x, y = stream[0].train.x, stream[0].train.y
-
-    def vectorised() -> None:
-        memory = Memory(MEMORY)
-        for start in range(0, OFFERED, BATCH):
-            memory.offer(g, x=x[start : start + BATCH], y=y[start : start + BATCH])
-
-    def one_by_one() -> None:
-        xs, ys = torch.zeros((MEMORY, *x.shape[1:]), dtype=x.dtype), torch.zeros(MEMORY, dtype=y.dtype)
-        for seen in range(OFFERED):
+        for image, label in zip(bare, y, strict=True):
             slot = seen if seen < MEMORY else random.randrange(seen + 1)
             if slot < MEMORY:
-                xs[slot], ys[slot] = x[seen], y[seen]
-
-    step = steps(models.mlp(stream), x[: 2 * BATCH] / 255, y[: 2 * BATCH], OFFERED // BATCH, SGD)
-    seconds = interleaved({"ours": vectorised, "theirs": one_by_one, "steps": step})
-    ours, theirs, stepped = (OFFERED / s for s in seconds.values())
-    return [
-        row("memory write, a batch / a row at a time", "rows a second", ours, theirs),
-        row("memory write / the perceptron's training step", "rows a second", ours, stepped),
-    ]
+                kept_x[slot], kept_y[slot] = image, label
+            seen += 1
+        loss.item()
+        tick()
 
 
-def process_seconds() -> dict[str, float]:
-    """Seconds of the CPU of a run with each consolidation, by its name, in this process as it stands."""
-    one, recipe = digits_like(ROWS // 2), Training(1, BATCH, 0.01)
-    tasks = tuple(replace(one[0], index=index) for index in range(3))
-    stream = data.Stream("bytes", tasks, one.classes, "domain")
+def by_avalanche(stream: data.Stream, factory: Any, batch: int) -> Callable[[Tick], None] | None:
+    """Avalanche's strategy, which replays from the second experience on, if it is installed."""
+    if (package := peer("avalanche.training")) is None:
+        return None
+    x, y = stream[0].prepare(stream[0].train.x), stream[0].train.y
+    parts = [(x[: 2 * batch], y[: 2 * batch]), (x, y)]
+    made = peer("avalanche.benchmarks").tensors_benchmark(train_tensors=parts, test_tensors=parts, task_labels=[0, 0])
 
-    def learn(rule: Consolidation) -> None:
-        run(stream, models.mlp, None, rule, recipe, device="cpu", progress=False, keep=False)
+    def loop(tick: Tick) -> None:
+        net, told = factory(stream), SimpleNamespace(after_training_iteration=lambda *_, **__: tick())
+        options = {"criterion": nn.CrossEntropyLoss(), "mem_size": MEMORY, "train_mb_size": batch, "plugins": [told]}
+        options["evaluator"] = package.plugins.EvaluationPlugin()
+        strategy = package.Replay(model=net, optimizer=SGD(net.parameters()), **options)
+        for experience in made.train_stream:
+            strategy.train(experience)
 
-    rules: list[Consolidation] = [NoConsolidation(), EMA(), SFA(p=0.02)]
-    return interleaved({type(rule).__name__: partial(learn, rule) for rule in rules}, clock=time.process_time)
-
-
-def consolidation() -> list[Row]:
-    """The seconds of each consolidation over those of none."""
-    none, ema, sfa = apart(process_seconds).values()
-    rules = {"EMA()": ema, "SFA(p=0.02)": sfa}
-    return [row(f"a run with {rule} / without", "seconds of CPU", seconds, none) for rule, seconds in rules.items()]
-
-
-def resnet18(seed: int) -> dict[str, Tensor]:
-    """Random numbers in the shapes of torchvision's ResNet-18 for 10 classes: 11.2 million."""
-    from torchvision.models import resnet18
-
-    g = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        shapes = {name.replace("running_", ""): t.shape for name, t in resnet18(num_classes=10).state_dict().items()}
-    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    return loop
 
 
-def bandwidths() -> dict[str, float]:
-    """Gigabytes a second of each way, interleaved, in this process as it stands."""
-    *ws, base = (resnet18(seed) for seed in range(6))
-    out = resnet18(9)
-    ways: dict[str, tuple[int, Way]] = {
-        "copy": (2, lambda: [out[name].copy_(t) for name, t in base.items()]),
-        "clone": (2, lambda: {name: t.clone() for name, t in base.items()}),
-        "lerp into place": (3, lambda: lerp(ws[0], ws[1], 0.3, out=out)),
-        "lerp": (3, lambda: lerp(ws[0], ws[1], 0.3)),
-        "lerp, written out": (3, lambda: {name: (1 - 0.3) * t + 0.3 * ws[1][name] for name, t in ws[0].items()}),
-        "average of 5 into place": (6, lambda: combine(ws, [0.2] * 5, out=out)),
-        "average of 5": (6, lambda: average(ws)),
-        "average of 5, written out": (6, lambda: {name: sum(w[name] for w in ws) / 5 for name in ws[0]}),
-        "task arithmetic of 5 into place": (7, lambda: combine([base, *ws], [-0.5, *[0.3] * 5], out=out)),
-        "task arithmetic of 5": (7, lambda: task_arithmetic(ws, base=base, scale=0.3)),
-        "task arithmetic of 5, written out": (
-            7,
-            lambda: {name: t + 0.3 * sum(w[name] - t for w in ws) for name, t in base.items()},
-        ),
-    }
-    size = sum(t.nbytes for t in base.values()) / 1e9
-    seconds = interleaved({name: way for name, (_, way) in ways.items()}, 9)
-    return {name: networks * size / seconds[name] for name, (networks, _) in ways.items()}
+def busy(turns: int = 5, share: float = 1.0) -> list[Row]:
+    """A run with two busy processes beside it against the same run alone."""
+    stream, recipe = data.split(data.digits(), tasks=5), Training(max(1, round(4 * share)))
+    stream = replace(stream, tasks=stream.tasks[: max(1, round(5 * share))])
+
+    def alone() -> float:
+        return run(stream, models.convnet, ER(50), None, recipe, device="cpu", progress=False).seconds
+
+    def beside() -> float:
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+        try:
+            return alone()
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+
+    with threadpool_limits(os.cpu_count()):
+        return compare(
+            "run", {("beside busy ones", OURS): beside, ("beside busy ones", "alone"): alone}, turns, "seconds"
+        )
 
 
-def sums() -> list[Row]:
-    """Each sum against copying into place and, where it allocates its result, against cloning and plain code."""
-    rates = apart(bandwidths)
-    table = []
-    for name in ("lerp", "average of 5", "task arithmetic of 5"):
-        pairs = [(f"{name} into place", "copy"), (name, "copy"), (name, "clone"), (name, f"{name}, written out")]
-        table += [row(f"{a} / {b}", "GB a second", rates[a], rates[b]) for a, b in pairs]
-    return table
+def fisher(turns: int = 5, share: float = 1.0) -> list[Row]:
+    """The diagonal of the Fisher information against gradients taken one by one, by `vmap`, and BackPACK's."""
+    ways: Ways = {}
+    for case, full in (("perceptron", 512), ("convnet", 128)):
+        factory, shape, *_ = NETS[case]
+        stream = noise(max(2, round(full * share)), shape)
+        net, x, y = parts = factory(stream).eval(), stream[0].prepare(stream[0].train.x), stream[0].train.y
+        ways[case, OURS] = cost(partial(curvature.fisher, net, x, labels="true", y=y))
+        ways[case, "a loop over examples"] = cost(partial(squares_by_loop, *parts))
+        ways[case, "vmap"] = cost(partial(squares_by_vmap, *parts))
+        ways[case, "BackPACK"] = cost(partial(squares_by_backpack, *parts)) if peer("backpack") else None
+    return compare("Fisher diagonal", ways, turns)
 
 
-TASKS, PROCESSES = 5, 3
+def squares_by_loop(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The mean over examples of squared gradients, an example at a time."""
+    parameters = list(net.parameters())
+    squares = [torch.zeros_like(p) for p in parameters]
+    for row, label in zip(x.split(1), y.split(1), strict=True):
+        slopes = torch.autograd.grad(cross_entropy(net(row), label), parameters)
+        squares = [total.addcmul_(slope, slope) for total, slope in zip(squares, slopes, strict=True)]
+    return [total / len(x) for total in squares]
 
 
-def by_sorting(ws: list[dict[str, Tensor]], base: Weights, density: float = 0.2) -> dict[str, Tensor]:
-    """TIES as it is mostly written: all task vectors stacked, magnitudes sorted."""
-    origin = torch.cat([t.flatten() for t in base.values()])
-    vectors = torch.stack([torch.cat([t.flatten() for t in w.values()]) for w in ws]) - origin
-    keep = int(density * vectors.shape[1])
-    vectors = vectors * (vectors.abs() >= vectors.abs().sort(1, descending=True).values[:, keep - 1 : keep])
-    agree = vectors.sign() == vectors.sum(0).sign()
-    merged = origin + (vectors * agree).sum(0) / (agree & (vectors != 0)).sum(0).clamp(min=1)
-    parts = merged.split([t.numel() for t in base.values()])
+def squares_by_vmap(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The same from all gradients at once."""
+    loss = lambda p, x, y: cross_entropy(functional_call(net, p, x[None]), y[None])  # noqa: E731
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    return [slope.square().mean(0) for slope in vmap(grad(loss), (None, 0, 0))(parameters, x, y).values()]
+
+
+def squares_by_backpack(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The same by BackPACK."""
+    package, rule = peer("backpack"), peer("backpack.extensions").SumGradSquared()
+    net, loss = package.extend(copy.deepcopy(net)), package.extend(nn.CrossEntropyLoss(reduction="sum"))
+    with package.backpack(rule):
+        loss(net(x), y).backward()
+    return [p.sum_grad_squared / len(x) for p in net.parameters()]  # pyright: ignore
+
+
+DENSITY = 0.2
+
+
+def merging(turns: int = 5, share: float = 1.0) -> list[Row]:
+    """A sum against copies; TIES and DELLA against sorting, FusionBench and mergekit."""
+    ways: Ways = {}
+    out, base, *ws = networks(64 * share, 7)
+    ways["sum into place", OURS] = cost(partial(combine, ws, [0.2] * 5, out=out))
+    copied = cost(lambda: [out[name].copy_(t) for name, t in base.items()], 2 / 6)
+    ways["sum into place", "copying as many bytes"] = copied
+    origin, *tuned = networks(32 * share, 6)
+    trimmed = peer("fusion_bench.method.ties_merging.ties_merging_utils")
+    ways["TIES", OURS] = cost(partial(ties, tuned, base=origin, density=DENSITY))
+    ways["TIES", "plain code"] = cost(partial(as_one_vector, by_sorting, tuned, origin))
+    by_theirs = trimmed and partial(trimmed.ties_merging, reset_thresh=100 * DENSITY, merge_func="mean")
+    ways["TIES", "FusionBench"] = trimmed and cost(partial(as_one_vector, by_theirs, tuned, origin))
+    known = peer("mergekit.merge_methods.registry")
+    for name, merge in {"ties": partial(ties, whole=False), "della": partial(della, epsilon=0.1)}.items():
+        case = f"{name.upper()} by tensor"
+        ways[case, OURS] = cost(partial(merge, tuned, base=origin, density=DENSITY))
+        ways[case, "mergekit"] = known and cost(partial(by_mergekit, known.get(name), tuned, origin))
+    return compare("merge of 5", ways, turns)
+
+
+def networks(width: float, count: int) -> list[Weights]:
+    """The weights of so many ResNet-18s."""
+    nets = (models.resnet18(noise(10, (3, 32, 32)), max(1, round(width)), seed=seed) for seed in range(count))
+    return list(map(get_weights, nets))
+
+
+def as_one_vector(rule: Callable[[Tensor], Tensor], ws: list[Weights], base: Weights) -> dict[str, Tensor]:
+    """A merge as it is mostly written: of task vectors (n, entries) that are stacked, added to the base."""
+    origin, *others = (torch.cat([t.flatten() for t in w.values()]) for w in (base, *ws))
+    parts = (origin + rule(torch.stack(others) - origin)).split([t.numel() for t in base.values()])
     return {name: part.view_as(t) for part, (name, t) in zip(parts, base.items(), strict=True)}
 
 
-def one_merge(way: str) -> dict[str, float]:
-    """The seconds that one way takes, and the memory it needs at most, in networks."""
-    *ws, base = (resnet18(seed) for seed in range(TASKS + 1))
-    network = sum(t.nbytes for t in base.values())
-    small = [{"w": w["fc.weight"]} for w in (*ws, base)]  # loads the code, which would count as memory
-    ties(small[:-1], base=small[-1])
-    by_sorting(small[:-1], small[-1])
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    ties(ws, base=base) if way == "pieces" else by_sorting(ws, base)
-    seconds = time.perf_counter() - started
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / network
-    return {"seconds": seconds, "networks": TASKS + 1 + grown}
+def by_sorting(vectors: Tensor) -> Tensor:
+    """TIES with a threshold from sorted magnitudes."""
+    keep = int(DENSITY * vectors.shape[1])
+    vectors = vectors * (vectors.abs() >= vectors.abs().sort(1, descending=True).values[:, keep - 1 : keep])
+    agree = vectors.sign() == vectors.sum(0).sign()
+    return (vectors * agree).sum(0) / (agree & (vectors != 0)).sum(0).clamp(min=1)
 
 
-def ties_by_sorting() -> list[Row]:
-    """Merges a second, and networks in memory at most; medians over processes, taking turns."""
-    found = [(apart(one_merge, "pieces"), apart(one_merge, "sorting")) for _ in range(PROCESSES)]
-    (ours, most), (theirs, their_most) = (
-        [statistics.median(results[key] for results in way) for key in ("seconds", "networks")]
-        for way in zip(*found, strict=True)
-    )
-    return [
-        row(f"TIES of {TASKS}, pieces / sorting", "merges a second", 1 / ours, 1 / theirs),
-        row(f"memory of TIES of {TASKS}, pieces / sorting", "networks at most", most, their_most),
-    ]
+def by_mergekit(method: Any, ws: list[Weights], base: Weights) -> dict[str, Tensor]:
+    """A merge of task vectors by mergekit, tensor by tensor."""
+    options = {"weight": [1.0] * len(ws), "density": [DENSITY] * len(ws), "epsilon": [0.05] * len(ws), "lambda": 1.0}
+    options |= {"normalize": True, "rescale": False, "int8_mask": False}
+
+    merged = {}
+    for name, tensor in base.items():
+        flat = [w[name].flatten(1) if tensor.ndim > 1 else w[name] for w in (base, *ws)]
+        origin, *others = (SimpleNamespace(id=i, tensor=t) for i, t in enumerate(flat, -1))
+        merged[name] = method.merge_group(SimpleNamespace(base=origin, non_base=others), **options).view_as(tensor)
+    return merged
 
 
-NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
-    "mlp": (models.mlp, 100),
-    "convnet": (models.convnet, 2),
-    "encoder": (models.encoder, 4),
-    "resnet18 of width 16": (partial(models.resnet18, width=16), 1),
-    "vit": (models.vit, 2),
-}
-"""Factories, and how many steps are timed together."""
+@torch.no_grad()
+def alignments(turns: int = 5, share: float = 1.0) -> list[Row]:
+    """An alignment against the passes that it needs, and against prefix networks; a symmetry against an alignment."""
+    from scipy.optimize import linear_sum_assignment
+
+    stream, width = noise(max(10, round(64 * share)), (3, 32, 32)), max(1, round(32 * share))
+    x = stream[0].prepare(stream[0].train.x)
+    nets = [models.resnet18(stream, width, seed=seed).eval() for seed in (0, 1)]
+    fresh = (models.resnet18(stream, width + turn).eval() for turn in range(1, turns + 1))
+    symmetry = alignment.symmetry(nets[0], x[:2])
+    first, second = map(get_weights, nets)
+
+    def by_prefix() -> None:
+        for pair in zip(*map(prefixes, nets), strict=True):
+            a, b = (net(x).movedim(1, 0).flatten(1) for net in pair)
+            linear_sum_assignment(torch.corrcoef(torch.cat([a, b]))[: len(a), len(a) :].nan_to_num(), maximize=True)
+
+    ours = cost(lambda: alignment.align(symmetry, nets[0], first, second, x, batch=32))
+    ways: Ways = {("ResNet-18", OURS): ours, ("ResNet-18", "prefix networks"): cost(by_prefix)}
+    ways["ResNet-18", "two forward passes"] = cost(lambda: [net(part) for net in nets for part in x.split(32)])
+    ways["first symmetry", OURS] = cost(lambda: alignment.symmetry(next(fresh), x[:2]))
+    ways["second symmetry", OURS] = cost(lambda: alignment.symmetry(nets[0], x[:2]))
+    ways |= {(case, "the alignment itself"): ours for case in ("first symmetry", "second symmetry")}
+    return compare("alignment", ways, turns)
+
+
+def prefixes(net: nn.Module) -> Iterator[nn.Module]:
+    """The networks up to each place of the 13 permutations: stem, inside of every block, end of every stage."""
+    layers = [m for part in net.children() for m in (part if isinstance(part, nn.Sequential) else [part])]
+    yield nn.Sequential(*layers[:3])
+    for k, block in enumerate(layers):
+        if isinstance(block, models.BasicBlock):
+            yield nn.Sequential(*layers[:k], block.conv1, block.norm1, nn.ReLU())
+            if k % 2 == 0:  # the stem is three layers, a stage two
+                yield nn.Sequential(*layers[: k + 1])
 
 
 class ByJvp(Linearized):
@@ -359,144 +441,78 @@ class ByJvp(Linearized):
         """Prepared inputs to logits."""
         theta, point = dict(self.named_parameters()), dict(self.network.named_parameters())
         steps = {name: theta[name] - p for name, p in point.items()}
-        with sdpa_kernel(SDPBackend.MATH):
-            pair = jvp(lambda p: functional_call(self.network, p, (x,)), (point,), (steps,))
+        pair = jvp(lambda p: functional_call(self.network, p, (x,)), (point,), (steps,))
         return pair[0] + pair[1]
 
 
-def seconds_of(name: str) -> dict[str, float]:
-    """The seconds of a step of one network in each way, interleaved, in this process as it stands."""
-    factory, count = NETWORKS[name]
-    stream = digits_like(BATCH)
-    net, batch = factory(stream), stream[0].batch(slice(None))
-    nets = {"ours": Linearized(net), "ordinary": net, "jvp": ByJvp(net)}
-    ways = {way: steps(made, batch.x, batch.y, count, SGD) for way, made in nets.items()}
-    return {way: seconds / count for way, seconds in interleaved(ways, 11).items()}
+def tangent(turns: int = 5, share: float = 1.0) -> list[Row]:
+    """A tangent step against an ordinary one and against the definition."""
+    stream = noise(max(2, round(64 * share)), (1, 28, 28))
+    batch, ways = stream[0].batch(slice(None)), {}
+    for case, (factory, *_) in NETS.items():
+        net = factory(stream)
+        for way, made in ((OURS, Linearized(net)), ("an ordinary step", net), ("torch.func.jvp", ByJvp(net))):
+            ways[case, way] = steps(made, batch, SGD)
+    return compare("tangent step", ways, turns)
 
 
-def tangent_steps() -> list[Row]:
-    """Our steps a second over each other's, one process a network."""
-    table = []
-    for name in NETWORKS:
-        seconds = apart(seconds_of, name)
-        for way, words in (("ordinary", "an ordinary step"), ("jvp", "by torch.func.jvp")):
-            title = f"tangent step of {name} / {words}"
-            table.append(row(title, "steps a second", 1 / seconds["ours"], 1 / seconds[way]))
-    return table
+def modulation(turns: int = 5, share: float = 1.0) -> list[Row]:
+    """A step that modulates a frozen network's weights against one that trains all of them."""
+    stream = noise(max(2, round(32 * share)), (1, 28, 28))
+    batch, net = stream[0].batch(slice(None)), models.torchvision(stream, "mobilenet_v2")
+    ways: Ways = {("MobileNetV2", OURS): steps(Modulated(net, Modulation(4, 4)), batch, torch.optim.AdamW)}
+    ways["MobileNetV2", "a plain step"] = steps(net, batch, torch.optim.AdamW)
+    return compare("modulated step", ways, turns)
 
 
-STEPS = 5  # timed together
-ADAMW = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0)
+def consolidation(turns: int = 5, share: float = 1.0) -> list[Row]:
+    """A run with each consolidation against one without."""
+    stream, recipe = noise(max(64, round(6000 * share)), (1, 28, 28), tasks=3), Training(1, 64, 0.01)
+    learn = partial(run, stream, models.mlp, training=recipe, device="cpu", progress=False, keep=False)
+    ways: Ways = dict.fromkeys([("EMA()", "one without"), ("SFA(p=0.02)", "one without")], cost(learn))
+    ways["EMA()", OURS] = cost(partial(learn, consolidation=EMA()))
+    ways["SFA(p=0.02)", OURS] = cost(partial(learn, consolidation=SFA(p=0.02)))
+    return compare("run with", ways, turns)
 
 
-def inference(net: nn.Module, x: Tensor) -> Way:
-    """A few forward passes without gradients."""
-    net.eval()
-
-    @torch.no_grad()
-    def go() -> None:
-        for _ in range(STEPS):
-            net(x)
-        _finish(x)
-
-    return go
+BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->\n"
 
 
-def modulated_steps() -> list[Row]:
-    """Seconds a step and a pass: ours is the modulated one, so a ratio above 1 says how much slower it is."""
-    table, stream, device = [], digits_like(BATCH // 2), "cuda" if torch.cuda.is_available() else "cpu"
-    batch = stream[0].batch(slice(None), device=device, layout=torch.channels_last)
-    backbones = {
-        "MobileNetV2 x0.35": models.torchvision(stream, "mobilenet_v2", width_mult=0.35),
-        "MobileNetV2 x1": models.torchvision(stream, "mobilenet_v2"),
-        "ResNet-18, width 16": models.resnet18(stream, width=16),
-    }
-    with threadpool_limits(1):
-        for name, backbone in backbones.items():
-            backbone = backbone.to(device).to(memory_format=torch.channels_last)
-            made = Modulated(backbone, Modulation(4, 4))
-            folded = made.folded(made.state(range(10)))
-            pairs = {
-                f"step of {name}, modulated / plain": [
-                    steps(net, batch.x, batch.y, STEPS, ADAMW) for net in (made, backbone)
-                ],
-                f"inference of {name}, folded / backbone": [
-                    inference(net, batch.x) for net in (folded, Modulated(backbone).backbone)
-                ],
-            }
-            for title, (ours, theirs) in pairs.items():
-                seconds = interleaved({"ours": ours, "theirs": theirs}, 9)
-                table.append(row(title, "seconds", seconds["ours"] / STEPS, seconds["theirs"] / STEPS))
-    return table
+def record(found: Iterable[Row], root: Path | None = None) -> list[Row]:
+    """Writes rows to figures/bench.json, in the place of older ones of their benchmarks, and its table to README.md.
+
+    Machine, versions and date go with them. Both files are those of the repository, by default the one around. Gives
+    the rows. Raises ValueError before the first is taken if the README has no place for the table.
+    """
+    path, readme = (root or repository()) / "figures" / "bench.json", (root or repository()) / "README.md"
+    before, mark, rest = (readme.read_text(encoding="utf-8") if readme.exists() else "").partition(BEGIN)
+    if not mark:
+        raise ValueError(f"write: {readme} has no line {BEGIN.strip()}; write from within clkit's repository")
+    taken = list(found)
+    whole = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, some in itertools.groupby(taken, lambda row: row["benchmark"]):
+        whole[name] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": {}, "rows": list(some)}
+        whole[name]["versions"] = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
+    write_json(path, whole)
+    write_text(readme, before + BEGIN + table(whole) + END + rest.partition(END)[2])
+    return taken
 
 
-def prefixes(net: nn.Module) -> Iterator[nn.Module]:
-    """The networks up to each place of the 13 permutations: stem, inside of every block, end of every stage."""
-    net = copy.deepcopy(net)
-    for block in (m for m in net.modules() if isinstance(m, models.BasicBlock)):
-        width = block.conv2.out_channels
-        if not len(block.shortcut):
-            identity = nn.Conv2d(width, width, 1, bias=False)
-            nn.init.dirac_(identity.weight)
-            block.shortcut.append(identity)
-    modules = [m for part in net.children() for m in (part if isinstance(part, nn.Sequential) else [part])]
-    blocks = 0
-    for k, module in enumerate(modules):
-        if isinstance(module, models.BasicBlock):
-            yield nn.Sequential(*modules[:k], module.conv1, module.norm1, nn.ReLU())
-            blocks += 1
-        if isinstance(module, nn.BatchNorm2d) or (isinstance(module, models.BasicBlock) and blocks % 2 == 0):
-            yield nn.Sequential(*modules[: k + 1])
+def machine() -> str:
+    """The processor's model and how many cores it has here."""
+    cpu = Path("/proc/cpuinfo")
+    model = cpu.read_text().partition("model name\t: ")[2].partition("\n")[0] if cpu.exists() else os.uname().machine
+    return f"{model}, {os.cpu_count()} cores, 1 thread"
 
 
-def correlation(first: nn.Module, second: nn.Module, batches: list[Tensor]) -> Tensor:
-    """Pearson's correlation of the channels of two networks, in two passes."""
-
-    def channels(net: nn.Module, x: Tensor) -> Tensor:
-        return net(x).movedim(1, -1).flatten(0, -2).double()
-
-    count, means, outer, squares = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
-    for x in batches:
-        a, b = channels(first, x), channels(second, x)
-        count, means, outer = count + len(a), means + torch.stack([a.sum(0), b.sum(0)]), outer + a.T @ b
-    means = means / count
-    for x in batches:
-        a, b = channels(first, x), channels(second, x)
-        squares = squares + torch.stack([(a - means[0]).square().sum(0), (b - means[1]).square().sum(0)])
-    deviations = (squares / count).sqrt()
-    return (outer / count - torch.outer(*means)) / (torch.outer(*deviations) + 1e-12)
-
-
-@torch.no_grad()
-def alignment_seconds() -> dict[str, float]:
-    """Seconds of each way, interleaved, in this process as it stands."""
-    from scipy.optimize import linear_sum_assignment
-
-    x = torch.randn(200, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    rows = data.Examples(x, torch.arange(200) % 10)
-    stream = data.domains([data.Dataset("noise", rows, rows, tuple(map(str, range(10))))])
-    nets, batches = [models.resnet18(stream, seed=seed).eval() for seed in (0, 1)], list(x.split(25))
-    symmetry = alignment.symmetry(nets[0], x[:2])
-    first, second = map(get_weights, nets)
-    places = [list(prefixes(net)) for net in nets]
-
-    def by_prefix() -> None:
-        for pair in zip(*places, strict=True):
-            linear_sum_assignment(correlation(pair[0], pair[1], batches).numpy(), maximize=True)
-
-    ways: dict[str, Way] = {
-        "ours": lambda: alignment.align(symmetry, nets[0], first, second, x, batch=25),
-        "forward": lambda: [net(batch) for net in nets for batch in batches],
-        "prefixes": by_prefix,
-    }
-    return interleaved(ways, 3)
-
-
-def alignments() -> list[Row]:
-    """Our rate over each other's."""
-    seconds = apart(alignment_seconds)
-    names = {"prefixes": "a prefix network each", "forward": "the two forward passes alone"}
-    return [
-        row(f"alignment / {words}", "alignments a second", 1 / seconds["ours"], 1 / seconds[way])
-        for way, words in names.items()
-    ]
+def table(whole: Mapping[str, Row]) -> str:
+    """What was recorded as a table in Markdown: a line for each thing that is measured and what it is held against."""
+    lines, runs = {}, {}
+    for name in (name for name in benchmarks() if name in whole):
+        versions = ", ".join(f"{package} {version}" for package, version in sorted(whole[name]["versions"].items()))
+        runs[f"{whole[name]['machine']}; {versions}; {whole[name]['date']}"] = None
+        for row in whole[name]["rows"]:
+            ratio = f"{row['ratio']:.2f}" if row["ratio"] else "not installed"
+            lines.setdefault((row["what"], row["against"]), []).append(f"{row['case']} {ratio}")
+    body = [f"| {what} | {other} | {', '.join(cells)} |" for (what, other), cells in lines.items()]
+    return "\n".join(["| | against | times as fast |", "|---|---|---|", *body, "", f"On {'. '.join(runs)}.", ""])

@@ -165,30 +165,25 @@ def _run(parsed: argparse.Namespace, parts: Mapping[str, str], settings: Mapping
 
 def bench(argv: Sequence[str]) -> int:
     """Runs the benchmarks and tabulates the ratios."""
-    parser = Parser(
-        prog="clkit bench", allow_abbrev=False, description="Measure each fast path against the naive way, as a ratio."
-    )
-    parser.add_argument("names", nargs="*", help="benchmarks; default: all")
-    parser.add_argument("--list", action="store_true", help="only print their names")
+    about = "Measure speed against the naive way, a floor and peers, as ratios."
+    parser = Parser(prog="clkit bench", allow_abbrev=False, description=about)
+    parser.add_argument("names", nargs="*", help=f"{', '.join(benchmarks.benchmarks())}; default: all")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    parser.add_argument("--write", action="store_true", help="record rows in figures/bench.json and in README.md")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     chosen = parser.parse_all(argv)
-    if chosen.list:
-        print("\n".join(benchmarks.benchmarks()))
-        return 0
     try:
-        rows = list(benchmarks.rows(chosen.names, progress=not chosen.quiet))
+        found = benchmarks.rows(chosen.names, progress=not chosen.quiet)
+        rows = benchmarks.record(found) if chosen.write else list(found)
     except ValueError as error:
         return _complain(error)
     except (RuntimeError, OSError) as error:
         return _complain(error, status=1)
     if chosen.json:
-        print(json.dumps(rows, default=float))
+        print(json.dumps(rows))
         return 0
-    shown = [
-        (r["name"], f"{r['ours']:.4g}", f"{r['theirs']:.4g}", r.get("unit", ""), f"{r['ratio']:.2f}") for r in rows
-    ]
-    _print_table(("ours", "theirs", "unit", "ratio"), shown)
+    shown = DataFrame(rows).set_index("name")[["ours", "theirs", "ratio", "unit"]]
+    print(shown.rename_axis(None).to_string(na_rep="not installed", float_format="%.4g"))
     return 0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clkit import checks, cli
+from clkit import benchmarks, checks, cli
 from clkit.learners import LEARNERS, PerTask
 
 QUICK = [
@@ -152,18 +152,22 @@ def test_every_choice_has_options_that_take_their_own_defaults(part):
                 assert checks.parse(option.name, option.shown, option.hint) == option.default, (name, option)
 
 
-def test_bench_prints_ratios(capsys, monkeypatch):
-    row = {"name": "merge", "ours": 4.0, "theirs": 2.0, "ratio": 2.0}
-    found = {"one": lambda: [row], "many": lambda: [row, row | {"unit": "images a second"}]}
-    monkeypatch.setattr("clkit.benchmarks.benchmarks", lambda: found)
+def test_bench_prints_ratios_and_names_what_is_not_installed(capsys, monkeypatch):
+    row = {"name": "merge / plain code", "unit": "seconds", "ours": 2.0, "theirs": 5.0, "ratio": 2.5}
+    peer = row | {"name": "merge / Peer", "theirs": None, "ratio": None}
+    monkeypatch.setattr("clkit.benchmarks.apart", lambda name: [row, peer] if name == "merging" else [row])
     status, out, _ = call(capsys, "bench", "--quiet")
-    assert status == 0 and out.count("2.00") == 3 and "images a second" in out
-    assert json.loads(call(capsys, "bench", "one", "--quiet", "--json")[1]) == [row]
+    assert status == 0 and out.count("2.5") == len(benchmarks.benchmarks()) and out.count("not installed") == 2
+    found = json.loads(call(capsys, "bench", "merging", "--quiet", "--json")[1])
+    assert found == [{"benchmark": "merging", **row}, {"benchmark": "merging", **peer}]
 
 
-def test_bench_lists_what_the_package_has(capsys):
-    status, out, _ = call(capsys, "bench", "--list")
-    assert status == 0 and "training" in out.split()
+def test_bench_writes_only_where_there_is_a_place_for_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("clkit.benchmarks.apart", lambda name: pytest.fail("it ran"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    status, _, err = call(capsys, "bench", "merging", "--quiet", "--write")
+    assert status == 2 and "README.md has no line" in err and not (tmp_path / "figures").exists()
 
 
 def write_notebook(path, source):

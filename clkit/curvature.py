@@ -1,8 +1,9 @@
 """How much each parameter matters to a model's outputs: Fisher information, MAS's sensitivity; Gram matrices of inputs.
 
-Everything here is pure: gradients are taken one example at a time in evaluation mode on a copy of the model. Many
-examples go at once, or one after the other where the network's operations cannot be batched so. Importances have one
-entry for each parameter that wants a gradient, named as `get_weights` names it.
+Everything here is pure: gradients are those of one example at a time, in evaluation mode on a copy of the model. Many
+examples go at once: a linear layer's and a convolution's squares come from inputs and gradients of outputs. Examples go
+one after the other where the network's operations cannot be batched so. Importances have one entry for each parameter
+that wants a gradient, named as `get_weights` names it.
 """
 
 import copy
@@ -27,7 +28,7 @@ from clkit.weights import Weights, set_weights
 FisherLabels = Literal["sampled", "true", "exact", "weighted"]
 LARGEST_CHUNK = 512
 NUMBERS_AT_ONCE = 2**28  # of per-example gradients
-NUMBERS_IN_A_PIECE = 2**22  # of what a layer met
+NUMBERS_IN_A_PIECE = 2**20  # of a layer's unfolded inputs and gradients: what a cache holds
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -60,7 +61,7 @@ def fisher(
     `space` masks the classes of the prediction (True: competes) and broadcasts to the logits, as `Criterion.space`
     gives it. Logits of sequences (N, L, C) are an example each: log-likelihoods add up over positions, those whose `y`
     is -100 left out; "exact" and "weighted" are not offered for them. `chunk` examples are done at once (None: as many
-    as keep the per-example gradients at 1 GiB in float32, at most 512), which changes nothing but the memory needed.
+    as keep per-example gradients below 1 GiB in float32, at most 512), which changes nothing but the memory needed.
 
     Raises ValueError for labels that are missing or not one a row, for no rows, and for a model that wants no gradient.
     """
@@ -143,7 +144,7 @@ def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode)  # pyright: ignore
-        x = patches(x.unsqueeze(1), layer.kernel_size, layer.stride, 0, layer.dilation).transpose(1, 2)
+        x = patches(x[None], layer.kernel_size, layer.stride, 0, layer.dilation)[0].T
     return x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -198,7 +199,8 @@ def _ready(model: nn.Module, x: Tensor, chunk: int | None) -> tuple[nn.Module, i
 def _copied(model: nn.Module, x: Tensor) -> nn.Module:
     if not len(x):
         raise ValueError("x: it has no rows; pass at least one example")
-    net = copy.deepcopy(unwrapped(model))
+    with torch.inference_mode(False):
+        net = copy.deepcopy(unwrapped(model))
     net.eval()
     return net
 
@@ -211,8 +213,9 @@ Size = Callable[[Tensor], Tensor]
 def _mean_slopes(net: nn.Module, objective: Objective, size: Size, x: Tensor, chunk: int, choices: int = 1) -> Slopes:
     """The mean over rows of `size` of the objective's gradient in each row alone, summed over the choices."""
     # the attention that can be batched over examples; what torch batches by a loop of its own is no news
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), torch.enable_grad():
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), torch.inference_mode(False):
         warnings.filterwarnings("ignore", "There is a performance drop")
+        x = x.clone() if x.is_inference() else x
         try:
             total = _by_layer(net, objective, size, x, chunk, choices)
         except (RuntimeError, ValueError):  # what vmap cannot do: recurrent cells, branches on values, dropout
@@ -221,7 +224,7 @@ def _mean_slopes(net: nn.Module, objective: Objective, size: Size, x: Tensor, ch
 
 
 def _one_by_one(net: nn.Module, objective: Objective, size: Size, x: Tensor, choices: int) -> Slopes:
-    """Sums over rows and choices, in one pass each."""
+    """The sum over rows and choices of `size` of the gradient, in one pass each."""
     live = trainable(net)
     total = {name: torch.zeros_like(p) for name, p in live.items()}
     try:
@@ -249,18 +252,12 @@ class _Tapped(TorchFunctionMode):
     """Keeps the products with known weights, and adds to some a tap: a zero, whose gradient is the product's own."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
         self.names = {id(weight): name for name, weight in weights.items()}
         self.taps: Slopes = {}
         self.products: dict[str, Product] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.embedding and kwargs["padding_idx"] is not None:  # torch's vmap forgets it
-            table, padding = args[1], kwargs["padding_idx"]
-            rows = torch.arange(len(table), device=table.device)[:, None]
-            args = args[0], torch.where(rows == padding % len(table), table.detach(), table)
-            kwargs = {**kwargs, "padding_idx": None}
         out = func(*args, **kwargs)
         if func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
             product = Product(out.shape, *args, **kwargs)
@@ -273,8 +270,9 @@ class _Tapped(TorchFunctionMode):
 def _by_layer(net: nn.Module, objective: Objective, size: Size, x: Tensor, chunk: int, choices: int) -> Slopes:
     """The same, from what goes into linear layers and convolutions and from the gradients at what comes out.
 
-    Those give a weight's whole gradient where the graph takes the weight in once: there. Of any other parameter each
-    example gets its own, whose gradients are formed. Each row passes the network alone, by vmap.
+    These give a weight's whole gradient if autograd's graph takes the weight in once, and a zero added to the layer's
+    output has a gradient: the weight has no other way. Of any other parameter each example gets one of its own, whose
+    gradient is formed. Each row passes the network alone, by vmap. Raises RuntimeError where that cannot be.
     """
     leaves = {name: p.detach().requires_grad_() for name, p in trainable(net).items()}
     tapped, whole = _Tapped(leaves), {}
@@ -301,8 +299,7 @@ def _by_layer(net: nn.Module, objective: Objective, size: Size, x: Tensor, chunk
         if any(uses[id(leaves[name])] != 1 for name in whole):
             raise RuntimeError("the network is another at every call")
         for choice in range(choices):
-            value, again = objective(out, rows, choice), choice + 1 < choices
-            slopes = torch.autograd.grad(value, list(given.values()), retain_graph=again)
+            slopes = torch.autograd.grad(objective(out, rows, choice), [*given.values()], retain_graph=choices > 1)
             for name, slope in zip(given, slopes, strict=True):
                 total[name] += _sum(whole[name], inputs[name], slope, size) if name in whole else size(slope).sum(0)
     return total

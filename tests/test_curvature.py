@@ -260,7 +260,6 @@ FAMILY = {
         (4, 2, 7),
     ),
     "in place": (lambda: chain(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3), nn.ReLU(inplace=True)), (4, 5)),
-    "padded words": (lambda: chain(nn.Embedding(7, 4, padding_idx=2), nn.Flatten(), nn.Linear(12, 3)), IDS),
     "counted words": (lambda: chain(nn.Embedding(7, 4, scale_grad_by_freq=True), nn.Flatten()), IDS),
     "attention": (
         lambda: Built(lambda m, x: m.layers[0](x, x, x)[0][:, 0], nn.MultiheadAttention(4, 2, batch_first=True)),
@@ -271,6 +270,7 @@ FAMILY = {
     "a hook": (listened_to, (4, 5)),
 }  # fmt: skip
 ALONE = {
+    "padded words": (lambda: chain(nn.Embedding(7, 4, padding_idx=2), nn.Flatten(), nn.Linear(12, 3)), IDS),
     "a gate without gradients": (lambda: Built(gated, w=(3, 5)), (4, 5)),
     "a branch": (
         lambda: Built(lambda m, x: m.layers[0](x) * (m.w if m.w.sum() > 0 else -m.w), nn.Linear(5, 3), w=3), (4, 5)
@@ -373,6 +373,16 @@ def test_the_model_is_left_as_it_was(measure):
     assert all(p.grad is None for p in model.parameters())
     assert found.keys() == dict(model.named_parameters()).keys() - {"conv1.weight"}
     assert found.keys() <= before.keys() and not any(t.requires_grad for t in found.values())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_they_can_be_measured_where_gradients_are_off(mode):
+    model, x, y = pictures()
+    wanted = fisher(model, x, labels="true", y=y), sensitivity(model, x)
+    with mode():
+        inputs, labels = x.clone(), y.clone()
+        assert equal(fisher(model, inputs, labels="true", y=labels), wanted[0])
+        assert equal(sensitivity(model, inputs), wanted[1])
 
 
 def test_tied_parameters_appear_once_with_both_their_uses():

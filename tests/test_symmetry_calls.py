@@ -1,8 +1,12 @@
 """Symmetries of models as they are called: what examples and outputs may hold, and what is told when a trace fails."""
 
+import copy
 import dataclasses
+import gc
 import logging
+import threading
 import warnings
+import weakref
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -355,3 +359,72 @@ class TestFailures:
         assert not vars(X) and not vars(ONE)
         assert {record.name for record in caplog.records} <= {"torch.__trace"}  # which pytest alone hears
         assert net.training
+
+
+RAMP = torch.ones(8)  # what the net below reads from its module
+
+
+class Told(Net):
+    """Its eight units stay where they are as soon as one of many things in it tells them apart."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda net, x: net.out(x))
+        self.more, self.flag, self.plain = nn.Identity(), False, torch.ones(8)
+
+    def out(self, x: Tensor) -> Tensor:
+        y = self.more(self.a(x).relu()) * self.plain * RAMP
+        return self.h(y * torch.arange(8.0) if self.flag else y)
+
+
+class Ramp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.arange(8.0)
+
+
+def scaled_rows(self: nn.Linear, x: Tensor) -> Tensor:
+    return x @ self.weight.T * torch.arange(len(self.weight)) + self.bias
+
+
+TOLD = {
+    "an attribute": lambda net, _: setattr(net, "flag", True),
+    "a submodule": lambda net, _: setattr(net, "more", Ramp()),
+    "a tensor's values": lambda net, _: net.plain.mul_(torch.arange(8.0)),
+    "a tensor in place of another": lambda net, _: setattr(net, "plain", torch.arange(8.0)),
+    "a method": lambda net, _: setattr(net, "out", lambda x: net.h(net.a(x) * torch.arange(8.0))),
+    "what it calls": lambda net, _: setattr(net, "call", lambda net, x: net.h(net.a(x).sort().values)),
+    "the forward of a part": lambda net, _: setattr(net.more, "forward", lambda x: x * torch.arange(8.0)),
+    "the forward of an installed class": lambda _, patch: patch.setattr(nn.Linear, "forward", scaled_rows),
+    "a method of the class": lambda _, patch: patch.setattr(Told, "out", lambda net, x: net.h(net.a(x).cumsum(1))),
+    "a global": lambda _, patch: patch.setitem(globals(), "RAMP", torch.arange(8.0)),
+    "a hook": lambda net, _: net.a.register_forward_hook(lambda *args: args[-1] * torch.arange(8.0)),
+    "shared memory": lambda net, _: net.a.register_parameter("bias", nn.Parameter(net.h.weight.data[0])),
+}
+
+
+class TestTheSecondCall:
+    def test_it_gets_the_answer_of_the_first(self):
+        net, x = Told(), X.clone()
+        first = alignment.symmetry(net, x)
+        assert alignment.symmetry(net, X) is first and list(first.groups) == ["a"]
+        assert alignment.symmetry(copy.deepcopy(net), X) is not first
+        assert alignment.symmetry(net, X[:3]) is not first
+
+    @pytest.mark.parametrize("name", TOLD)
+    def test_a_change_is_seen(self, name, monkeypatch):
+        net = Told()
+        assert alignment.symmetry(net, X).groups
+        TOLD[name](net, monkeypatch)
+        symmetry = alignment.symmetry(net, X)
+        assert not symmetry.groups and symmetry.verify(net).holds
+
+    def test_what_has_no_description_is_derived_again(self):
+        net = Told()
+        vars(net)["lock"] = threading.Lock()
+        assert alignment.symmetry(net, X) is not alignment.symmetry(net, X)
+
+    def test_nothing_is_kept_of_a_model_that_is_gone(self):
+        net = Told()
+        kept = weakref.ref(alignment.symmetry(net, X))
+        del net
+        gc.collect()
+        assert kept() is None

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.modules import unwrapped
+from clkit.store import describe, digest
 from clkit.symmetry.elements import Axis, Group
 from clkit.symmetry.labels import Factor, Label, Span, drop, fixed
 from clkit.symmetry.moving import Call, is_shape
@@ -39,8 +41,24 @@ def symmetry(model: nn.Module, example: Any) -> Symmetry:
     model does not use in evaluation (auxiliary heads) follow its graph in training. Raises ValueError for a model
     that `torch.export` cannot follow, for one with a shape that depends on the values of its inputs, and for an
     example without elements.
+
+    A model and an example that are in all as they were at the last call get the same answer at once: values, code,
+    attributes, hooks and modes. What an installed package defines is taken to stay, but for the modules' forward.
     """
-    model = unwrapped(model)
+    forwards = [type(module).forward for module in model.modules()]
+    try:
+        key, held = digest(describe([model, forwards, example, torch.get_default_dtype()])), _FOUND.get(model)
+    except TypeError:  # something in it cannot be told apart
+        return _symmetry(unwrapped(model), example)
+    if held is None or held[0] != key:
+        held = _FOUND[model] = key, _symmetry(unwrapped(model), example)
+    return held[1]
+
+
+_FOUND: WeakKeyDictionary[nn.Module, tuple[str, Symmetry]] = WeakKeyDictionary()
+
+
+def _symmetry(model: nn.Module, example: Any) -> Symmetry:
     shapes = {name: tuple(t.shape) for name, t in live_tensors(model).items()}
     program = trace(model, example)
     programs = [program]

@@ -165,13 +165,8 @@ def _stand_in(operation: Any) -> Any:
     return getattr(torch.ops.clkit, name).default
 
 
-WHOLE = {
-    operation.default: _stand_in(operation.default)
-    for operation in (
-        *(aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d),
-        aten.scaled_dot_product_attention,
-    )
-}
+POOLING = aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d
+WHOLE = {some.default: _stand_in(some.default) for some in (*POOLING, aten.scaled_dot_product_attention)}
 
 
 class _Whole(Interpreter):

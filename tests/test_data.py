@@ -211,6 +211,10 @@ def test_inputs_that_are_given_stay_when_rows_are_joined():
     batch = task_of(toy()).batch(slice(0, 4))
     mixed = replace(batch, x=batch.x / 2).join(images(2), torch.tensor([1, 2]))
     assert torch.equal(mixed.x[:4], batch.x / 2) and torch.equal(mixed.x[4:], batch.prepare(images(2)))
+    with torch.inference_mode():
+        first = task_of(toy()).batch(slice(0, 4))
+        assert len(first.x) == 4
+    assert not first.x.is_inference() and torch.equal(first.x, batch.x)
     with pytest.raises(AttributeError, match="batch: it has no 'z'"):
         _ = batch.z
 

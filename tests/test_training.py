@@ -17,8 +17,8 @@ from clkit.evaluation import evaluate, score
 from clkit.learners import ER, Learner
 from clkit.modules import hooked
 from clkit.training import Training, label, run
+from clkit.training.computing import descend
 from clkit.training.loop import _Loop
-from clkit.training.settings import descend
 from clkit.weights import equal, get_weights
 from toys import quick
 

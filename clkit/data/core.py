@@ -168,8 +168,29 @@ class Batch:
     def __getattr__(self, name: str) -> Any:
         if name != "x":
             raise AttributeError(f"batch: it has no {name!r}")
-        self.x = made = self._made(self.parts)
+        with torch.inference_mode(False):  # training needs the inputs too, wherever they are first asked for
+            self.x = made = self._made(self.parts)
         return made
+
+    @property
+    def size(self) -> int:
+        """The number of rows of the current task."""
+        return len(self.raw)
+
+    def prepare(self, raw: Tensor) -> Tensor:
+        """Turn raw rows into inputs as the batch's own were: on its device, in its layout, augmented if it was."""
+        return self._made((self._part(raw),))
+
+    def join(self, raw: Tensor, y: Tensor) -> "Batch":
+        """Append rows from a memory, prepared as the batch's own."""
+        y = torch.cat([self.y, y.to(self.y.device, non_blocking=True)])
+        if "x" in vars(self):
+            return replace(self, x=torch.cat([self.x, self.prepare(raw)]), y=y)
+        return replace(self, x=LATER, y=y, parts=(*self.parts, self._part(raw)))
+
+    def _part(self, raw: Tensor) -> tuple[Tensor, Moves | None]:
+        raw = raw.to(self.raw.device, non_blocking=True)
+        return raw, self.task.augment.drawn(raw, self.generator)
 
     def _made(self, parts: tuple[tuple[Tensor, Moves | None], ...]) -> Tensor:
         raws, moves = [raw for raw, _ in parts], [moves for _, moves in parts]
@@ -178,22 +199,6 @@ class Batch:
             raw = self.task.augment.apply(raw, *(torch.cat(same, -1) for same in zip(*moves, strict=True)))
         x = self.task.prepare(raw)
         return x.contiguous(memory_format=self.layout) if self.layout else x
-
-    @property
-    def size(self) -> int:
-        """The number of rows of the current task."""
-        return len(self.raw)
-
-    def prepare(self, raw: Tensor) -> Tensor:
-        """Turn raw rows into inputs as the batch's own were: moved to its device, augmented if it was."""
-        return self.task.prepare(raw.to(self.raw.device, non_blocking=True), self.generator)
-
-    def join(self, raw: Tensor, y: Tensor) -> "Batch":
-        """Append rows from a memory, prepared as the batch's own."""
-        raw, y = (t.to(self.y.device, non_blocking=True) for t in (raw, y))
-        part = raw, self.task.augment.drawn(raw, self.generator)
-        x = torch.cat([self.x, self._made((part,))]) if "x" in vars(self) else LATER
-        return replace(self, x=x, y=torch.cat([self.y, y]), parts=(*self.parts, part))
 
 
 LATER: Any = None  # inputs that are made when they are asked for

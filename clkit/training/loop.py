@@ -26,7 +26,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -42,9 +42,9 @@ from clkit.data import Batch, Stream, Task, cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
 from clkit.modules import dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
-from clkit.training import trial
+from clkit.training import computing, trial
 from clkit.training.capture import CAPTURES, Captured, capturable, on_gpu
-from clkit.training.settings import Result, Training, descend
+from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, get_weights, set_weights
 
 ModelFactory = Callable[..., nn.Module]
@@ -120,9 +120,9 @@ def run(
     rule: Consolidation = consolidation if consolidation is not None else NoConsolidation()
     training = training if training is not None else Training()
     started = time.perf_counter()
-    with _threads(threads):
+    with computing.with_threads(threads):
         trial.check_arguments(stream, model, learner, rule, training, resume)
-        place, model = find_device(device), unwrapped(model) if isinstance(model, nn.Module) else model
+        place, model = computing.find_device(device), unwrapped(model) if isinstance(model, nn.Module) else model
         path = store.writable(checkpoint) if checkpoint is not None else None
         begun = path if path is not None and path.exists() else resume
         start = Result.load(begun) if isinstance(begun, Path | str) else begun
@@ -139,7 +139,7 @@ def run(
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
         }
         gpu = on_gpu(place, training.deterministic) if place.type == "cuda" else nullcontext()
-        with gpu, _reproducible(seed, place):
+        with gpu, computing.reproducible(seed, place):
             net = trial.made(model, stream, seed, place)
             parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "seed": seed}
             parts |= {"initial weights": net, "device": place.type, "keep": keep, "watch": watch, "threads": threads}
@@ -178,21 +178,11 @@ class _Loop:
         self.holdout = getattr(self.consolidation, "holdout", None) or 0.0
         setting = Setting(self.own, self.criterion, len(self.stream.classes), training.batch, self.holdout)
         self.learner.start(setting)
-        convolves = any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
-        channels_last = training.channels_last if training.channels_last is not None else convolves
-        self.layout = torch.channels_last if channels_last and len(self.stream.shape) == 3 else None
-        for parameter in model.parameters():
-            if self.layout is not None and parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=self.layout)
+        self.layout = computing.laid_out(model, self.stream, training.channels_last)
         self.optimizer = training.make_optimizer(model.parameters())
         self.frozen = frozen_modules(model)
         training_mode(model, self.frozen)
-        bfloat16 = training.precision == "bfloat16" or (
-            training.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        again = device.type in CAPTURES  # a replay casts weights anew
-        halved = functools.partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=not again)
-        self.autocast = halved if bfloat16 else nullcontext
+        self.autocast = computing.autocast(training.precision, device)
         self.base = self.previous = get_weights(model)
         self.kept = [name for name in self.base if name in frozen_tensors(model)]
         self.history: list[Weights] = []
@@ -200,7 +190,7 @@ class _Loop:
         self.report: dict[str, Any] = {}
         self.trace = torch.zeros(0, device=device)
         self.scratch = scratch_copy(model) if not isinstance(self.consolidation, NoConsolidation) else model
-        with _reproducible(self.seed, device), self.autocast():
+        with computing.reproducible(self.seed, device), self.autocast():
             trial.attempt(self)
         if training.compile:
             model.compile()  # copies are not compiled
@@ -345,7 +335,7 @@ class _Loop:
         self.learner.adjust_gradients(self.model, batch)
         if self.training.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
-        descend(self.optimizer)
+        computing.descend(self.optimizer)
         return loss.detach()
 
     def joined_update(self, x: Tensor, y: Tensor) -> Tensor:
@@ -403,7 +393,7 @@ class _Loop:
             symmetry=lambda: self.symmetry,
             memo=self.memo,
         )
-        with _reproducible(self.seed + progress.task, self.device):
+        with computing.reproducible(self.seed + progress.task, self.device):
             merged = trial.checked(self.consolidation(context), current, self.consolidation)
         context.later.clear()  # what was not asked for would be made of a later state
         self.memo, self.report = merged.memo, dict(merged.report)
@@ -431,7 +421,7 @@ class _Loop:
     def aside(self, ask: Callable[[Task], Any], task: Task) -> Any:
         """What the learner answers; all generators are put back, so that training is the same if nobody asks."""
         state = self.own.get_state()
-        with _reproducible(self.seed + task.index, self.device):
+        with computing.reproducible(self.seed + task.index, self.device):
             found = ask(task)
         self.own.set_state(state)
         return found
@@ -460,37 +450,3 @@ class _Loop:
                 return evaluate(self.model, self.stream, predict=self.learner.predict)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{self.learner!r} with {self.consolidation!r}, {error}") from error
-
-
-def find_device(device: torch.device | str) -> torch.device:
-    """The device meant: "auto" is the first GPU if there is one, else the CPU. Raises ValueError if it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with checks.explained(f"device: {device!r} is unknown to torch", 'use "cpu", "cuda" or "auto"', of=RuntimeError):
-        place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'device: {str(device)!r} was asked for and torch sees no GPU; use "cpu" or "auto"')
-    return place
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Lets torch compute with so many threads, and gives their number back as it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _reproducible(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's global generators, which dropout draws from, and gives them back as they were."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng([device] if cuda else []):
-        if cuda:
-            torch.manual_seed(seed)
-        else:  # torch.manual_seed would queue a call, with its stack in words, for a GPU that may come: a third of EMA
-            torch.default_generator.manual_seed(seed)
-        yield

@@ -1,6 +1,5 @@
 """The two ends of a run: how a task is trained, and what a run gives."""
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,20 +93,6 @@ class Training:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-
-
-def descend(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer's step, without torch's wrapper for profilers and hooks: a third of it on a small network.
-
-    Gradients are first laid out as their parameters are, which torch's fused steps on a CPU do not check.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is not None and (gradient.is_sparse or gradient.stride() != parameter.stride()):
-                parameter.grad = torch.empty_like(parameter).copy_(gradient.to_dense())
-    with torch.no_grad():
-        inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 @dataclass(eq=False)

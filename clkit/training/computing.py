@@ -1,0 +1,86 @@
+"""How a run computes: where, with how many threads, in which memory format and precision, and a light step."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from clkit import checks
+from clkit.data import Stream
+from clkit.training.capture import CAPTURES
+
+
+def find_device(device: torch.device | str) -> torch.device:
+    """The device meant: "auto" is the first GPU if there is one, else the CPU. Raises ValueError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with checks.explained(f"device: {device!r} is unknown to torch", 'use "cpu", "cuda" or "auto"', of=RuntimeError):
+        place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device: {str(device)!r} was asked for and torch sees no GPU; use "cpu" or "auto"')
+    return place
+
+
+@contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """Lets torch compute with so many threads, and gives their number back as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def reproducible(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's global generators, which dropout draws from, and gives them back as they were."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        if cuda:
+            torch.manual_seed(seed)
+        else:  # torch.manual_seed would queue a call, with its stack in words, for a GPU that may come: a third of EMA
+            torch.default_generator.manual_seed(seed)
+        yield
+
+
+def laid_out(model: nn.Module, stream: Stream, channels_last: bool | None) -> torch.memory_format | None:
+    """The memory format of inputs, in which a model's parameters are laid out in place; None for theirs as it is.
+
+    It is channels-last for images where that is asked for, and unless it is refused where a network convolves: windows
+    that overlap, as those of a transformer's patches do not.
+    """
+    convolves = any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
+    if len(stream.shape) != 3 or not (convolves if channels_last is None else channels_last):
+        return None
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return torch.channels_last
+
+
+def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """What makes the context of a step: bfloat16 where it is asked for, by "auto" on a GPU that has it."""
+    bfloat16 = precision == "bfloat16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    again = device.type in CAPTURES  # a replay casts weights anew
+    halved = functools.partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=not again)
+    return halved if bfloat16 else nullcontext
+
+
+def descend(optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer's step, without torch's wrapper for profilers and hooks: a third of it on a small network.
+
+    Gradients are first laid out as their parameters are, which torch's fused steps on a CPU do not check.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None and (gradient.is_sparse or gradient.stride() != parameter.stride()):
+                parameter.grad = torch.empty_like(parameter).copy_(gradient.to_dense())
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)

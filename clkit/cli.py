@@ -248,15 +248,14 @@ def choices(part: str) -> list[str]:
 
 def about(part: str, name: str) -> str:
     """The first sentence of a choice's documentation."""
-    maker = _maker(part, name)
-    text = inspect.getdoc(maker.func if isinstance(maker, partial) else maker) or ""
+    text = inspect.getdoc(checks.innermost(_maker(part, name))) or ""
     return " ".join(text.partition("\n\n")[0].split())
 
 
 def options(part: str, name: str) -> list[Option]:
     """The options of a part's choice, in order; those that no text can express are left out."""
     maker = _maker(part, name)
-    function = maker.func if isinstance(maker, partial) else maker
+    function = checks.innermost(maker)
     hints = get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)
     found = []
     for parameter in inspect.signature(maker).parameters.values():

@@ -10,7 +10,8 @@
 - tangent: steps a second in the tangent space of ResNet-18, against ordinary ones
 - sharing: runs a minute of a sweep that has the card to itself, as many at once as fit, against one after another
 
-What FILE has is not measured again. Without a GPU the same path runs on small networks and a few images.
+What FILE has, of the same code, device and torch, is not measured again. Without a GPU the same path runs on small
+networks and a few images.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from clkit import alignment, data, models
 from clkit.experiments import sweep
 from clkit.learners import ER
 from clkit.merging import dare_ties, ties
+from clkit.store import source_digest
 from clkit.tangent import Linearized
 from clkit.training import Training, run
 from clkit.weights import combine, get_weights, lerp
@@ -248,6 +250,7 @@ def main() -> int:
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     facts = {"device": torch.cuda.get_device_name() if GPU else "cpu", "torch": torch.__version__}
+    facts["code"] = source_digest()
     found = json.loads(chosen.file.read_text()) if chosen.file.is_file() else {}
     found = found if {name: found.get(name) for name in facts} == facts else facts | {"parts": {}}
     failed = False

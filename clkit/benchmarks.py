@@ -83,9 +83,8 @@ def rows(names: Sequence[str] = (), progress: bool = True) -> Iterator[Row]:
     one `name`; then `unit`, `ours`, `theirs` and the `ratio` of theirs to ours. These two are None for a peer that is
     not installed. Raises ValueError on an unknown name before any is run.
     """
-    for name in names:
-        checks.choice("benchmark", name, benchmarks())
-    for name in tqdm(names or list(benchmarks()), disable=not progress, unit="benchmark"):
+    chosen = [checks.choice("benchmark", name, benchmarks()) for name in names] or list(benchmarks())
+    for name in tqdm(chosen, disable=not progress, unit="benchmark"):
         yield from ({"benchmark": name, **row} for row in apart(name))
 
 
@@ -406,8 +405,7 @@ def alignments(turns: int = 5, share: float = 1.0) -> list[Row]:
     x = stream[0].prepare(stream[0].train.x)
     nets = [models.resnet18(stream, width, seed=seed).eval() for seed in (0, 1)]
     fresh = (models.resnet18(stream, width + turn).eval() for turn in range(1, turns + 1))
-    symmetry = alignment.symmetry(nets[0], x[:2])
-    first, second = map(get_weights, nets)
+    symmetry, (first, second) = alignment.symmetry(nets[0], x[:2]), map(get_weights, nets)
 
     def by_prefix() -> None:
         for pair in zip(*map(prefixes, nets), strict=True):

@@ -156,7 +156,7 @@ def test_masks_of_the_model_elsewhere(name):
 
 def test_a_mask_that_depends_on_the_input_in_training_only():
     def call(net: Net, x: Tensor) -> Tensor:
-        return net.out(x) + (net.more(x)[x[:, 0] > 0].cumsum(0).mean() if net.training else 0)
+        return net.out(x) + (net.get_submodule("more")(x)[x[:, 0] > 0].cumsum(0).mean() if net.training else 0)
 
     net = Net(call)
     net.more = nn.Linear(6, 8)

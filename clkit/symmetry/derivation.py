@@ -27,7 +27,7 @@ from clkit.weights import live_tensors
 
 READERS = frozenset("_cdist_forward addmm bmm convolution mm scaled_dot_product_attention".split())
 PASSED = frozenset(
-    "_unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d alias clone constant_pad_nd expand "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d alias clone constant_pad_nd expand "
     "getitem index mean native_dropout permute select slice split_with_sizes squeeze unsqueeze view".split()
 )
 
@@ -59,25 +59,21 @@ _FOUND: WeakKeyDictionary[nn.Module, tuple[str, Symmetry]] = WeakKeyDictionary()
 
 
 def _symmetry(model: nn.Module, example: Any) -> Symmetry:
-    shapes = {name: tuple(t.shape) for name, t in live_tensors(model).items()}
     program = trace(model, example)
     programs = [program]
     if program.batch is None and single(arguments(example)):  # a model may tell a batch of one from others
         programs.append(trace(model, example, once=True))
-    still = dict.fromkeys(_overlapping(model), "shared memory")
-    if shapes.keys() - program.used:
+    if live_tensors(model).keys() - program.used:
         with suppress(ValueError):  # evaluation works and training does not: what only that uses is pinned
-            return _derived([*programs, trace(model, example, training=True)], shapes, still, example)
-    return _derived(programs, shapes, still, example)
+            return _derived([*programs, trace(model, example, training=True)], model, example)
+    return _derived(programs, model, example)
 
 
-def _derived(
-    programs: list[Program], shapes: dict[str, tuple[int, ...]], still: dict[str, str], example: Any
-) -> Symmetry:
-    """What the graphs leave of the symmetry, if some weights stand `still`, and those that no graph uses."""
-    walk = Walk(programs, shapes)
-    idle = shapes.keys() - {name for program in programs for name in program.used}
-    for name, why in (dict.fromkeys(idle, "not used") | still).items():
+def _derived(programs: list[Program], model: nn.Module, example: Any) -> Symmetry:
+    """What the graphs leave of the symmetry; weights that no graph uses, or that share memory, stand still."""
+    walk = Walk(programs, {name: tuple(t.shape) for name, t in live_tensors(model).items()})
+    idle = walk.axes.keys() - {name for program in programs for name in program.used}
+    for name, why in (dict.fromkeys(idle, "not used") | dict.fromkeys(_overlapping(model), "shared memory")).items():
         for points in walk.axes[name]:
             walk.points.pin(points[points >= 0], why)
     return _read(programs[0], walk, example)

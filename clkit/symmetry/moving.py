@@ -102,7 +102,7 @@ def pointwise_rule(call: Call) -> Any:
     return join(call.points, [a for a in tree_leaves(call.arguments) if isinstance(a, Label)], call.why)
 
 
-@rule("alias clone detach lift_fresh_copy _to_copy contiguous")
+@rule("alias clone lift_fresh_copy _to_copy")
 def same_rule(call: Call) -> Label:
     """Each element stays where it is."""
     return call.labels(*call.arguments)[0]
@@ -126,7 +126,7 @@ def full_rule(call: Call) -> Label:
     return expand(Label(((),) * len(call.shape)), call.shape)
 
 
-@rule("view _unsafe_view reshape squeeze unsqueeze")
+@rule("view squeeze unsqueeze")
 def reshape_rule(call: Call) -> Any:
     """The same elements in row-major order in another shape."""
     if prod(call.shape) != prod(same_rule(call).shape):
@@ -140,11 +140,10 @@ def expand_rule(call: Call) -> Label:
     return expand(call["self"], call.shape)
 
 
-@rule("permute transpose t")
+@rule("permute")
 def permute_rule(call: Call) -> Label:
-    """Dimensions in another order, which the operation shows on a tensor of the sizes 1, 2, 3, ..."""
-    sizes = torch.empty([*range(1, len(call["self"].dims) + 1)], device="meta")
-    return reorder(call["self"], [n - 1 for n in call.operation(**call.arguments | {"self": sizes}).shape])
+    """Dimensions in another order."""
+    return reorder(call["self"], [d % len(call["self"].dims) for d in call["dims"]])
 
 
 @rule("slice select split_with_sizes flip")
@@ -236,17 +235,12 @@ def without(call: Call, label: Label, dims: Sequence[int], keep: bool = False) -
     return reduce(call.points, settle(call.points, label, dims, call.why), dims, keep, call.why)
 
 
-@rule("slice_scatter select_scatter")
+@rule("slice_scatter")
 def scatter_rule(call: Call) -> Label:
-    """A copy with a slice, or with one index of a dimension, written over: the rest beside what is written."""
+    """A copy with a slice written over: the rest beside what is written."""
     label, source, dim = call["self"], call["src"], call.dim()
-    aten, numbers = torch.ops.aten, torch.arange(call["self"].shape[dim])
-    options = {k: a for k, a in call.arguments.items() if k in ("start", "end", "step", "index")} | {"dim": 0}
-    if "index" in options:
-        source = Label((*source.dims[:dim], (), *source.dims[dim:]), source.spans)
-        written = aten.select.int(numbers, **options).view(1)
-    else:
-        written = aten.slice.Tensor(numbers, **options)
+    numbers = torch.arange(label.shape[dim])
+    written = torch.ops.aten.slice.Tensor(numbers, 0, call["start"], call["end"], call["step"])
     rest = np.setdiff1d(numbers, written)
     parts = [gather(call.points, label, dim, rest, call.why), source] if len(rest) else [source]
     order = np.argsort(np.append(rest, written))

@@ -163,9 +163,8 @@ def line(points: Points, label: Label, dim: int, why: str) -> Ids:
     return spans[0].points if spans else loose(points, label, dim, reason(label, [dim]))
 
 
-@rule("avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_avg_pool1d")
-@rule("adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d grid_sampler_2d")
-@rule("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d")
+@rule("avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_avg_pool1d adaptive_avg_pool2d")
+@rule("adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d grid_sampler_2d upsample_bilinear2d")
 @rule("upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa")
 def spatial_rule(call: Call) -> Any:
     """Pooling and resizing: the last dimensions are fixed; so are the rows, where another tensor says where to look."""

@@ -293,9 +293,8 @@ def busy(turns: int = 5, share: float = 1.0) -> list[Row]:
                 other.wait()
 
     with threadpool_limits(os.cpu_count()):
-        return compare(
-            "run", {("beside busy ones", OURS): beside, ("beside busy ones", "alone"): alone}, turns, "seconds"
-        )
+        ways: Ways = {("digits", OURS): beside, ("digits", "the same alone"): alone}
+        return compare("run beside two busy processes", ways, turns, "seconds")
 
 
 def fisher(turns: int = 5, share: float = 1.0) -> list[Row]:

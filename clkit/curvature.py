@@ -9,7 +9,7 @@ that wants a gradient, named as `get_weights` names it.
 import copy
 import itertools
 import warnings
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from clkit.weights import Weights, set_weights
 FisherLabels = Literal["sampled", "true", "exact", "weighted"]
 LARGEST_CHUNK = 512
 NUMBERS_AT_ONCE = 2**28  # of per-example gradients
+PROBED = 2  # rows whose gradients are formed in both ways
 NUMBERS_IN_A_PIECE = 2**20  # of a layer's unfolded inputs and gradients: what a cache holds
 
 
@@ -218,7 +219,7 @@ def _mean_slopes(net: nn.Module, objective: Objective, size: Size, x: Tensor, ch
         x = x.clone() if x.is_inference() else x
         try:
             total = _by_layer(net, objective, size, x, chunk, choices)
-        except (RuntimeError, ValueError):  # what vmap cannot do: recurrent cells, branches on values, dropout
+        except (RuntimeError, ValueError):  # what vmap cannot do: recurrent cells, branches on values, dropout, hooks
             total = _one_by_one(net, objective, size, x, choices)
     return {name: t / len(x) for name, t in total.items()}
 
@@ -254,7 +255,7 @@ class _Tapped(TorchFunctionMode):
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.names = {id(weight): name for name, weight in weights.items()}
         self.taps: Slopes = {}
-        self.products: dict[str, Product] = {}
+        self.products: defaultdict[str, list[Product]] = defaultdict(list)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -262,7 +263,7 @@ class _Tapped(TorchFunctionMode):
         if func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
             product = Product(out.shape, *args, **kwargs)
             name = self.names.get(id(product.weight), "")
-            self.products[name] = product
+            self.products[name].append(product)
             out = out + self.taps.get(name, 0)
         return out
 
@@ -270,9 +271,10 @@ class _Tapped(TorchFunctionMode):
 def _by_layer(net: nn.Module, objective: Objective, size: Size, x: Tensor, chunk: int, choices: int) -> Slopes:
     """The same, from what goes into linear layers and convolutions and from the gradients at what comes out.
 
-    These give a weight's whole gradient if autograd's graph takes the weight in once, and a zero added to the layer's
-    output has a gradient: the weight has no other way. Of any other parameter each example gets one of its own, whose
-    gradient is formed. Each row passes the network alone, by vmap. Raises RuntimeError where that cannot be.
+    These give a weight's whole gradient if its layer is called once, autograd's graph takes the weight in once, and a
+    zero added to the layer's output has a gradient: the weight has no other way. Of any other parameter each example
+    gets one of its own, whose gradient is formed. Each row passes the network alone, by vmap. Raises RuntimeError where
+    that cannot be, or gives the first rows other gradients than autograd alone: hooks, say, are lost in vmap.
     """
     leaves = {name: p.detach().requires_grad_() for name, p in trainable(net).items()}
     tapped, whole = _Tapped(leaves), {}
@@ -280,42 +282,60 @@ def _by_layer(net: nn.Module, objective: Objective, size: Size, x: Tensor, chunk
     def forward(row: Tensor, given: Slopes) -> tuple[Tensor, Slopes]:
         own = {name: t for name, t in given.items() if name not in whole}
         tapped.taps = given
+        tapped.products.clear()
         with tapped:
             out = called(net, {**leaves, **own}, (row.unsqueeze(0),))
-        return out.squeeze(0), {name: tapped.products[name].input.detach() for name in whole}
+        if any(len(tapped.products[name]) != 1 for name in whole):
+            raise RuntimeError("the network is another at every call")
+        return out.squeeze(0), {name: tapped.products[name][0].input.detach() for name in whole}
+
+    def add_up(x: Tensor, objective: Objective, size: Size, choices: int) -> Slopes:
+        total = {name: torch.zeros_like(p) for name, p in leaves.items()}
+        for start in range(0, len(x), chunk):
+            rows = slice(start, min(start + chunk, len(x)))
+            given = {name: t.expand(rows.stop - start, *t.shape).requires_grad_() for name, t in parts.items()}
+            out, inputs = torch.func.vmap(forward)(x[rows], given)
+            uses = _uses(out)
+            if any(uses[id(leaves[name])] != 1 for name in whole):
+                raise RuntimeError("the network is another at every call")
+            for choice in range(choices):
+                slopes = torch.autograd.grad(objective(out, rows, choice), [*given.values()], retain_graph=choices > 1)
+                for name, slope in zip(given, slopes, strict=True):
+                    total[name] += _sum(whole[name], inputs[name], slope, size) if name in whole else size(slope).sum(0)
+        return total
 
     out, _ = torch.func.vmap(forward)(x[:1], {})
-    torch.autograd.grad(out.sum(), list(leaves.values()), allow_unused=True)  # raises where an input was overwritten
     uses = _uses(out)
-    whole |= {name: p for name, p in tapped.products.items() if name in leaves and uses[id(leaves[name])] == 1}
+    once = {name: calls[0] for name, calls in tapped.products.items() if name in leaves and len(calls) == 1}
+    whole |= {name: product for name, product in once.items() if uses[id(leaves[name])] == 1}
     parts = {name: leaf.detach() for name, leaf in leaves.items() if uses[id(leaf)]}
     parts |= {name: product.weight.new_zeros(product.shape) for name, product in whole.items()}
-    total = {name: torch.zeros_like(p) for name, p in leaves.items()}
-    for start in range(0, len(x), chunk):
-        rows = slice(start, min(start + chunk, len(x)))
-        given = {name: t.expand(rows.stop - start, *t.shape).requires_grad_() for name, t in parts.items()}
-        out, inputs = torch.func.vmap(forward)(x[rows], given)
-        uses = _uses(out)
-        if any(uses[id(leaves[name])] != 1 for name in whole):
-            raise RuntimeError("the network is another at every call")
-        for choice in range(choices):
-            slopes = torch.autograd.grad(objective(out, rows, choice), [*given.values()], retain_graph=choices > 1)
-            for name, slope in zip(given, slopes, strict=True):
-                total[name] += _sum(whole[name], inputs[name], slope, size) if name in whole else size(slope).sum(0)
-    return total
+    # outputs in a random direction: an objective's own gradient may vanish, as where a label is left out
+    direction = torch.randn(out.shape[1:], generator=torch.Generator().manual_seed(0)).to(out)
+    probe = x[:PROBED], lambda logits, *_: (logits * direction).sum(), torch.positive, 1
+    found, plain = add_up(*probe), _one_by_one(net, probe[1], torch.positive, probe[0], 1)
+    gaps = torch.stack([(found[name] - slope).norm() for name, slope in plain.items()])
+    sizes = torch.stack([slope.norm() for slope in plain.values()])
+    eps = max(torch.finfo(slope.dtype).eps for slope in plain.values())
+    # by a part of the parameter's own size, or of the largest where its own is but rounding
+    if not (gaps <= eps**0.25 * sizes + 16 * eps * sizes.max()).all():
+        raise RuntimeError("gradients by layer are not the network's own")
+    return add_up(x, objective, size, choices)
 
 
 def _uses(value: Tensor) -> Counter[int]:
-    """How often the graph of a value takes in each leaf, by its id."""
-    uses, seen, nodes = Counter[int](), set(), [value.grad_fn]
+    """How often the graph of a value takes in each leaf, by its id; one that two take in by one view counts twice."""
+    uses, seen, nodes = Counter[int](), set[Any]({None}), [value.grad_fn]
     while nodes:
-        if (node := nodes.pop()) is not None and node not in seen:
-            seen.add(node)
+        node = nodes.pop()
+        while len(sources := getattr(node, "next_functions", ())) == 1:
             if getattr(node, "_saved_padding_idx", 0) < getattr(node, "_saved_weight_sym_argsize_0", 0):
                 raise RuntimeError("torch's vmap forgets the padding index of an embedding")
-            sources = [source for source, _ in node.next_functions]
-            nodes += sources
-            uses.update(id(getattr(source, "variable", None)) for source in sources)
+            node = sources[0][0]
+        uses[id(getattr(node, "variable", None))] += 1
+        if node not in seen:
+            seen.add(node)
+            nodes += [source for source, _ in sources]
     return uses
 
 
@@ -332,6 +352,6 @@ def _sum(product: Product, x: Tensor, g: Tensor, size: Size) -> Tensor:
     total = torch.zeros_like(weight).view(groups, len(weight) // groups, -1)
     for pair in zip(x.split(rows), g.split(rows), strict=True):
         into = patches(pair[0], weight.shape[2:], product.stride, product.padding, product.dilation)
-        a, b = (t.unflatten(1, (groups, -1)) for t in (into, pair[1]))
+        a, b = (t.unflatten(1, (groups, -1)) for t in (into.conj(), pair[1]))
         total += torch.einsum("ngop,ngip->goi", size(b), size(a)) if one else size(b @ a.mT).sum(0)
     return total.view_as(weight)

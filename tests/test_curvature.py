@@ -218,11 +218,58 @@ def gated(model, x):
     return x @ model.w.T * gate
 
 
+def beside(again):
+    """A layer that is called once more, where the outputs' graph takes in nothing of it or all."""
+
+    def forward(model, x):
+        first = model.layers[0](x)
+        return first - again(model.layers[0], 3 * x)
+
+    return lambda: Built(forward, nn.Linear(5, 3))
+
+
+def without_gradients(layer, x):
+    with torch.no_grad():
+        return layer(x)
+
+
+def derived(model, x):
+    """The slope of an energy: the forward pass takes the second layer in, and so does its derivative."""
+    return torch.func.grad(lambda h: model.layers[1](h).tanh().sum())(model.layers[0](x))
+
+
+def pushed(model, x):
+    """The derivative in the direction of the input."""
+    return torch.func.jvp(lambda h: model.layers[0](h).tanh(), (x,), (torch.ones_like(x),))[1]
+
+
+def hooked_tensor(model, x):
+    hidden = model.layers[0](x)
+    if hidden.requires_grad:
+        hidden.register_hook(lambda slope: 2 * slope)
+    return model.layers[1](hidden.tanh())
+
+
+def hooked_layer(register):
+    model = chain(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    getattr(model[1], register)(lambda module, *slopes: (2 * slopes[-1][0],))
+    return model
+
+
+def modulus(*shape):
+    """Real outputs of complex weights, from real inputs."""
+    return lambda: Built(
+        lambda m, x: m.layers[0](torch.complex(x, x.flip(-1) ** 2)).abs().flatten(1),
+        (nn.Linear if len(shape) == 2 else nn.Conv1d)(*shape, dtype=torch.complex128),
+    )
+
+
 def clkits(factory, stream):
     return lambda: factory(stream), stream[0].prepare(stream[0].train.x[:4])
 
 
 IDS = torch.tensor([[0, 2, 3], [2, 2, 4], [5, 2, 2], [0, 0, 6]])
+BLANK = torch.cat([torch.zeros(2, 5), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))])
 FAMILY = {
     "resnet18": (lambda: models.resnet18(data.split(data.digits(), tasks=5), width=4), (4, 1, 8, 8)),
     "encoder": clkits(partial(models.encoder, widths=(4, 8), dim=4), toys.images()),
@@ -267,9 +314,26 @@ FAMILY = {
     ),
     "normed weights": (lambda: chain(parametrizations.weight_norm(nn.Conv2d(2, 3, 3)), nn.Flatten()), (4, 2, 4, 4)),
     "frozen parts": (partly_frozen, (4, 5)),
+    "a derivative in the forward pass": (lambda: Built(derived, nn.Linear(5, 4), nn.Linear(4, 3)), (4, 5)),
+    "a derivative in a direction": (lambda: Built(pushed, nn.Linear(5, 3)), (4, 5)),
     "a hook": (listened_to, (4, 5)),
+    "a layer again without gradients": (beside(without_gradients), (4, 5)),
+    "a layer again, detached": (beside(lambda layer, x: layer(x).detach()), (4, 5)),
+    "a layer again, unused": (beside(lambda layer, x: 0 if layer(x) is x else x[:, :3]), (4, 5)),
+    "a layer again in the graph": (beside(lambda layer, x: layer(x)), (4, 5)),
+    "one transposed weight in two products": (
+        lambda: Built(lambda m, x: (lambda t: (x @ t).tanh() + (2 * x) @ t)(m.w.t()) + F.linear(x, m.w), w=(3, 5)),
+        (4, 5),
+    ),
+    "no row of gradients at first": (lambda: chain(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), BLANK),
+    "complex numbers": (modulus(5, 3), (4, 5)),
+    "complex sequences": (modulus(5, 3), (4, 6, 5)),
+    "complex convolutions": (modulus(2, 3, 2), (4, 2, 5)),
 }  # fmt: skip
 ALONE = {
+    "a tensor's hook": (lambda: Built(hooked_tensor, nn.Linear(5, 4), nn.Linear(4, 3)), (4, 5)),
+    "a backward hook": (lambda: hooked_layer("register_full_backward_hook"), (4, 5)),
+    "a hook before backward": (lambda: hooked_layer("register_full_backward_pre_hook"), (4, 5)),
     "padded words": (lambda: chain(nn.Embedding(7, 4, padding_idx=2), nn.Flatten(), nn.Linear(12, 3)), IDS),
     "a gate without gradients": (lambda: Built(gated, w=(3, 5)), (4, 5)),
     "a branch": (
@@ -282,15 +346,17 @@ ALONE = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch.func.jvp's own
 @pytest.mark.parametrize("name", [*FAMILY, *ALONE])
 def test_by_layers_or_row_by_row_they_are_what_a_loop_gives(name, monkeypatch):
     """Layers are a way to the same numbers; a model that has no such way goes row by row."""
     make, x = (FAMILY | ALONE)[name]
     rows, way = [], curvature._one_by_one
-    monkeypatch.setattr(curvature, "_one_by_one", lambda *given: rows.append(name) or way(*given))
+    monkeypatch.setattr(curvature, "_one_by_one", lambda *given: rows.append(len(given[3])) or way(*given))
     with torch.random.fork_rng([]):
         torch.manual_seed(1)
-        model = make().double().eval()
+        model = make().eval()
+        model = model if any(p.is_complex() for p in model.parameters()) else model.double()
         x = x if isinstance(x, torch.Tensor) else torch.randn(x, dtype=torch.float64)
     x = x.double() if x.is_floating_point() else x
     y = model(x[:1]).argmax(-1).expand(len(x), *model(x[:1]).shape[1:-1])
@@ -300,7 +366,7 @@ def test_by_layers_or_row_by_row_they_are_what_a_loop_gives(name, monkeypatch):
     }
     assert close(sensitivity(model, x, chunk=3), twins["size"])
     assert close(fisher(model, x, labels="true", y=y), twins["true"])
-    assert bool(rows) == (name in ALONE)
+    assert (len(x) in rows) == (name in ALONE)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,7 +1,9 @@
 """Captured steps: on a CPU a tape stands in for CUDA's graphs, which replays the operations of a step and no Python."""
 
 import copy
+import itertools
 import random
+import threading
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -18,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 import toys
 from clkit import models
 from clkit.consolidation import EMA, HCMM, SFA, CLeWI, Merged
-from clkit.learners import ER, EWC, MIR, Joint, Learner
+from clkit.learners import ER, EWC, MIR, DataBuffer, Joint, Learner, MemoryOnly
+from clkit.modulation import Modulated, Modulation
 from clkit.training import Training, capture, loop
 from clkit.weights import equal
 from test_checkpoint import Interrupted, interrupted
@@ -213,6 +216,102 @@ def test_a_learner_with_a_step_of_its_own_runs_as_it_is(counts, loops, learner, 
     assert loops[0].captured is None and not counts
 
 
+class TestALearnerOfAUsersOwn:
+    """It may do anything between steps, which no replay would see: none of its steps are captured."""
+
+    def change(self, what, model, learner):
+        if what == "bn":
+            model.net[1].eval()
+        if what == "freeze":
+            model.net[0].requires_grad_(False)
+        if what == "data":
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clamp(-0.3, 0.3)
+        if what == "rate":
+            model.net[2].p = 0.9
+        if what == "smoothing":
+            learner.setting.criterion.smoothing = 0.3
+        if what == "hook":
+            model.net[0].register_forward_hook(lambda module, x, out: out * 0.5)
+
+    @pytest.mark.parametrize("what", ["bn", "freeze", "data", "rate", "smoothing", "hook"])
+    @pytest.mark.parametrize("hook", ["after_step", "replayed"])
+    def test_runs_as_it_is(self, counts, loops, what, hook):
+        test = self
+
+        class Mid(ER):
+            def start(self, setting):
+                super().start(setting)
+                self.steps = 0
+
+        def changing(self, model, batch):
+            self.steps += 1
+            if self.steps == 5:
+                test.change(what, model, self)
+            return getattr(ER, hook)(self, model, batch)
+
+        setattr(Mid, hook, changing)
+
+        class Net(nn.Module):
+            def __init__(self, stream, seed=0):
+                super().__init__()
+                self.net = nn.Sequential(
+                    nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), models.mlp(stream, seed=seed)
+                )
+
+            def forward(self, x):
+                return self.net(x)
+
+        def made(stream, seed=0):
+            torch.manual_seed(seed)
+            return Net(stream, seed)
+
+        both(toys.stream(2, rows=40), Mid(30), model=made)
+        assert loops[-1].captured is None and not counts
+
+    def test_is_told_by_its_code(self, counts):
+        cpu, mine = torch.device("cpu"), lambda self, *about: None
+
+        class Mixin:
+            def stored(self, task, examples):
+                return {"x": examples.x, "y": examples.y}
+
+        for own in (Learner(), ER(30), MIR(30), Joint(), DataBuffer(), MemoryOnly(30)):
+            assert capture.capturable(own, cpu)
+            for hook in ("loss", "adjust_gradients", "replayed", "begin_task", "after_step", "stored"):
+                assert not capture.capturable(type("Mine", (type(own),), {hook: mine})(), cpu)
+            for shadow in (mine, partial(mine, None)):
+                changed = copy.deepcopy(own)
+                changed.after_step = shadow
+                assert not capture.capturable(changed, cpu)
+        assert not capture.capturable(type("Mixed", (Mixin, ER), {"__module__": "clkit.mixed"})(30), cpu)
+
+    def test_is_told_where_a_hook_is_replaced_in_the_class(self, counts, monkeypatch):
+        assert capture.capturable(ER(30), torch.device("cpu"))
+        monkeypatch.setattr(ER, "after_step", lambda self, model, batch: None)
+        assert not capture.capturable(ER(30), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("model", ["lstm", "convnet", "vit", "parametrized", "modulated"])
+def test_a_step_of_a_usual_network_changes_nothing_on_the_host(model):
+    images, x = toys.images(2), torch.rand(4, 1, 6, 6)
+    made = {
+        "lstm": lambda: nn.LSTM(6, 3),
+        "convnet": lambda: toys.small_convnet(images),
+        "vit": lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True),
+        "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)),
+        "modulated": lambda: Modulated(toys.small_convnet(images), Modulation(2, 2)),
+    }[model]()
+    optimizer = torch.optim.AdamW(made.parameters())
+    steps = capture.Captured(lambda x, y: x, made, lambda: None)
+    steps.begin(optimizer)
+    before = steps._described()
+    out = made(x if model in ("convnet", "modulated") else x[:, 0])
+    (out[0] if model == "lstm" else out).sum().backward()
+    optimizer.step()
+    assert steps._changed(before) == ""
+
+
 def test_a_loss_that_an_object_has_of_its_own_is_seen(counts, loops):
     class Doubled(ER):
         def start(self, setting):
@@ -247,19 +346,38 @@ class Odd(nn.Module):
             return out * (1 + self.total % 2)
         if self.how == "draws":
             return out * (1 + (random.random() < 0.5))
+        if self.how == "numpy":
+            return out * (1 + (np.random.rand() < 0.5))  # noqa: NPY002
         raise AssertionError
 
 
+class Own(nn.Module):
+    """A perceptron with something of its own, which it changes within in training, and which scales what it gives."""
+
+    def __init__(self, stream, seed=0, *, make, use):
+        super().__init__()
+        self.net, self.own, self.use = models.mlp(stream, seed=seed), make(), use
+
+    def forward(self, x):
+        return self.net(x) * (1 + self.use(self.own)) if self.training else self.net(x)
+
+
+def seeded():
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+
+
 class TestWhatCannotBeCaptured:
-    WORDS = {"waits": "not permitted", "shapes": "not permitted", "counts": "it sets 'count'",
-             "replaces": "it sets 'total'", "draws": "random numbers on the host"}  # fmt: skip
+    WORDS = {"waits": "not permitted", "shapes": "not permitted", "counts": "it changes count",
+             "replaces": "it sets 'total'", "draws": "random numbers on the host",
+             "numpy": "random numbers on the host"}  # fmt: skip
 
     @pytest.mark.parametrize("how", WORDS)
     def test_runs_as_it_is_and_changes_no_bit(self, counts, loops, how):
         random.seed(0)
         model, stream = partial(Odd, how=how), toys.images(2, rows=40)
         plain = quick(stream, ER(30), model=model, training=replace(TRAINING, capture=False))
-        random.seed(0)
+        seeded()
         tried = quick(stream, ER(30), model=model, training=TRAINING)
         assert_same(plain, tried)
         assert self.WORDS[how] in loops[-1].captured.refused and not counts["replayed"]
@@ -288,13 +406,52 @@ class TestWhatCannotBeCaptured:
             gradients = [parameter.grad for parameter in model.parameters()]
             groups = [{k: v for k, v in group.items() if k != "capturable"} for group in optimizer.param_groups]
             parts = model.state_dict(), optimizer.state_dict()["state"], gradients, groups[0]["lr"], model.count
-            return copy.deepcopy([*parts, torch.get_rng_state(), list(random.getstate()[1])])
+            return copy.deepcopy([*parts, torch.get_rng_state(), list(random.getstate()[1]), np.random.get_state()[1]])  # noqa: NPY002
 
         before, objects = state(), [id(p.grad) for p in model.parameters()]
         steps._attempt("shape", batch.x, batch.y)
         assert steps.refused and not steps.steps and steps.optimizer is optimizer
         assert str(before) == str(state()) and all(map(torch.equal, tensors(before), tensors(state())))
         assert objects == [id(p.grad) for p in model.parameters()]
+
+    OWN = {
+        "a list": (list, lambda own: own.append(0) or len(own) % 2),
+        "a dict": (lambda: {"n": 0}, lambda own: own.update(n=own["n"] + 1) or own["n"] % 2),
+        "a list in a dict": (lambda: {"n": [0]}, lambda own: own["n"].append(0) or len(own["n"]) % 2),
+        "an array": (lambda: np.zeros(2), lambda own: own.__iadd__(1)[0] % 2),
+        "an object": (Counter, lambda own: own.update(n=1) or own["n"] % 2),
+        "NumPy's generator": (lambda: np.random.default_rng(0), lambda own: own.random() < 0.5),
+        "Python's generator": (lambda: random.Random(0), lambda own: own.random() < 0.5),
+        "torch's generator": (lambda: torch.Generator().manual_seed(0), lambda own: torch.rand((), generator=own)),
+        "a bound method": (lambda: random.Random(0).random, lambda own: own() < 0.5),
+        "a counter": (itertools.count, lambda own: next(own) % 2),
+        "a module that is no part": (lambda: [nn.ReLU()], lambda own: bool(own[0].train(not own[0].training).training)),
+        "a lock": (threading.Lock, lambda own: own.acquire(blocking=False)),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("what", OWN)
+    def test_what_a_module_changes_within_is_seen_before_an_attempt(self, counts, loops, what):
+        make, use = self.OWN[what]
+        both(toys.stream(2, rows=40), ER(30), model=partial(Own, make=make, use=use))
+        assert "own" in loops[-1].captured.refused and counts == {"watched": 1}
+
+    @pytest.mark.parametrize("what", [w for w in OWN if w != "a lock"])
+    def test_what_an_attempt_alone_changes_within_is_seen(self, what):
+        make, use = self.OWN[what]
+        model = Own(toys.stream(2), make=make, use=lambda own: 0)
+        steps = capture.Captured(lambda x, y: use(model.own) + x.sum(), model, lambda: Tapes(Counter()))
+        steps.begin(torch.optim.SGD(model.parameters(), 0.1))
+        steps._attempt("shape", torch.ones(3, 2), torch.ones(3, 2))
+        assert "own" in steps.refused or (what == "a dict" and model.own == {"n": 0})
+
+    def test_what_a_hook_fills_is_seen(self, counts, loops):
+        def hooked(stream, seed=0):
+            model, seen = models.mlp(stream, seed=seed), []
+            model.register_forward_hook(lambda module, x, out: seen.append(0) or out * (1 + len(seen) % 2))
+            return model
+
+        both(toys.stream(2, rows=40), ER(30), model=hooked)
+        assert "seen" in loops[-1].captured.refused and not counts["captured"]
 
     def test_draws_of_torch_on_the_host_are_seen_and_drawn_again(self):
         class Host:
@@ -350,7 +507,9 @@ def test_a_gradient_that_is_asked_for_is_the_last_steps(counts):
     assert counts["captured"] and all(map(equal, seen[:half], seen[half:]))
 
 
-def test_what_a_learner_keeps_of_a_batch_stays(counts):
+def test_what_a_learner_keeps_of_a_batch_stays(counts, monkeypatch):
+    monkeypatch.setattr(loop, "capturable", lambda learner, device: True)
+
     class Keeping(Learner):
         def start(self, setting):
             super().start(setting)
@@ -486,9 +645,9 @@ class TestOnAGpu:
     @pytest.mark.parametrize("how", TestWhatCannotBeCaptured.WORDS)
     def test_what_cannot_be_captured_runs_as_it_is(self, loops, how):
         more = {"training": replace(TRAINING, deterministic=True), "model": partial(Odd, how=how), "device": "cuda"}
-        random.seed(0)
+        seeded()
         plain = quick(self.STREAM, ER(30), **{**more, "training": replace(more["training"], capture=False)})
-        random.seed(0)
+        seeded()
         assert_same(plain, quick(self.STREAM, ER(30), **more))
         assert loops[-1].captured.refused and not capture.Graphs.broken
 

@@ -6,9 +6,15 @@ normalisation stay outside. A shape's first two steps in a task run as they are,
 warm-up that torch's documentation asks for. The third is captured.
 
 A replay runs no Python. So a step is captured only where that changes nothing, and else runs as it is for the rest of
-the run: with `refused`, the reason. Nothing is captured that waits for the device, draws on the host or keeps something
-in an attribute, or that torch refuses. Then everything is put back to where it was before the attempt. A forward hook
-with other effects (a list of activations, say) is what `Training(capture=False)` is for.
+the run: with `refused`, the reason. The learner is one of clkit's own, with the base's loss and gradients: one of a
+user's own may change in any hook what a step reads. Nothing is captured that waits for the device, draws on the host
+(`random`, NumPy, torch), or that torch refuses. Nor is what changes an attribute of a module, a hook or the optimizer's
+state, or anything within: the second step, which is taken, shows that, and so does the attempt. What has no stable
+description (`store.describe`) is refused. After an attempt all is put back to where it was, but for what it alone, not
+the second step, changed within an object.
+
+What is still not seen is for `Training(capture=False)`: globals and closures that a module's class changes, hooks of
+tensors, and what a forward pass in evaluation mode changes for those in training.
 
 Gradients are the captured step's own tensors, which it writes anew, as a step does that begins with none. Dropout draws
 the numbers of the step that is not captured: torch hands seed and offset of its generator to every replay, and moves
@@ -18,19 +24,23 @@ the offset on.
 import logging
 import random
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clkit import store
 from clkit.learners import Learner
 
 log = logging.getLogger("clkit.training")
 BEFORE = 2  # steps of a shape: the first chooses algorithms and makes the optimizer's state, the second is watched
 MOST = 8  # captured steps a task: each holds gradients of its own
+HOOKS = ("loss", "adjust_gradients", "replayed", "begin_task", "after_step")
+APART = ("_parameters", "_buffers", "_modules", "_flat_weight_refs")  # by identity, and an LSTM's weak references
 
 
 class Graphs:
@@ -75,10 +85,12 @@ CAPTURES: dict[str, Callable[[], Any]] = {"cuda": Graphs}
 def capturable(learner: Learner, device: torch.device) -> bool:
     """Whether a learner's step on a device can be captured but for the network: its loss and gradients are the base's.
 
-    What it joins to a batch, and what it does after the step, stays its own.
+    All its code is clkit's own, which changes within a task nothing that the step reads but weights, in place.
     """
-    own = (getattr(getattr(learner, hook), "__func__", None) for hook in ("loss", "adjust_gradients"))
-    return device.type in CAPTURES and tuple(own) == (Learner.loss, Learner.adjust_gradients)
+    hooks = [getattr(getattr(learner, hook), "__func__", None) for hook in HOOKS]
+    code = (*type(learner).__mro__[:-1], *hooks, *filter(callable, vars(learner).values()))
+    known = all(getattr(part, "__module__", "").startswith("clkit.") for part in code)
+    return device.type in CAPTURES and known and hooks[:2] == [Learner.loss, Learner.adjust_gradients]
 
 
 @contextmanager
@@ -119,8 +131,9 @@ class Captured:
             return self.steps[key](x, y)
         if self.seen[key] != BEFORE or self.refused:
             return self.update(x, y)
+        before = self._described()
         loss, why = self.recorder.watch(lambda: self.update(x, y))
-        self._refuse(why)
+        self._refuse(why or self._changed(before))
         return loss
 
     def _refuse(self, why: str) -> None:
@@ -133,14 +146,17 @@ class Captured:
         x, y, losses = x.clone(), y.clone(), list[Tensor]()
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         kept = [(held, dict(held)) for held in self._held()]
-        draws, host = random.getstate(), torch.get_rng_state()
+        draws = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
+        before = self._described()
         try:
             for group in self.optimizer.param_groups:
                 group["capturable"] = True  # AdamW asks for it, and warns of it in steps that are not captured
             replay = self.recorder.capture(lambda: losses.append(self.update(x, y)))
             if set_ := [name for held, old in kept for name in held | old if held.get(name) is not old.get(name)]:
                 raise RuntimeError(f"it sets {set_[0]!r:.60}")
-            if draws != random.getstate() or not host.equal(torch.get_rng_state()):
+            if why := self._changed(before):
+                raise RuntimeError(why)
+            if not draws[2].equal(torch.get_rng_state()):
                 raise RuntimeError("it draws random numbers on the host")
         except Exception as error:
             self._refuse(f"{type(error).__name__}: {error}")
@@ -148,8 +164,9 @@ class Captured:
             for held, old in kept:
                 held.clear()
                 held.update(old)
-            random.setstate(draws)
-            torch.set_rng_state(host)
+            random.setstate(draws[0])
+            np.random.set_state(draws[1])  # noqa: NPY002
+            torch.set_rng_state(draws[2])
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             return
@@ -169,6 +186,23 @@ class Captured:
         self.steps[key] = step
 
     def _held(self) -> list[dict[Any, Any]]:
-        """Where modules and the optimizer keep what Python code may change: attributes, buffers, an entry's state."""
-        parts = [part for m in self.model.modules() for part in (vars(m), m._parameters, m._buffers)]
+        """Where modules and the optimizer keep what Python code may change: attributes and dicts, an entry's state."""
+        parts = [part for m in self.model.modules() for part in (vars(m), *vars(m).values())]
+        parts = [part for part in parts if type(part) in (dict, OrderedDict)]
         return [*parts, self.optimizer.state, *self.optimizer.state.values()]
+
+    def _described(self) -> Any:
+        """What Python code may change within an object, and random generators, as JSON; else why it cannot be told."""
+        named = dict(self.model.named_modules())
+        known = [*named.values(), *self.model.parameters(), *self.model.buffers()]
+        parts: dict[str, Any] = {n: {k: v for k, v in vars(m).items() if k not in APART} for n, m in named.items()}
+        parts["random numbers on the host"] = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
+        try:
+            return store.describe(parts, "model", known)
+        except Exception as error:  # of whatever kind, from a class of the user's
+            return f"it keeps what cannot be compared: {error}"
+
+    def _changed(self, before: Any) -> str:
+        """Where that is no longer what it was, in words; "" if it is."""
+        now = self._described()
+        return now if isinstance(now, str) else "".join(f"it changes {d}" for d in store.differences(before, now)[:1])

@@ -28,7 +28,6 @@ from clkit.weights import Weights, set_weights
 FisherLabels = Literal["sampled", "true", "exact", "weighted"]
 LARGEST_CHUNK = 512
 NUMBERS_AT_ONCE = 2**28  # of per-example gradients
-PROBED = 2  # rows whose gradients are formed in both ways
 NUMBERS_IN_A_PIECE = 2**20  # of a layer's unfolded inputs and gradients: what a cache holds
 
 
@@ -274,20 +273,18 @@ def _by_layer(net: nn.Module, objective: Objective, size: Size, x: Tensor, chunk
     These give a weight's whole gradient if its layer is called once, autograd's graph takes the weight in once, and a
     zero added to the layer's output has a gradient: the weight has no other way. Of any other parameter each example
     gets one of its own, whose gradient is formed. Each row passes the network alone, by vmap. Raises RuntimeError where
-    that cannot be, or gives the first rows other gradients than autograd alone: hooks, say, are lost in vmap.
+    that cannot be, or gives the first row other gradients than autograd alone: hooks, say, are lost in vmap.
     """
     leaves = {name: p.detach().requires_grad_() for name, p in trainable(net).items()}
     tapped, whole = _Tapped(leaves), {}
 
     def forward(row: Tensor, given: Slopes) -> tuple[Tensor, Slopes]:
         own = {name: t for name, t in given.items() if name not in whole}
-        tapped.taps = given
-        tapped.products.clear()
+        tapped.taps, tapped.products = given, defaultdict(list)
         with tapped:
             out = called(net, {**leaves, **own}, (row.unsqueeze(0),))
-        if any(len(tapped.products[name]) != 1 for name in whole):
-            raise RuntimeError("the network is another at every call")
-        return out.squeeze(0), {name: tapped.products[name][0].input.detach() for name in whole}
+        # [once] raises ValueError where the layer is not called once
+        return out.squeeze(0), {name: once.input.detach() for name in whole for [once] in [tapped.products[name]]}
 
     def add_up(x: Tensor, objective: Objective, size: Size, choices: int) -> Slopes:
         total = {name: torch.zeros_like(p) for name, p in leaves.items()}
@@ -306,17 +303,16 @@ def _by_layer(net: nn.Module, objective: Objective, size: Size, x: Tensor, chunk
 
     out, _ = torch.func.vmap(forward)(x[:1], {})
     uses = _uses(out)
-    once = {name: calls[0] for name, calls in tapped.products.items() if name in leaves and len(calls) == 1}
-    whole |= {name: product for name, product in once.items() if uses[id(leaves[name])] == 1}
+    whole |= {n: calls[0] for n, leaf in leaves.items() if len(calls := tapped.products[n]) == uses[id(leaf)] == 1}
     parts = {name: leaf.detach() for name, leaf in leaves.items() if uses[id(leaf)]}
     parts |= {name: product.weight.new_zeros(product.shape) for name, product in whole.items()}
     # outputs in a random direction: an objective's own gradient may vanish, as where a label is left out
     direction = torch.randn(out.shape[1:], generator=torch.Generator().manual_seed(0)).to(out)
-    probe = x[:PROBED], lambda logits, *_: (logits * direction).sum(), torch.positive, 1
-    found, plain = add_up(*probe), _one_by_one(net, probe[1], torch.positive, probe[0], 1)
-    gaps = torch.stack([(found[name] - slope).norm() for name, slope in plain.items()])
-    sizes = torch.stack([slope.norm() for slope in plain.values()])
-    eps = max(torch.finfo(slope.dtype).eps for slope in plain.values())
+    found = add_up(x[:1], lambda logits, *_: (logits * direction).sum(), torch.positive, 1)
+    plain = torch.autograd.grad((net(x[:1]) * direction).sum(), [*trainable(net).values()], materialize_grads=True)
+    gaps = torch.stack([(slope - t).norm() for slope, t in zip(plain, found.values(), strict=True)])
+    sizes = torch.stack([slope.norm() for slope in plain])
+    eps = max(torch.finfo(slope.dtype).eps for slope in plain)
     # by a part of the parameter's own size, or of the largest where its own is but rounding
     if not (gaps <= eps**0.25 * sizes + 16 * eps * sizes.max()).all():
         raise RuntimeError("gradients by layer are not the network's own")
@@ -333,9 +329,8 @@ def _uses(value: Tensor) -> Counter[int]:
                 raise RuntimeError("torch's vmap forgets the padding index of an embedding")
             node = sources[0][0]
         uses[id(getattr(node, "variable", None))] += 1
-        if node not in seen:
-            seen.add(node)
-            nodes += [source for source, _ in sources]
+        nodes += [source for source, _ in sources if node not in seen]
+        seen.add(node)
     return uses
 
 

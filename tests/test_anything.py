@@ -35,6 +35,8 @@ WIDTH = 6
 class Net(nn.Module):
     """A body of two layers under a head, with whatever a draw asks for."""
 
+    views = False
+
     def __init__(self, shape, classes, norm, dropout, tied, buffer, recurrent):
         super().__init__()
         convolved = len(shape) == 3
@@ -60,7 +62,8 @@ class Net(nn.Module):
         self.register_buffer("mask", mask if buffer == "infinite" else None)
 
     def forward(self, x, *, gain=1.0):
-        x = self.norm(self.first(x)).relu()
+        x = self.first(x)
+        x = self.norm(x.view(len(x), -1).view(x.shape) if self.views else x).relu()
         x = self.dropout(x.mean((2, 3)) if x.ndim == 4 else x) * gain
         if self.always:
             x = nn.functional.dropout(x, 0.2, training=True)
@@ -71,6 +74,12 @@ class Net(nn.Module):
         if self.cell is not None:
             x = self.cell(x.unflatten(1, (3, 2)))[0][:, -1]
         return self.head(self.third(self.second(x).relu()).relu())
+
+
+class Viewing(Net):
+    """Reads what a convolution gives as it lies in memory."""
+
+    views = True
 
 
 class Moving(Net):
@@ -131,7 +140,7 @@ def networks(draw, stream: Stream) -> nn.Module:
     """Any network for a stream, in any wrapper."""
     with torch.random.fork_rng([]):
         torch.manual_seed(draw(st.integers(0, 9)))
-        net = draw(st.sampled_from([Net, Net, Moving]))(
+        net = draw(st.sampled_from([Net, Viewing, Moving]))(
             stream.shape,
             len(stream.classes) + draw(st.sampled_from([0, 0, 0, 2])),
             draw(st.sampled_from(NORMS)),

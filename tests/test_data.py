@@ -123,6 +123,17 @@ def test_normalisation_equals_torchvision_and_keeps_floats_and_tokens():
     assert torch.equal(Normalize((3.0,), (2.0,))(tokens), tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.float64])
+def test_complex_inputs_keep_both_parts(dtype, asked):
+    x = torch.randn(4, 2, 3, 3, dtype=dtype, generator=seeded())
+    found = Normalize((0.5, 1.0), (2.0, 4.0))(x, asked)
+    std, mean = torch.tensor([2.0, 4.0]).view(-1, 1, 1), torch.tensor([0.5, 1.0]).view(-1, 1, 1)
+    assert found.dtype == dtype and torch.allclose(found, (x - mean) / std)
+    part = Examples(x, torch.zeros(4, dtype=torch.int64))
+    assert Task(0, "waves", (0,), part, part).batch([0, 1]).x.equal(x[:2])
+
+
 def test_normalisation_measures_bytes_and_floats_alike():
     x = images(50)
     measured = Normalize.of(x)
@@ -205,6 +216,30 @@ def test_when_the_inputs_are_asked_for_changes_none(sizes, looks, moved, last):
             assert len(batch.x) == len(batch.y)
     assert torch.equal(batch.x, torch.cat(twin)) and batch.size == 3
     assert layout is None or batch.x.is_contiguous(memory_format=layout)
+
+
+ROWS = {
+    "bytes": images,
+    "floats": lambda n: images(n) / 255,
+    "doubles": lambda n: images(n).double(),
+    "truths": lambda n: images(n) > 99,
+}
+
+
+@pytest.mark.parametrize("old", [*ROWS])
+@pytest.mark.parametrize("when", ["always", "never", "later", "no more"])
+def test_rows_of_another_kind_are_prepared_as_the_others_are(old, when):
+    """Bytes beside what a generator of images makes, and rows that are moved beside rows that are not."""
+    task = task_of(toy(), augment=Augment(crop=2, flip=True), normalize=Normalize((0.5,), (0.25,)))
+    first, later = when in ("always", "no more"), when in ("always", "later")
+    drawn, twin = seeded(2), seeded(2)
+    batch = task.batch(slice(0, 3), drawn if first else None)
+    batch.generator = drawn if later else None
+    more = [ROWS[old](2), images(1)]
+    for raw in more:
+        batch = batch.join(raw, torch.zeros(len(raw), dtype=torch.int64))
+    own = task.prepare(task.train.x[:3], twin if first else None)
+    assert torch.equal(batch.x, torch.cat([own, *(task.prepare(raw, twin if later else None) for raw in more)]))
 
 
 def test_inputs_that_are_given_stay_when_rows_are_joined():

@@ -17,7 +17,7 @@ from clkit.evaluation import evaluate, score
 from clkit.learners import ER, Learner
 from clkit.modules import hooked
 from clkit.training import Training, label, run
-from clkit.training.computing import descend
+from clkit.training.computing import descend, lay_out
 from clkit.training.loop import _Loop
 from clkit.weights import equal, get_weights
 from toys import quick
@@ -379,11 +379,88 @@ def test_channels_come_last_where_a_network_convolves(model, asked, last):
 
     result = quick(toys.images(1), Seeing(9), model=model, training=Training(1, 8, channels_last=asked))
     assert layouts == [last] * 3
-    assert last == any(
-        p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
-        for p in result.model.parameters()
-        if p.ndim == 4
+    assert all(p.is_contiguous() for p in (*result.model.parameters(), *result.weights[0].values()))
+
+
+class Viewing(nn.Module):
+    """Reads memory as it lies: what a convolution gives, in one mode or both, or its weight."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.of, self.conv, self.linear = of, nn.Conv2d(1, 4, 3, bias=False), nn.Linear(64, 2)
+
+    def forward(self, x):
+        weight = self.conv.weight.view(4, -1).view(4, 1, 3, 3) if self.of == "weight" else self.conv.weight
+        x = nn.functional.conv2d(x, weight).relu()
+        viewed = self.of in ("outputs", "training" if self.training else "testing")
+        return self.linear(x.view(x.size(0), -1) if viewed else x.flatten(1))
+
+
+@pytest.mark.parametrize("of", ["outputs", "training", "testing", "weight"])
+def test_a_network_that_cannot_take_channels_last_has_its_rows_as_they_come(of):
+    net, layouts = Viewing(of), []
+
+    class Seeing(ER):
+        def adjust_gradients(self, model, batch):
+            layouts.append(batch.layout)
+            assert torch.cat([p.grad.view(-1) for p in model.parameters()]).isfinite().all()
+
+    free, contiguous = (
+        quick(toys.images(1), Seeing(9), model=net, training=Training(1, 8, channels_last=c)) for c in (None, False)
     )
+    assert layouts == [torch.channels_last if of == "weight" else None] * 3 + [None] * 3
+    assert of == "weight" or equal(free.weights[0], contiguous.weights[0])
+    if of != "weight":
+        with pytest.raises(ValueError, match=r"model: it fails in \w+ mode .*view size is not compatible"):
+            quick(toys.images(1), model=net, training=Training(1, 8, channels_last=True))
+
+
+class Tied(nn.Module):
+    """Two layers whose weights are one memory, and a buffer that looks into a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
+        self.b.weight = nn.Parameter(self.a.weight.data)
+        self.register_buffer("row", self.c.weight.data[0])
+        self.first, self.linear = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(72, 2)
+
+    def forward(self, x):
+        return self.linear(self.c(self.b(self.a(self.first(x))).relu()).flatten(1))
+
+    def check(self):
+        return self.a.weight.equal(self.b.weight) and self.row.equal(self.c.weight[0])
+
+
+def test_memory_that_is_shared_stays_shared():
+    result = quick(toys.images(1), model=lambda stream, seed: Tied(), training=Training(1, 8))
+    assert result.model.check() and "b.weight" not in result.weights[0]
+    net = Tied()
+    lay_out(net, torch.channels_last)
+    with torch.no_grad():
+        net.a.weight.add_(1), net.row.add_(1)
+    assert net.check() and net.first.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_step_writes_a_parameter_and_nothing_else(data):
+    """A factory may give a part of a larger tensor; the twin steps on a copy of its own."""
+    rule = data.draw(st.sampled_from(RULES))
+    big = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+    part = tuple(slice(0, None, data.draw(st.integers(1, 3))) for _ in big.shape)
+    order = data.draw(st.permutations(range(3)))
+    whole = big.clone()
+    ours, twin = nn.Parameter(whole[part].permute(order)), nn.Parameter(big[part].permute(order).contiguous())
+    light, plain = (Training(lr=0.1, **rule).make_optimizer([p]) for p in (ours, twin))
+    for _ in range(2):
+        twin.grad = torch.randn(twin.shape, generator=torch.Generator().manual_seed(1))
+        ours.grad = twin.grad.clone()
+        descend(light), descend(plain)
+    expected = big.clone()
+    expected[part] = twin.detach().permute(*(order.index(i) for i in range(3)))
+    assert torch.allclose(whole, expected, atol=1e-6)
+    assert light.param_groups[0]["fused"] or any(axis.step > 1 for axis in part)
 
 
 def test_parameters_that_are_no_convolutions_of_images_are_left_in_their_layout():

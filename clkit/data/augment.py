@@ -19,7 +19,7 @@ class Normalize:
     """Map raw inputs to floats: bytes to [0, 1], then (x - mean) / std per channel (axis 1); tokens pass through.
 
     One value serves any number of channels. Floating inputs keep their dtype unless another is asked for, and
-    are not divided by 255.
+    are not divided by 255. Complex inputs always keep theirs.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -36,7 +36,7 @@ class Normalize:
             return x
         if len(self.mean) not in (1, x.shape[1]):
             raise ValueError(f"{self} has {len(self.mean)} channels and the input {x.shape[1]}; pass one mean each")
-        dtype = dtype or (x.dtype if x.is_floating_point() else torch.float32)
+        dtype = x.dtype if x.is_complex() else dtype or (x.dtype if x.is_floating_point() else torch.float32)
         scale, shift = _affine(self, x.dtype == torch.uint8, dtype, x.device)
         shape = (-1,) + (1,) * (x.ndim - 2)
         scaled = x * scale.view(shape) if x.dtype == dtype else x.to(dtype).mul_(scale.view(shape))
@@ -131,7 +131,7 @@ def check_images(owner: str, x: Tensor, normalize: Normalize) -> None:
     if width in (1, 3, 4) and channels not in (1, 3, 4) and height != width:
         shape = tuple(x.shape[1:])
         raise ValueError(f"{owner}: images {shape} have their channels last; pass x.permute(0, 3, 1, 2).contiguous()")
-    whole = not x.is_floating_point() and x.dtype not in (torch.uint8, torch.bool)
+    whole = not x.is_floating_point() and not x.is_complex() and x.dtype not in (torch.uint8, torch.bool)
     alike = x.is_floating_point() and channels in (1, 3, 4) and max(normalize.std) <= 1
     if whole or (alike and x.min() >= 0 and 127 < x.max() < 256):
         raise ValueError(f"{owner}: images from {x.min()} to {x.max()} are {x.dtype}; pass bytes as x.to(torch.uint8)")

@@ -147,7 +147,8 @@ class Batch:
     which rows of `task.train` the current ones are; `lr` is the step's learning rate.
 
     `x` is made when it is first asked for, of all rows at once: of `parts`, raw rows with the moves that augmentation
-    drew for them, in the memory format `layout`.
+    drew for them, in the memory format `layout`. Until then raw rows, joined ones too, and `task` must stay as they
+    are: a change to them would count.
     """
 
     x: Tensor
@@ -193,12 +194,16 @@ class Batch:
         return raw, self.task.augment.drawn(raw, self.generator)
 
     def _made(self, parts: tuple[tuple[Tensor, Moves | None], ...]) -> Tensor:
+        if len({(raw.dtype, moves is None) for raw, moves in parts}) > 1:  # bytes are divided by 255, floats are not
+            return torch.cat([self._made((part,)) for part in parts])
         raws, moves = [raw for raw, _ in parts], [moves for _, moves in parts]
         raw = torch.cat(raws) if len(raws) > 1 else raws[0]
         if moves[0] is not None:
             raw = self.task.augment.apply(raw, *(torch.cat(same, -1) for same in zip(*moves, strict=True)))
         x = self.task.prepare(raw)
-        return x.contiguous(memory_format=self.layout) if self.layout else x
+        if self.layout is None:
+            return x
+        return torch.empty_like(x, memory_format=self.layout).copy_(x)  # `contiguous` leaves one channel as it is
 
 
 LATER: Any = None  # inputs that are made when they are asked for

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -47,19 +48,27 @@ def reproducible(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def laid_out(model: nn.Module, stream: Stream, channels_last: bool | None) -> torch.memory_format | None:
-    """The memory format of inputs, in which a model's parameters are laid out in place; None for theirs as it is.
+def layout(model: nn.Module, stream: Stream, channels_last: bool | None) -> torch.memory_format | None:
+    """The memory format to try for a step's inputs; None for theirs as it is.
 
     It is channels-last for images where that is asked for, and unless it is refused where a network convolves: windows
     that overlap, as those of a transformer's patches do not.
     """
     convolves = any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
-    if len(stream.shape) != 3 or not (convolves if channels_last is None else channels_last):
-        return None
+    asked = convolves if channels_last is None else channels_last
+    return torch.channels_last if asked and len(stream.shape) == 3 else None
+
+
+def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Lays a model's weights of convolutions out in place, on a GPU; those that share memory stay, and share it.
+
+    A CPU's libraries lay weights out for themselves, and `view` takes them as they were made.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided]
+    owners = Counter(t.untyped_storage().data_ptr() for t in tensors)
     for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return torch.channels_last
+        if parameter.ndim == 4 and owners[parameter.untyped_storage().data_ptr()] == 1:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:

@@ -178,7 +178,9 @@ class _Loop:
         self.holdout = getattr(self.consolidation, "holdout", None) or 0.0
         setting = Setting(self.own, self.criterion, len(self.stream.classes), training.batch, self.holdout)
         self.learner.start(setting)
-        self.layout = computing.laid_out(model, self.stream, training.channels_last)
+        self.layout = computing.layout(model, self.stream, training.channels_last)
+        if self.layout and device.type != "cpu":
+            computing.lay_out(model, self.layout)
         self.optimizer = training.make_optimizer(model.parameters())
         self.frozen = frozen_modules(model)
         training_mode(model, self.frozen)

@@ -32,7 +32,8 @@ class Training:
     - `augment`: use the stream's augmentation
     - `precision`: "auto" is bfloat16 autocast on GPUs that have it, else float32. On a CPU with instructions for
       bfloat16 it makes convolutional networks about twice as fast, transformers slower.
-    - `channels_last`: images and convolutions in that memory format; None is yes for networks that convolve
+    - `channels_last`: a step's images in that memory format, and on a GPU the weights of convolutions; None is yes for
+      networks that convolve, unless they cannot take it: those that `view` what a convolution gives, say
     - `compile`: run the model through `torch.compile`
     - `capture`: on a GPU, replay a captured step wherever that changes nothing; see `training.capture`
     - `deterministic`: on a GPU, take cuDNN's deterministic kernels instead of its fastest; see `run`
@@ -79,7 +80,7 @@ class Training:
         if not wanted:
             raise ValueError("model: it has no parameter that requires a gradient; there is nothing to train")
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
-        options["fused"] = all(p.is_floating_point() for p in wanted)
+        options["fused"] = all(p.is_floating_point() and _dense(p) for p in wanted)
         if wanted[0].device.type in CAPTURES:  # a replay reads a rate that is a tensor
             options["lr"] = torch.tensor(self.lr, dtype=torch.float32, device=wanted[0].device)
         if self.optimizer == "adamw":
@@ -93,6 +94,11 @@ class Training:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether entries fill a block of memory in some order of the axes, all of which torch's fused steps write."""
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from clkit.data import Batch, Stream, Task
 from clkit.evaluation import check_width, side_pass
 from clkit.learners import Criterion, Learner
 from clkit.modules import evaluation_mode, unwrapped
+from clkit.training import computing
 from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, check_same, get_weights
 
@@ -75,7 +76,7 @@ def check_inputs(stream: Stream) -> None:
     """Raises ValueError that names part and task if inputs hold a NaN or an infinity."""
     for task in stream:
         for part, x in (("train", task.train.x), ("test", task.test.x)):
-            if x.is_floating_point():
+            if x.is_floating_point() or x.is_complex():
                 good = torch.cat([rows.flatten(1).isfinite().all(1) for rows in x.split(ROWS_AT_ONCE)])
                 if not good.all():
                     first = int((~good).nonzero()[0])
@@ -88,19 +89,35 @@ def attempt(loop: Any) -> None:
     """Tries the network of a loop that is about to begin, its learner and its consolidation on two rows.
 
     The model is as it was afterwards, but that outputs for more classes than the stream has are cut off from now on.
-    Raises ValueError, TypeError or FloatingPointError that names what does not fit.
+    Where nobody asks for a memory format and the network fails in the loop's, that becomes the usual one. Raises
+    ValueError, TypeError or FloatingPointError that names what does not fit.
     """
+    if loop.layout:
+        try:
+            check_network(loop, loop.layout)
+        except ValueError:
+            if loop.training.channels_last:
+                raise
+            loop.layout = None
+            for model in {loop.model, loop.scratch} if loop.device.type != "cpu" else ():
+                computing.lay_out(model, torch.contiguous_format)
+    some = check_network(loop, None)
+    loop.learner.check(loop.scratch, some.x)
+    if len(loop.stream) > 1:
+        check_consolidation(loop.consolidation, loop.scratch, some.x, lambda: loop.symmetry)
+
+
+def check_network(loop: Any, layout: torch.memory_format | None) -> Batch:
+    """Tries the network of a loop on rows in a memory format, as tests and steps give them, and returns two."""
     stream, task = loop.stream, loop.stream[0]
-    some, one = (task.batch(slice(0, count), device=loop.device) for count in (2, 1))
+    some, one = (task.batch(slice(0, count), device=loop.device, layout=layout) for count in (2, 1))
     tested = one if any(len(task.test) == 1 for task in stream) else some
     if check_outputs(loop.model, tested, len(stream.classes)) > len(stream.classes):
         for model in {loop.model, loop.scratch}:
             model.register_forward_hook(partial(_cut, len(stream.classes)))
     trained = one if loop.training.batch == 1 or any(len(task.train) == 1 for task in stream) else some
     check_step(loop.model, trained, loop.criterion)
-    loop.learner.check(loop.scratch, some.x)
-    if len(stream) > 1:
-        check_consolidation(loop.consolidation, loop.scratch, some.x, lambda: loop.symmetry)
+    return some
 
 
 def check_outputs(model: nn.Module, batch: Batch, classes: int) -> int:

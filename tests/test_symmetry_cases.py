@@ -182,6 +182,11 @@ def shared_keys(s: Net, x: Tensor) -> Tensor:
     return s.h(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)).sum(1)
 
 
+def with_a_head_for_training(s: Net, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    h = s.d(s.a(x).relu())
+    return (s.h(h), s.e(s.d(s.b(h).relu()))) if s.training else s.h(h)
+
+
 images, rows, series = (2, 3, 8, 8), (4, 6), (2, 5, 6)
 MOVES = {  # network, shape of the example: all of it moves
     "RNNCell": (Steps(nn.RNNCell(6, 8)), series),
@@ -227,6 +232,10 @@ MOVES = {  # network, shape of the example: all of it moves
         rows,
     ),
     "distances to a book of codes": (Net(lambda s, x: torch.cdist(s.a(x), s.c), a=L(6, 8), c=parameter(4, 8)), series),
+    "a head for training alone, behind dropout": (
+        Net(with_a_head_for_training, a=L(6, 8), b=L(8, 5), d=nn.Dropout(0.7), e=L(5, 3), h=L(8, 3)),
+        rows,
+    ),
     "a number": (Net(lambda s, x: s.a(x).tanh().sum().softmax(0), a=L(6, 8)), rows),
 }
 

@@ -170,11 +170,13 @@ WHOLE = {some.default: _stand_in(some.default) for some in (*POOLING, aten.scale
 
 
 class _Whole(Interpreter):
-    """Runs a graph with stand-ins, and linear layers on rows, for else they bind it to a batch size."""
+    """Runs a graph with stand-ins, dropout as one operation, and linear layers on rows: else they bind a batch size."""
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if target is aten.linear.default and args[0].ndim > 2:
             return target(args[0].flatten(0, -2), *args[1:]).unflatten(0, args[0].shape[:-1])
+        if target is aten.dropout.default:  # else its mask is drawn by itself, and looks like a constant
+            return aten.native_dropout.default(*args)[0]
         return super().call_function(WHOLE.get(target, target), args, kwargs)
 
 

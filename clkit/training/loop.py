@@ -122,6 +122,7 @@ def run(
     started = time.perf_counter()
     with computing.with_threads(threads):
         trial.check_arguments(stream, model, learner, rule, training, resume)
+        trial.check_inputs(stream)
         place, model = computing.find_device(device), unwrapped(model) if isinstance(model, nn.Module) else model
         path = store.writable(checkpoint) if checkpoint is not None else None
         begun = path if path is not None and path.exists() else resume

@@ -38,7 +38,6 @@ def check_arguments(stream: Any, model: Any, learner: Any, consolidation: Any, t
     ):
         if not fits:
             raise TypeError(f"{name}: {given!r:.80} ({type(given).__name__}); give {wanted}")
-    check_inputs(stream)
     if getattr(consolidation, "uses_moments", False) and training.optimizer != "adamw":
         remedy = 'use Training(optimizer="adamw"), or importance="fisher"'
         raise ValueError(f"optimizer: {training.optimizer!r} keeps no second moments for {consolidation!r}; {remedy}")

@@ -232,10 +232,13 @@ MOVES = {  # network, shape of the example: all of it moves
         rows,
     ),
     "distances to a book of codes": (Net(lambda s, x: torch.cdist(s.a(x), s.c), a=L(6, 8), c=parameter(4, 8)), series),
-    "a head for training alone, behind dropout": (
-        Net(with_a_head_for_training, a=L(6, 8), b=L(8, 5), d=nn.Dropout(0.7), e=L(5, 3), h=L(8, 3)),
-        rows,
-    ),
+    **{
+        f"a head for training alone, behind {drop}": (
+            Net(with_a_head_for_training, a=L(6, 8), b=L(8, 5), d=drop, e=L(5, 3), h=L(8, 3)),
+            rows,
+        )
+        for drop in (nn.Dropout(0.7), nn.Dropout(0.7, inplace=True), nn.Dropout1d(0.7), nn.AlphaDropout(0.7))
+    },
     "a number": (Net(lambda s, x: s.a(x).tanh().sum().softmax(0), a=L(6, 8)), rows),
 }
 

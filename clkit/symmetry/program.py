@@ -167,6 +167,10 @@ def _stand_in(operation: Any) -> Any:
 
 POOLING = aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d
 WHOLE = {some.default: _stand_in(some.default) for some in (*POOLING, aten.scaled_dot_product_attention)}
+DROPOUTS = {
+    getattr(aten, name + place).default
+    for name, place in product(("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"), ("", "_"))
+}
 
 
 class _Whole(Interpreter):
@@ -175,7 +179,7 @@ class _Whole(Interpreter):
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if target is aten.linear.default and args[0].ndim > 2:
             return target(args[0].flatten(0, -2), *args[1:]).unflatten(0, args[0].shape[:-1])
-        if target is aten.dropout.default:  # else its mask is drawn by itself, and looks like a constant
+        if target in DROPOUTS:  # else its mask is drawn by itself, and looks like a constant
             return aten.native_dropout.default(*args)[0]
         return super().call_function(WHOLE.get(target, target), args, kwargs)
 

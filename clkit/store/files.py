@@ -2,13 +2,15 @@
 
 import json
 import logging
+import math
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +28,58 @@ log = logging.getLogger("clkit.store")
 
 def expand(path: os.PathLike[str] | str) -> Path:
     """A path as people write it, with its ~ and its variables ($HOME) replaced; every path from outside goes here."""
-    return Path(os.path.expandvars(path)).expanduser()
+    return Path(os.path.expanduser(os.path.expandvars(path)))  # noqa: PTH111  # Path's own raises for "~nobody"
+
+
+class Unreadable(OSError, ValueError):
+    """A file that cannot be read here and now: a permission, a disk or a handle is missing, whatever it holds."""
+
+
+def regular(
+    path: os.PathLike[str] | str, name: str = "path", remedy: str = "give a file", most: float = math.inf
+) -> BinaryIO:
+    """Opens a file from outside for reading, as bytes; links are followed. Every file from outside goes through here.
+
+    Raises, with `name` for the argument, the path and a `remedy`:
+
+    - TypeError on what is no path, FileNotFoundError where there is nothing
+    - ValueError on a folder, a pipe, a device or a socket, none of which is waited for or read, and on a
+      file of more than `most` bytes
+    - Unreadable, a ValueError as well, where the system refuses
+    """
+    with explained(f"{name}: {path!r} is no path", remedy, of=TypeError, kind=TypeError):
+        place = expand(path)
+    what = f"{name}: {place} cannot be read"
+
+    def opener(place: str, flags: int) -> int:
+        file = os.open(place, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for one who writes
+        state = os.fstat(file)
+        kind = stat.filemode(state.st_mode)[0]
+        if kind == "-" and state.st_size <= most:
+            return file
+        os.close(file)
+        large = f"it has {state.st_size:,} bytes, the limit is {most:,}"
+        raise ValueError({"-": large, "d": "it is a folder"}.get(kind, "it is a pipe, a device or a socket"))
+
+    try:
+        return open(place, "rb", opener=opener)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{what} (there is no such file); {remedy}") from error
+    except OSError as error:
+        raise Unreadable(f"{what} ({error.strerror}); {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{what} ({error}); {remedy}") from error
+
+
+def content(
+    path: os.PathLike[str] | str, name: str = "path", remedy: str = "give a file", most: float = math.inf
+) -> bytes:
+    """The bytes of a file from outside, which `regular` opens; raises what that does, and Unreadable on a fault."""
+    with regular(path, name, remedy, most) as file:
+        try:
+            return file.read()
+        except (OSError, MemoryError) as error:
+            raise Unreadable(f"{name}: {expand(path)} cannot be read ({error}); {remedy}") from error
 
 
 def cache_root() -> Path:

@@ -1,9 +1,10 @@
 """How well a model does on the tasks of a stream; on the device, in one pass."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import count, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from clkit.weights import Weights, set_weights
 
 EVALUATION_BATCH = 1024
 LOGITS = 2**24  # numbers that the logits of a batch may have, where a row has many targets
+KEPT = 2**26  # numbers that the logits of all test data may have, if something is to be kept of them: 256 MB
 
 
 class Evaluation(NamedTuple):
@@ -40,8 +42,9 @@ def evaluate(
     model: nn.Module,
     stream: Stream,
     *,
-    predict: Callable[[nn.Module, Tensor, Task | None], Tensor] | None = None,
+    predict: Callable[..., Tensor] | None = None,
     batch: int = EVALUATION_BATCH,
+    kept: dict[int, dict[str, Any]] | None = None,
 ) -> Evaluation:
     """Tests a model, in evaluation mode, on the test data of every task of a stream; one host synchronisation in all.
 
@@ -51,12 +54,19 @@ def evaluate(
     afterwards. Inputs come in the model's dtype, and outputs for more classes than the stream has do not count. Raises
     ValueError for a model with fewer outputs than the stream has classes. Logits that are not finite raise
     FloatingPointError that names the task: to mask a class, give it a finite number such as -1e9.
+
+    `kept` saves a rule from computing again what never changes, as `PerTask` can: a dict, empty at first, that all
+    tests of one run on one stream have in common. A `predict` that takes `kept` gets a dict in it for each batch of
+    rows, the same one in every test. It gets none where all logits together are more than 2^26 numbers.
     """
     stream = stream.given(dtype_of(model))
+    numbers = len(stream.classes) * sum(task.test.y.numel() for task in stream)
+    keeps = predict and "kept" in inspect.signature(predict).parameters and numbers <= KEPT
+    more = ({} if kept is None or not keeps else {"kept": kept.setdefault(number, {})} for number in count())
 
     def logits(task: Task, x: Tensor) -> Tensor:
-        x = task.prepare(x)
-        found = predict(model, x, task if stream.scenario == "task" else None) if predict else model(x)
+        x, given = task.prepare(x), task if stream.scenario == "task" else None
+        found = predict(model, x, given, **next(more)) if predict else model(x)
         return found[..., : len(stream.classes)]
 
     rows = [_means(model, partial(logits, t), t.test, t.classes, len(stream.classes), batch) for t in stream]
@@ -130,13 +140,3 @@ def outputs(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
     model = unwrapped(model)
     with evaluation_mode(model):
         return called(model, weights, (x,))
-
-
-def side_pass(model: nn.Module, x: Tensor) -> Tensor:
-    """What `model` gives for prepared inputs (N, ...) in the mode it is in, its buffers left as they are.
-
-    Logits (N, C), or (N, L, C) for tokens, with gradients.
-    """
-    model = unwrapped(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return called(model, buffers, (x,))

@@ -47,6 +47,16 @@ def called(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, named: 
     return functional_call(model, {**every, **tensors}, inputs, named, tie_weights=False)
 
 
+def side_pass(model: nn.Module, x: Tensor) -> Tensor:
+    """What `model` gives for prepared inputs (N, ...) in the mode it is in, its buffers left as they are.
+
+    Logits (N, C), or (N, L, C) for tokens, with gradients.
+    """
+    model = unwrapped(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return called(model, buffers, (x,))
+
+
 def dtype_of(model: nn.Module) -> torch.dtype | None:
     """That of a model's first floating parameter, in which it takes its inputs; None where it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

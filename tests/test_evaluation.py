@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import toys
-from clkit import landscape, models
+from clkit import evaluation, landscape, models
 from clkit.consolidation import Merged
 from clkit.evaluation import evaluate, score
 from clkit.language import continued
@@ -80,6 +80,31 @@ def test_nothing_waits_for_the_device_before_the_end(stream):
     with Waits() as waits:
         evaluate(models.mlp(stream, hidden=(4,)), stream, batch=3)
     assert waits.number == 0  # all results come over together
+
+
+def test_what_a_rule_keeps_comes_again_with_the_same_rows(stream, monkeypatch):
+    """A dict for each batch, in every test, of a rule that takes it, and of no other."""
+    net, asked, kept = models.mlp(stream, hidden=(4,)), [], {}
+
+    def predict(model, x, task, kept=None):
+        asked.append((x, kept))
+        if kept is not None:
+            kept.setdefault("rows", x)
+        return model(x)
+
+    first = evaluate(net, stream, predict=predict, batch=4, kept=kept)
+    number = len(asked)
+    again = evaluate(net, stream, predict=predict, batch=4, kept=kept)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert number == 9 == len(kept) == len({id(own) for _, own in asked})
+    for (x, own), (other, same) in zip(asked[:number], asked[number:], strict=True):
+        assert own is same and torch.equal(own["rows"], x) and torch.equal(x, other)
+    asked.clear()
+    evaluate(net, stream, predict=predict)
+    monkeypatch.setattr(evaluation, "KEPT", 3 * 10 * 6 - 1)
+    evaluate(net, stream, predict=predict, kept=kept)
+    assert [own for _, own in asked] == [None] * 6
+    evaluate(net, stream, predict=lambda model, x, task: model(x), kept=kept)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from clkit import curvature, data, models
 from clkit.alignment import align, permute, symmetry
 from clkit.consolidation import EMA, HCMM, SFA, CLeWI, Merged, Merging, NoConsolidation, WiSEFT
 from clkit.data import Examples
-from clkit.evaluation import evaluate, outputs, side_pass
+from clkit.evaluation import evaluate, outputs
 from clkit.learners import ER as Replay
 from clkit.learners import EWC, LEARNERS, MAS, ICaRL, Learner
-from clkit.modules import frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
+from clkit.modules import frozen_modules, frozen_tensors, scratch_copy, side_pass, training_mode, unwrapped
 from clkit.normalization import batchnorms, refresh, repair
 from clkit.tangent import Linearized
 from clkit.training import Training

@@ -3,15 +3,17 @@
 import copy
 import hashlib
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import toys
-from clkit import data, models
+from clkit import data, evaluation, models
 from clkit.consolidation import WiSEFT
 from clkit.data import Examples, Normalize, Stream, Task
 from clkit.learners import Learner, PerTask
@@ -426,7 +428,7 @@ class TestInference:
                     total += gap.mean(1)
                 h = layer(h)
             distances.append(total.detach())
-            assert torch.allclose(model.distance(x, learner.tasks[task.index]), distances[-1], rtol=1e-4)
+            assert torch.allclose(model.compared(x, learner.tasks[task.index])[1], distances[-1], rtol=1e-4)
         nearest = torch.stack(distances).argmin(0)
         assert len(nearest.unique()) > 1
         assert torch.equal(learner.predict(model, x).argmax(1) // 2, nearest)
@@ -450,6 +452,118 @@ class TestInference:
     def test_domains_have_their_labels_in_common(self):
         result = fit(replace(one_label_space(), scenario="domain"), training=LONG)
         assert result.accuracy[-1].mean() > 0.6
+
+
+@cache
+def learned() -> Result:
+    return fit(pictures(7, scenario="class"), training=replace(SHORT, epochs=1))
+
+
+@dataclass
+class Twin(PerTask):
+    """Asks every finished task about every row, every time."""
+
+    def predict(self, model, x, task=None):
+        if task is not None or not self.tasks:
+            return super().predict(model, x, task)
+        answers, scores = [], []
+        for state in self.tasks.values():
+            logits, score = model.call(x, state, shared=self.shared), None
+            if self.infer == "statistics":
+                logits, score = model.compared(x, state, shared=self.shared)
+            answers.append(logits[..., list(state.classes)].log_softmax(-1))
+            entropy = F.softmax(answers[-1], -1).mul(-answers[-1]).sum(-1) / np.log(len(state.classes))
+            scores.append(entropy.flatten(1).mean(1) if entropy.ndim > 1 else entropy)
+            scores[-1] = scores[-1] if score is None else score
+        chosen = torch.stack(scores).argmin(0)
+        found = answers[0].new_full((*answers[0].shape[:-1], len(self.setting.criterion.first_task)), -40.0)
+        for position, (answer, state) in enumerate(zip(answers, self.tasks.values(), strict=True)):
+            own, away = list(state.classes), 20.0 * (chosen != position).float()
+            found[..., own] = torch.maximum(found[..., own], answer - away.view(-1, *[1] * (answer.ndim - 1)))
+        return found
+
+
+def counted(monkeypatch) -> list[int]:
+    """How many times stored tasks have answered so far, in a list of one."""
+    calls, call = [0], Modulated.call
+
+    def counting(self, *args, **options):
+        calls[0] += 1
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(Modulated, "call", counting)
+    return calls
+
+
+class TestWhatIsKept:
+    """A finished task answers once about each row: nothing else changes."""
+
+    CASES = (
+        ("class", {"infer": "entropy"}, "factor"),
+        ("class", {"infer": "statistics"}, "mask"),
+        ("domain", {"infer": "entropy"}, "kaiming"),
+        ("domain", {"infer": "statistics", "begin": "previous"}, "own"),
+        ("class", {"infer": "entropy", "shared": ("statistics",)}, "factor"),
+    )
+
+    @pytest.mark.parametrize(("scenario", "settings", "rule"), CASES)
+    def test_no_bit_of_a_run(self, scenario, settings, rule, tmp_path):
+        stream = pictures(4, scenario="class")
+        stream = data.shared_head(stream) if scenario == "domain" else stream
+        more = {"model": network(stream, RULES[rule]), "watch": 4}
+        plain, kept = quick(stream, Twin(**settings), **more), quick(stream, PerTask(**settings), **more)
+        again = resumed(stream, PerTask(**settings), tmp_path / "run", **more)
+        for name in ("accuracy", "masked", "losses", "initial"):
+            twin = getattr(plain, name).tobytes()
+            assert getattr(kept, name).tobytes() == twin == getattr(again, name).tobytes(), name
+        assert len(plain.watched) == len(kept.watched) > 4
+        for a, b, c in zip(plain.watched, kept.watched, again.watched, strict=True):
+            assert a["accuracy"].tobytes() == b["accuracy"].tobytes() == c["accuracy"].tobytes()
+        assert toys.same_tree(kept.learner.state_dict(), plain.learner.state_dict())
+
+    def test_no_bit_for_sequences_of_tokens(self):
+        stream = replace(toys.tokens(3), scenario="class")
+        net = Modulated(toys.small_reader(stream), Modulation(2, 2))
+        a, b = (quick(stream, learner, model=net) for learner in (Twin(), PerTask()))
+        assert a.losses.tobytes() == b.losses.tobytes() and np.isfinite(a.losses).all()
+
+    @settings(deadline=None, max_examples=10)
+    @given(growth=st.lists(st.integers(0, 3), min_size=1, max_size=4), infer=st.sampled_from(["entropy", "statistics"]))
+    def test_however_many_tasks_come_between_two_tests(self, growth, infer):
+        result, x, kept = learned(), torch.cat([batch_of(task)[:2] for task in pictures(7)]), {}
+        learner, twin = PerTask(infer=infer), Twin(infer=infer)
+        for rule in (learner, twin):
+            rule.start(result.learner.setting)
+        for number in np.minimum(1 + np.cumsum(growth), 7):
+            learner.tasks = twin.tasks = dict(list(result.learner.tasks.items())[:number])
+            with evaluation_mode(result.model), torch.no_grad():
+                found = learner.predict(result.model, x, None, kept)
+                assert torch.equal(found, learner.predict(result.model, x))
+                assert torch.equal(found, twin.predict(result.model, x))
+        assert sum(part.numel() for part in kept["answers"]) == len(x) * (2 * 14 + 1), "however many tasks there are"
+
+    def test_a_task_costs_one_answer_for_each_test_set(self, monkeypatch):
+        calls, after = counted(monkeypatch), []
+
+        @dataclass
+        class Noting(PerTask):
+            def begin_task(self, model, task):
+                super().begin_task(model, task)
+                after.append(calls[0])
+
+        stream = pictures(6, scenario="class")
+        fit(stream, Noting(), training=replace(SHORT, epochs=1))
+        assert np.diff([*after, calls[0]]).tolist() == [6] * 6
+        after.clear()
+        fit(stream, Noting(shared=("statistics",)), training=replace(SHORT, epochs=1))
+        assert np.diff([*after, calls[0]]).tolist() == [6, 12, 18, 24, 30, 36], "what is shared changes all answers"
+
+    def test_nothing_where_the_logits_are_too_many(self, monkeypatch):
+        stream = pictures(4, scenario="class")
+        plain = fit(stream)
+        monkeypatch.setattr(evaluation, "KEPT", 4 * 10 * 8 - 1)
+        calls = counted(monkeypatch)
+        assert fit(stream).losses.tobytes() == plain.losses.tobytes() and calls[0] == 4 * (1 + 1 + 2 + 3 + 4)
 
 
 class TestInARun:

@@ -9,11 +9,11 @@ from torch.nn.functional import kl_div, mse_loss
 
 from clkit import checks, weights
 from clkit.data import Batch, Examples, Task
-from clkit.evaluation import EVALUATION_BATCH, outputs, side_pass
+from clkit.evaluation import EVALUATION_BATCH, outputs
 from clkit.learners.base import Learner, Setting
 from clkit.learners.rehearsal import ER
 from clkit.memory import StepPolicy
-from clkit.modules import evaluation_mode
+from clkit.modules import evaluation_mode, side_pass
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from copy import copy
 from dataclasses import dataclass
 from math import log
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +83,14 @@ class PerTask(Learner):
         self.tasks[task.index] = _modulated(model).state(task.classes)
         self.live = None
 
-    def predict(self, model: nn.Module, x: Tensor, task: Task | None = None) -> Tensor:
+    def predict(
+        self, model: nn.Module, x: Tensor, task: Task | None = None, kept: dict[str, Any] | None = None
+    ) -> Tensor:
         """Logits in the task given, or in the one that is found; a task that is not begun yet is at its start.
+
+        What a finished task answers never changes. `kept`, a dict that comes again with the same `x`, holds what all
+        finished tasks answered together: two numbers for a row and class, however many tasks there are. With it only
+        tasks that are new to it compute, and the logits are the same bit for bit. Where parts are shared all compute.
 
         Raises ValueError where the entropy of one class's answer would have to tell tasks apart.
         """
@@ -94,22 +100,33 @@ class PerTask(Learner):
         if task is not None or not self.tasks:
             state = self.tasks.get(task.index) if task is not None else None
             return net.call(x, state or net.initial(), shared=self.shared if state else ())
-        answers, scores, classes = [], [], len(self.setting.criterion.first_task)
-        for state in self.tasks.values():
-            logits = net.call(x, state, shared=self.shared)
-            answers.append(logits[..., list(state.classes)].float().log_softmax(-1))
-            if self.infer == "entropy":
-                if len(state.classes) == 1:
-                    raise ValueError(f"infer: the answer of one class {state.classes} has no entropy; use 'statistics'")
-                scores.append(F.softmax(answers[-1], -1).mul(-answers[-1]).sum(-1) / log(len(state.classes)))
-            else:
-                scores.append(net.distance(x, state))
-        chosen = torch.stack([score.flatten(1).mean(1) if score.ndim > 1 else score for score in scores]).argmin(0)
-        found = answers[0].new_full((*answers[0].shape[:-1], classes), -2 * NOT_CHOSEN)
-        for position, (answer, state) in enumerate(zip(answers, self.tasks.values(), strict=True)):
-            own, away = list(state.classes), NOT_CHOSEN * (chosen != position).float()
-            found[..., own] = torch.maximum(found[..., own], answer - away.view(-1, *[1] * (answer.ndim - 1)))
-        return found
+        kept = {} if kept is None or self.shared else kept
+        for state in list(self.tasks.values())[kept.get("tasks", 0) :]:
+            answer, score = self._answer(net, x, state)
+            best, chosen, least = kept.get("answers", (answer, answer, score))
+            nearer = score < least
+            chosen = torch.where(nearer.view(-1, *[1] * (answer.ndim - 1)), answer, chosen)
+            kept["answers"] = torch.maximum(best, answer), chosen, torch.where(nearer, score, least)
+            kept["tasks"] = kept.get("tasks", 0) + 1
+        best, chosen, _ = kept["answers"]
+        return torch.maximum(best - NOT_CHOSEN, chosen).clamp(min=-2 * NOT_CHOSEN)
+
+    def _answer(self, net: Modulated, x: Tensor, state: TaskState) -> tuple[Tensor, Tensor]:
+        """A finished task's log probabilities of all classes, and how badly it fits each row (N,)."""
+        own = list(state.classes)
+        if self.infer == "statistics":
+            logits, score = net.compared(x, state, shared=self.shared)
+        elif len(own) == 1:
+            raise ValueError(f"infer: the answer of one class {state.classes} has no entropy; use 'statistics'")
+        else:
+            logits, score = net.call(x, state, shared=self.shared), None
+        answer = logits[..., own].float().log_softmax(-1)
+        if score is None:
+            entropy = F.softmax(answer, -1).mul(-answer).sum(-1) / log(len(own))
+            score = entropy.flatten(1).mean(1) if entropy.ndim > 1 else entropy
+        wide = answer.new_full((*answer.shape[:-1], len(self.setting.criterion.first_task)), -torch.inf)
+        wide[..., own] = answer
+        return wide, score
 
     @torch.no_grad()
     def _nearest(self, net: Modulated, task: Task) -> TaskState | None:

@@ -11,10 +11,11 @@ from torch.nn.functional import normalize
 from clkit import checks
 from clkit.curvature import trainable
 from clkit.data import Batch, Examples, Rows, Task
-from clkit.evaluation import EVALUATION_BATCH, outputs, side_pass
+from clkit.evaluation import EVALUATION_BATCH, outputs
 from clkit.learners.base import Learner, Setting
 from clkit.memory import Memory, Policy, check_policy, herding
 from clkit.models import features
+from clkit.modules import side_pass
 
 
 @dataclass

@@ -211,8 +211,8 @@ class Modulated(nn.Module):
         return called(self.backbone, self.weights(state, shared=shared), (x,))
 
     @torch.no_grad()
-    def distance(self, x: Tensor, state: TaskState) -> Tensor:
-        """How far the statistics of each prepared input are from a stored task's: (N,).
+    def compared(self, x: Tensor, state: TaskState, *, shared: Collection[str] = ()) -> tuple[Tensor, Tensor]:
+        """Logits, as of `call`, and how far the statistics of each prepared input are from a stored task's: (N,).
 
         It is the squared distance of a channel's mean over positions from the running mean, over the running variance:
         its mean over channels, summed over BatchNorm layers. Raises ValueError without statistics of the task's own.
@@ -229,8 +229,7 @@ class Modulated(nn.Module):
             total.add_(((means - norm.running_mean).square() / (norm.running_var + norm.eps)).mean(1))
 
         with hooked(((norm, compare) for norm in self._norms), before=True):
-            self.call(x, state)
-        return total
+            return self.call(x, state, shared=shared), total
 
     def folded(self, state: TaskState) -> nn.Module:
         """An ordinary network, in evaluation mode, that computes what a stored task does, its classes alone."""

@@ -191,6 +191,7 @@ class _Loop:
         self.history: list[Weights] = []
         self.memo: Any = None
         self.report: dict[str, Any] = {}
+        self.answers: dict[int, dict[str, Any]] = {}  # what the learner keeps from test to test
         self.trace = torch.zeros(0, device=device)
         self.scratch = scratch_copy(model) if not isinstance(self.consolidation, NoConsolidation) else model
         with computing.reproducible(self.seed, device), self.autocast():
@@ -450,6 +451,6 @@ class _Loop:
         """Tests the live model on every task, the way the learner predicts."""
         with self.autocast():
             try:
-                return evaluate(self.model, self.stream, predict=self.learner.predict)
+                return evaluate(self.model, self.stream, predict=self.learner.predict, kept=self.answers)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{self.learner!r} with {self.consolidation!r}, {error}") from error

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from clkit import checks
 from clkit.consolidation import Merged
 from clkit.data import Batch, Stream, Task
-from clkit.evaluation import check_width, side_pass
+from clkit.evaluation import check_width
 from clkit.learners import Criterion, Learner
-from clkit.modules import evaluation_mode, unwrapped
+from clkit.modules import evaluation_mode, side_pass, unwrapped
 from clkit.training import computing
 from clkit.training.settings import Result, Training
 from clkit.weights import Weights, check_finite, check_same, get_weights

@@ -223,7 +223,7 @@ class TestRefusals:
         store.save_tensors(tmp_path / "w", {"a": torch.zeros(3)}, {"tree": "x"})
         store.write_tree(tmp_path / "tree", [1, 2])
         (tmp_path / "folder").mkdir()
-        for name, message in (("w", "no saved run"), ("tree", "no saved run"), ("folder", "a folder has that name")):
+        for name, message in (("w", "no saved run"), ("tree", "no saved run"), ("folder", "has that name")):
             with pytest.raises(ValueError, match=message):
                 quick(toys.stream(2), interrupted(Learner(), 0), checkpoint=tmp_path / name)
 

@@ -361,7 +361,7 @@ class TestFile:
         store.write_tree(tmp_path / "tree", {"past": 1})
         with pytest.raises(ValueError, match=r"tree is damaged or no saved run \(it holds something else\)"):
             Result.load(tmp_path / "tree")
-        with pytest.raises(FileNotFoundError, match="none is not a file"):
+        with pytest.raises(FileNotFoundError, match="none cannot be read"):
             quick(toys.stream(2), resume=tmp_path / "none")
 
     def test_a_file_of_a_gpu_is_read_without_one(self, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Files that are whole or not there: trees of tensors and JSON values, and records of computations under hashes."""
 
+import glob
 import json
 import logging
 import math
@@ -7,22 +8,26 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from hashlib import blake2b, sha256
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import blake2b, file_digest, sha256
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from clkit.checks import explained
 
 T = TypeVar("T")
+_SAID: set[tuple[Path, str]] = set()  # warnings of this process, by folder
 MARK = "tensor of this file"
+SIGNED = b"written by clkit, checksum "  # how the header of a file of ours begins; its checksum follows
+BLANK = b"0" * 16  # in the checksum's place while it is computed
+HOUR = 3600  # seconds after which what nobody has written on is left behind
 log = logging.getLogger("clkit.store")
 
 
@@ -82,6 +87,19 @@ def content(
             raise Unreadable(f"{name}: {expand(path)} cannot be read ({error}); {remedy}") from error
 
 
+def read_json(path: os.PathLike[str] | str, *, exact: bool = False) -> Any:
+    """What a JSON file holds. Raises as `content` does, ValueError if it is damaged: no JSON, or more than it can hold.
+
+    With `exact` it must be spelled as `write_json` does, byte for byte.
+    """
+    found = content(path, remedy="give a JSON file")
+    with explained(f"path: {path} is damaged", "write it again", of=(ValueError, RecursionError)):
+        value = json.loads(found)
+        if exact and found != _spelled(value).encode():
+            raise ValueError("it was edited")
+    return value
+
+
 def cache_root() -> Path:
     """The folder of what can be made again: $CLKIT_CACHE, else ~/.cache/clkit."""
     return expand(os.environ.get("CLKIT_CACHE") or "~/.cache/clkit")
@@ -97,9 +115,12 @@ def digest(value: Any) -> str:
     return sha256(canonical(value)).hexdigest()[:16]
 
 
-def hash_bytes(content: Any) -> str:
-    """The hash of bytes, or of a buffer of them, 16 hexadecimal digits."""
-    return blake2b(content, digest_size=8).hexdigest()
+def hash_bytes(*parts: Any) -> str:
+    """The hash of bytes, or of buffers of them one after another, 16 hexadecimal digits."""
+    found = blake2b(digest_size=8)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def hash_tensor(tensor: Tensor) -> str:
@@ -140,26 +161,37 @@ def writable(path: Path | str) -> Path:
     """
     path = expand(path)
     with explained(f"path: {path} cannot be written", "give a file in a folder that can be", of=OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
-            raise IsADirectoryError("a folder has that name")
+        _make_room(path)
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.write(bytes(4096))  # an empty file fits on a full disk
     return path
+
+
+def _make_room(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise IsADirectoryError("a folder, a pipe or a device has that name")
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary neighbour of `path` and renames it: a file is whole or it is not there.
 
-    Folders on the way are made. Raises OSError, which names the path, where it cannot be written.
+    Folders on the way are made, and what writers of the same file left that died over an hour ago is cleared away.
+    Raises OSError, which names the path, where it cannot be written.
     """
     path = expand(path)
     remedy = "free its disk or give another place"
     with explained(f"{path} cannot be written", remedy, of=(OSError, SafetensorError), kind=OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        _make_room(path)
+        start = f".{path.name}.part-"
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=start, suffix=path.suffix)
         os.close(handle)
         neighbour = Path(name)
         try:
+            for left in path.parent.glob(f"{glob.escape(start)}*"):
+                with suppress(OSError):  # another process clears it away too, or it is another user's
+                    if left.stat().st_mtime < neighbour.stat().st_mtime - HOUR:  # both by the clock of the disk
+                        left.unlink()
             write(neighbour)
             neighbour.chmod(0o644)
             neighbour.replace(path)
@@ -167,12 +199,22 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
             neighbour.unlink(missing_ok=True)
 
 
-def attempt(write: Callable[[], object]) -> None:
-    """Writes what is at hand and may be needed again; where that fails, the log says so and nothing is lost."""
+def attempt(write: Callable[[], object], folder: Path | None = None) -> None:
+    """Writes what is at hand and may be needed again; where that fails, the log says so and nothing is lost.
+
+    Of a `folder` the log of a process says it once.
+    """
     try:
         write()
     except OSError as error:
-        log.warning("%s; what was computed is used and not kept", error)
+        _say("%s; what was computed is used and not kept", error, folder)
+
+
+def _say(text: str, error: Exception, folder: Path | None) -> None:
+    if folder is None or (folder, text) not in _SAID:
+        log.warning(text, error)
+    if folder is not None:
+        _SAID.add((folder, text))
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -182,40 +224,59 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Writes a JSON value, by rename: one space deeper at every level, and an end of line."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, _spelled(value))
+
+
+def _spelled(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes tensors of any shape to a safetensors file under their names, by rename; `header` goes along as JSON."""
+    """Writes tensors of any shape to a safetensors file under their names, by rename; `header` goes along as JSON.
+
+    A checksum of all its bytes, with zeros in the checksum's place, stands in front of that.
+    """
     rows = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = json.loads(json.dumps(header))
-    text = json.dumps({**header, "checksum": _checksum(header, rows)}, sort_keys=True)
-    write_atomically(path, lambda place: save_file(rows, place, metadata={"clkit": text}))
+    text = (SIGNED + BLANK).decode() + json.dumps(header, sort_keys=True)
+
+    def write(place: Path) -> None:
+        save_file(rows, place, metadata={"clkit": text})
+        with place.open("r+b") as file:
+            checksum = file_digest(file, lambda: blake2b(digest_size=8)).hexdigest()
+            file.seek(0)
+            file.seek(file.read(200).index(SIGNED) + len(SIGNED))
+            file.write(checksum.encode())
+
+    write_atomically(path, write)
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads tensors of any shape by name, onto the CPU, and their header; that of a file from elsewhere is empty.
 
-    Raises ValueError on a file that is damaged or no safetensors, FileNotFoundError where there is none.
+    The tensors own their memory: what becomes of the file later is no matter. Raises ValueError on a file that is no
+    safetensors, or one of ours that is damaged in any bit, FileNotFoundError where there is none.
     """
-    path = expand(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: {path} is not a file; give one that clkit wrote")
-    damage = (SafetensorError, ValueError, TypeError)
-    told = explained(f"path: {path} is not a whole safetensors file", "write it again", of=damage)
-    with told, safe_open(path, framework="pt") as file:
-        header = dict(json.loads((file.metadata() or {}).get("clkit", "{}")))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    checksum = header.pop("checksum", None)
-    if checksum is not None and checksum != _checksum(header, tensors):
-        raise ValueError(f"path: {path} is damaged, its checksum does not fit its content; write it again")
-    return tensors, header
+    remedy = "give a whole safetensors file"
+    whole = content(path, remedy=remedy)
+    with explained(f"path: {path} is no whole safetensors file", remedy):
+        tensors = load(whole)
+        head = whole[8 : 8 + int.from_bytes(whole[:8], "little")]
+    if b'"clkit":' not in head and SIGNED[:16] not in head:  # a flipped bit leaves one of them
+        return tensors, {}
+    with explained(f"path: {path} is damaged, its checksum does not fit its content", "write it again"):
+        start = whole.index(SIGNED) + len(SIGNED)
+        end, rest = start + len(BLANK), memoryview(whole)
+        if hash_bytes(rest[:start], BLANK, rest[end:]).encode() != rest[start:end]:
+            raise ValueError("a bit of it is another")
+        text = json.loads(head)["__metadata__"]["clkit"]
+        return tensors, dict(json.loads(text[len(SIGNED + BLANK) :]))
 
 
 def write_tree(path: Path | str, tree: Any) -> None:
     """Writes a tree, by rename. Raises TypeError, naming the place in the tree, on what it cannot hold."""
     packer = _Packer()
-    shape = json.dumps(packer.pack(tree, ""))  # a text of its own: the header's names are sorted, a tree's are not
+    with explained("tree: it holds itself, or a hundred levels", "give a flat one", of=RecursionError, kind=TypeError):
+        shape = json.dumps(packer.pack(tree, ""))  # a text of its own: the header's names are sorted, a tree's are not
     save_tensors(path, packer.tensors, {"tree": shape})
 
 
@@ -226,7 +287,7 @@ def read_tree(path: Path | str, device: torch.device | str = "cpu") -> Any:
     """
     tensors, header = load_tensors(path)
     remedy = "give one that write_tree wrote"
-    with explained(f"path: {path} holds no tree of tensors", remedy, of=(ValueError, KeyError, TypeError)):
+    with explained(f"path: {path} holds no tree of tensors", remedy):
         made = {}
 
         def opened(node: dict[str, Any]) -> Any:
@@ -235,6 +296,9 @@ def read_tree(path: Path | str, device: torch.device | str = "cpu") -> Any:
             if name not in made:
                 tensor = tensors[name].to(device) if "moved" in node else tensors[name]
                 if "stride" in node:
+                    like = torch.empty_strided(tensor.shape, node["stride"], device="meta")
+                    if not dense(like):
+                        raise ValueError(f"{name} has gaps or overlaps")
                     tensor = tensor.new_empty_strided(tensor.shape, node["stride"]).copy_(tensor)
                 made[name] = tensor
             return made[name].numpy() if "array" in node else made[name]
@@ -246,15 +310,18 @@ def intact(path: Path, read: Callable[[Path], T]) -> T | None:
     """What `read` gives of a file that can be made again; None if there is none.
 
     One that is damaged, by its ValueError, KeyError or TypeError, is named in the log, set aside under the ending
-    `.damaged`, and counts as missing.
+    `.damaged`, and counts as missing. One that cannot be read, by its OSError, is named and counts as missing.
     """
     try:
         return read(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _say("%s; it counts as missing", error, path.parent)
         return None
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s); it is set aside and its content computed again", path, error)
-        attempt(lambda: path.replace(path.with_suffix(".damaged")))
+        attempt(lambda: path.replace(path.with_suffix(".damaged")), path.parent)
         return None
 
 
@@ -297,14 +364,15 @@ class _Packer:
         return {MARK: self.names[found]} | moved | ({"stride": unusual} if unusual else {})
 
 
+def dense(tensor: Tensor) -> bool:
+    """Whether the entries fill a block of memory, each its own place, in some order of the axes."""
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()
+
+
 def unusual_stride(tensor: Tensor) -> list[int] | None:
     """The strides of a dense copy of a tensor of any shape, if they are not those of its rows one after another."""
     dense = torch.empty_like(tensor, device="meta").stride()  # those of `tensor` unless it has gaps or overlaps
     return list(dense) if dense != torch.empty(tensor.shape, device="meta").stride() else None
-
-
-def _checksum(header: Any, tensors: Mapping[str, Tensor]) -> str:
-    return digest([header, {name: hash_tensor(tensor) for name, tensor in tensors.items()}])
 
 
 class Records:
@@ -314,12 +382,19 @@ class Records:
     reading. One that was cut off, edited or renamed is named in the log and set aside as `<hash>.damaged`. It counts as
     missing, so that it is computed again. Several processes may use one folder at once.
 
-    A folder that cannot be written raises ValueError before anything is computed. Where a write fails after
-    it, what was computed is given all the same, with a warning in the log.
+    A folder that cannot be written raises ValueError before anything is computed. Where it fails after that, what is
+    computed is given all the same, and the log of a process says so once.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = expand(folder)
+        self.checked = False
+
+    def check(self) -> None:
+        """Raises ValueError, naming the folder, if it cannot be written; whoever computes for hours asks before."""
+        if not self.checked:
+            writable(self.path("record"))
+        self.checked = True
 
     def path(self, key: str, suffix: str = ".json") -> Path:
         """The file of a record; that of its tensors ends in ".safetensors"."""
@@ -337,11 +412,15 @@ class Records:
         return tree
 
     def write(self, key: str, record: Mapping[str, Any], tensors: Any = None) -> None:
-        """Stores a record whose configuration hashes to `key`, with a tree of tensors if there is one."""
+        """Stores a record whose configuration hashes to `key`, with a tree of tensors if there is one. Or OSError."""
         if tensors is not None:
             write_tree(self.path(key, ".safetensors"), {"key": key, "tensors": tensors})
         record = {**plain(record), "tensors": tensors is not None}
         write_json(self.path(key), {"checksum": digest(record), "record": record})
+
+    def keep(self, key: str, record: Mapping[str, Any], tensors: Any = None) -> None:
+        """Writes what is in hand; where that fails, the log says so once of this folder, and nothing is lost."""
+        attempt(lambda: self.write(key, record, tensors), self.folder)
 
     def remember(
         self, configuration: Any, make: Callable[[], tuple[Mapping[str, Any], Any]], *, tensors: bool = False
@@ -358,34 +437,38 @@ class Records:
             if (found := self.read(key, tensors=tensors)) is None:
                 made, tree = make()
                 record = plain({"configuration": configuration, **made})
-                attempt(lambda: self.write(key, record, tree))
+                self.keep(key, record, tree)
                 found = self.read(key) or {**json.loads(json.dumps(record)), "tensors": False}
         return found
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """Holds the right to compute a record; others wait. What a process left that died with it is cleared away."""
-        path = writable(self.path(key, ".lock"))
-        with FileLock(path):
-            for unfinished in self.folder.glob(f".{key}.*"):
-                unfinished.unlink(missing_ok=True)
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        """Holds the right to compute a record; others wait. Where no lock can be had, this goes on without one.
+
+        What a process left that died with it is cleared away. The lock's own file goes when all went well. One who
+        failed leaves it: those who wait for it and those who come later wait for the same.
+        """
+        self.check()
+        path = self.path(key, ".lock")
+        with ExitStack() as held:
+            attempt(lambda: held.enter_context(FileLock(path)), self.folder)
+            with suppress(OSError):
+                for unfinished in self.folder.glob(f".{key}.*"):
+                    unfinished.unlink(missing_ok=True)
+            yield
+            with suppress(OSError):
+                path.unlink()
 
     def _read(self, key: str, tensors: bool) -> tuple[dict[str, Any] | None, Any]:
         def checked(path: Path) -> tuple[dict[str, Any], Any] | None:
-            content = json.loads(path.read_bytes())
-            record = content["record"]
-            if content["checksum"] != digest(record) or digest(record["configuration"]) != key:
+            found = read_json(path, exact=True)
+            record = found["record"]
+            if found["checksum"] != digest(record) or digest(record["configuration"]) != key:
                 raise ValueError("its checksum does not fit its content, or it holds another configuration's record")
             if not tensors or not record["tensors"]:
                 return None if tensors else (record, None)
-            place = self.path(key, ".safetensors")
-            if not place.is_file():
-                raise ValueError("its tensors are missing")
-            tree = read_tree(place)
+            with explained("its tensors are missing", "make them again", of=FileNotFoundError):
+                tree = read_tree(self.path(key, ".safetensors"))
             if tree["key"] != key:
                 raise ValueError("its tensors are another record's")
             return record, tree["tensors"]

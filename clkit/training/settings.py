@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit import checkpoint, checks, metrics
+from clkit import checkpoint, checks, metrics, store
 from clkit.learners import LabelSpace, Learner
 from clkit.training.capture import CAPTURES
 from clkit.weights import Weights
@@ -80,7 +80,7 @@ class Training:
         if not wanted:
             raise ValueError("model: it has no parameter that requires a gradient; there is nothing to train")
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
-        options["fused"] = all(p.is_floating_point() and _dense(p) for p in wanted)
+        options["fused"] = all(p.is_floating_point() and store.dense(p) for p in wanted)  # it writes all of a block
         if wanted[0].device.type in CAPTURES:  # a replay reads a rate that is a tensor
             options["lr"] = torch.tensor(self.lr, dtype=torch.float32, device=wanted[0].device)
         if self.optimizer == "adamw":
@@ -94,11 +94,6 @@ class Training:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether entries fill a block of memory in some order of the axes, all of which torch's fused steps write."""
-    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()
 
 
 @dataclass(eq=False)

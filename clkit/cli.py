@@ -128,7 +128,7 @@ def run(argv: Sequence[str]) -> int:
                 flag = destination.replace("_", "-")
                 raise ValueError(f"{parts[part]} needs --{flag}, {checks.expects(option.hint)}")
         result = _run(parsed, parts, settings)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         return _complain(error)
     except (ArithmeticError, RuntimeError) as error:
         return _complain(error, status=1)

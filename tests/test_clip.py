@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from collections import OrderedDict
 from functools import partial
@@ -91,13 +92,15 @@ def fake(tag_file) -> ModuleType:
     configs = {"tiny": {}, "tiny-quickgelu": {}, "rn": {"layers": [1, 1]}, "timm": {"timm_model_name": "convnext"}}
 
     def create_model(
-        name, pretrained=None, precision="fp32", force_quick_gelu=False, force_image_size=None, **_
+        name, pretrained=None, precision="fp32", force_quick_gelu=False, force_image_size=None, weights_only=False
     ) -> nn.Module:
         quick = force_quick_gelu or name.endswith("quickgelu")
         model = Both(force_image_size or (16, 16), quick)
         if pretrained:
             path = str(tag_file() if pretrained == "mine" else pretrained)
-            model.load_state_dict(load_file(path) if path.endswith("safetensors") else torch.load(path))
+            model.load_state_dict(
+                load_file(path) if path.endswith("safetensors") else torch.load(path, weights_only=weights_only)
+            )
         return model
 
     def tokenizer(texts):
@@ -240,8 +243,10 @@ class TestModel:
 
     def test_a_file_counts_before_a_tag(self, package, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        torch.save({n: 2 * t for n, t in load_file(package.file).items()}, tmp_path / "mine")
-        nets = (package.clip(), package.clip(weights="mine"))
+        known = importlib.import_module("open_clip").get_pretrained_cfg
+        monkeypatch.setattr(package.module, "get_pretrained_cfg", lambda name, tag: known(name, "mine"))
+        save_file({n: 2 * t for n, t in load_file(package.file).items()}, tmp_path / "mine.safetensors")
+        nets = (package.clip(), package.clip(weights="mine.safetensors"))
         once, twice = (net.encoder.projection.weight for net in nets)
         assert torch.equal(twice, 2 * once)
 
@@ -319,11 +324,26 @@ class TestErrors:
         state = load_file(package.file)
         save_file({n: t for n, t in state.items() if n != "visual.proj"}, tmp_path / "less.safetensors")
         (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
-        (tmp_path / "text.pt").write_text("nothing of the kind")
-        for name in ("less.safetensors", "broken.safetensors", "text.pt"):
-            with pytest.raises(ValueError, match=r"not loaded into tiny .*; give a file of tensors") as caught:
+        for name in ("less.safetensors", "broken.safetensors"):
+            with pytest.raises(ValueError, match=r"not loaded into tiny .*; give a safetensors file") as caught:
                 package.clip(weights=tmp_path / name)
             assert len(str(caught.value)) < 700
+
+    def test_pickles_are_refused_and_what_a_tag_downloads_runs_nothing(self, package, tmp_path, monkeypatch):
+        class Canary:
+            def __reduce__(self):
+                return open, (str(tmp_path / "run"), "w")
+
+        for name in ("w.pt", "w.bin", "w.pth", "w"):
+            torch.save({"visual.proj": Canary()}, tmp_path / name)
+            with pytest.raises(ValueError, match=r"weights: .* is no .safetensors file; save it as one, pickles could"):
+                package.clip(weights=tmp_path / name)
+        shutil.copy(tmp_path / "w.pt", tmp_path / "w.safetensors")  # a pickle by another name
+        monkeypatch.setattr(package, "file", tmp_path / "w.pt")
+        for weights in (tmp_path / "w.safetensors", "mine"):
+            with pytest.raises(ValueError, match="are not loaded into tiny"):
+                package.clip(weights=weights)
+        assert not (tmp_path / "run").exists()
 
     def test_without_the_package_the_remedy_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "open_clip", None)

@@ -229,6 +229,81 @@ def test_links_are_followed_and_broken_and_endless_ones_named(tmp_path: Path):
         data.folder(root)
 
 
+def test_links_that_lead_back_are_refused_before_their_paths_multiply(tmp_path: Path):
+    root = plant(tmp_path / "tree", *CLASSES)
+    for name in ("back", "again", "more"):
+        (root / "a" / name).symlink_to(root)
+    with pytest.raises(ValueError, match=r"a link leads back to a folder above it.*; give a directory or zip"):
+        data.folder(root)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("pipe", "it is a pipe, a device"), ("device", "it is a pipe, a device"), ("folder", "no such file|1 example")],
+)
+def test_what_is_no_file_is_refused_and_not_waited_for(kind: str, message: str, tmp_path: Path):
+    root = plant(tmp_path / "tree", *CLASSES)
+    for place in (root / "a" / "0.png", tmp_path / "pack.zip"):
+        place.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(place)
+        elif kind == "device":
+            place.symlink_to("/dev/zero")
+        elif place.suffix != ".zip":
+            place.mkdir()
+    for place in (root, tmp_path / "pack.zip"):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            data.folder(place)
+
+
+def test_what_unpacks_to_more_than_the_limit_is_refused_with_the_limit(tmp_path: Path, monkeypatch):
+    root = plant(tmp_path / "tree", *CLASSES)
+    Image.new("L", (400, 400)).save(root / "a" / "0.png")
+    (root / "zeros.txt").write_bytes(bytes(10**6))
+    with zipfile.ZipFile(tmp_path / "tree.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for place in root.rglob("*"):
+            archive.write(place, place.relative_to(root))
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "SMALL", 10**5)
+        with pytest.raises(ValueError, match=r"unpacks to 1,00\d,\d+ bytes, the limit for a zip of its size is \d+,"):
+            data.folder(tmp_path / "tree.zip")
+        with pytest.raises(ValueError, match=r"a/0\.png .*all 4 like it would take 640,000 bytes, the limit is \d+,"):
+            patch.setattr(reading, "RATIO", 1)
+            data.folder(root)
+        patch.setattr(reading, "PIXELS", 300 * 300)
+        with pytest.raises(ValueError, match=r"a/0\.png .*400 x 400 pixels, the limit is 90,000"):
+            data.folder(root, size=4)
+        patch.setattr(reading, "FILES", 5)
+        with pytest.raises(ValueError, match="more than 5 files"):
+            data.folder(root, size=4)
+    assert len(data.folder(tmp_path / "tree.zip", size=4).train) == 2
+
+
+def test_an_entry_unpacks_to_no_more_than_its_zip_says(tmp_path: Path, monkeypatch):
+    """The size that a header gives is a lie: reading stops there, and the checksum tells."""
+    with zipfile.ZipFile(tmp_path / "lie.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/0.png", bytes(5_000_000))
+    content = (tmp_path / "lie.zip").read_bytes().replace((5_000_000).to_bytes(4, "little"), (9).to_bytes(4, "little"))
+    (tmp_path / "lie.zip").write_bytes(content)
+    file = reading.files(tmp_path / "lie.zip")["a/0.png"]
+    with pytest.raises(ValueError, match=r"path: 'a/0.png' of .*lie.zip cannot be read .*; pack it again"):
+        file.read()
+    assert file.size == 9
+
+
+def test_a_password_and_an_unknown_compression_are_named(tmp_path: Path):
+    content = zipped(plant(tmp_path / "tree", *CLASSES), tmp_path / "tree.zip").read_bytes()
+    for place, value in ((6, 1), (8, 99)):  # of a local header: flags, method
+        odd = bytearray(content)
+        for mark, shift in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
+            at = -1
+            while (at := odd.find(mark, at + 1)) >= 0:
+                odd[at + place + shift] = value
+        (tmp_path / "odd.zip").write_bytes(odd)
+        with pytest.raises(ValueError, match=r"of .*odd.zip cannot be read .*; pack it again, without a password"):
+            data.folder(tmp_path / "odd.zip")
+
+
 NAMES = ["10", "2", "02", "a", "A", "b1", "b01", "b10", "é", "ß"]
 
 

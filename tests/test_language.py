@@ -212,6 +212,20 @@ def test_code_of_a_folder_is_neither_run_nor_asked_about(transformers, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_are_pickles_are_refused(transformers, tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return open, (str(tmp_path / "run"), "w")
+
+    config = transformers.GPT2Config(n_embd=4, n_layer=1, n_head=1, n_positions=64, vocab_size=256)
+    config.save_pretrained(tmp_path)
+    torch.save({"wte.weight": Canary()}, tmp_path / "pytorch_model.bin")
+    stream = data.domains({"math": data.texts("math", limit=2, test_limit=2)})
+    with pytest.raises(ValueError, match=r"no causal language model .*as safetensors; code and pickles .* are not run"):
+        models.huggingface(stream, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def tokens(folder):
     return {n: data.texts(n, context=24, limit=60, test_limit=12, tokenizer=folder) for n in ("math", "law")}

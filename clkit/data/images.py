@@ -1,10 +1,12 @@
 """Image sets as bytes (N, C, H, W): embedded digits, anyone's class-per-folder images, and real sets by name."""
 
+import errno
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import lru_cache, partial
 from io import BytesIO
@@ -15,7 +17,7 @@ from statistics import multimode
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, TypeVar
 from unicodedata import normalize
-from zipfile import ZipFile
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 import torch
@@ -28,6 +30,9 @@ from clkit.data.augment import NO_AUGMENT, Augment, Normalize
 from clkit.data.core import Dataset, Examples
 
 T = TypeVar("T")
+FILES = 20_000_000  # that a folder or a zip may have; ImageNet-21k has 14 million
+PIXELS = 2**30 // 12  # that an image may have, of the size of which Pillow warns: 9459 x 9459
+SMALL, RATIO = 2**30, 200  # a zip or a folder of images may unpack to SMALL bytes, and to RATIO times its own size more
 SLOW = 20.0  # seconds of decoding that are worth a file
 THREADS_PAY = 20_000  # bytes per image from which threads gain; below, they wait for the interpreter
 SUFFIXES = (
@@ -133,9 +138,10 @@ def load(
         raise checks.unknown("name", name, TORCHVISION, others=["a pack in $CLKIT_DATA"])
     root = store.expand(root) if root is not None else store.cache_root() / "torchvision"
     opened = [_open(source, root, part, download) for part in (*source.train, *source.test)]
-    parts = [_examples(part, (name, root.resolve(), i), source.large, size) for i, part in enumerate(opened)]
-    names = getattr(opened[0], "classes", None) or range(max(int(part.y.max()) for part in parts) + 1)
-    train, classes = Examples.cat(parts[: len(source.train)]), tuple(map(str, names))
+    with _damage(source, root):
+        parts = [_examples(part, (name, root.resolve(), i), source.large, size) for i, part in enumerate(opened)]
+        names = getattr(opened[0], "classes", None) or range(max(int(part.y.max()) for part in parts) + 1)
+        train, classes = Examples.cat(parts[: len(source.train)]), tuple(map(str, names))
     if source.test:
         test = Examples.cat(parts[len(source.train) :])
     else:
@@ -176,11 +182,13 @@ def folder(
 
     What took 20 s to decode is kept under $CLKIT_CACHE (default ~/.cache/clkit) and read from there next time.
 
-    Raises ValueError for a missing path, no images, another layout, an unknown domain, fewer than two classes,
-    unreadable, animated and 16-bit images, and mixed sizes without `size`.
+    Nothing is unpacked but in memory, and what would fill it is refused: images of more than `PIXELS`, images without
+    `size` and zips whose contents would take more than `SMALL` bytes and `RATIO` times the bytes that they have.
+
+    Raises FileNotFoundError for a missing path. Raises ValueError for no images, another layout, an unknown domain,
+    fewer than two classes, unreadable, animated and 16-bit images, and mixed sizes without `size`.
     """
-    path = store.expand(path)
-    tree = files(path)
+    tree, path = files(path), store.expand(path)
     by_domain = _survey(path, tree)
     parts = by_domain[checks.choice("domain", domain and normalize("NFC", domain), by_domain)]
     name = path.stem if domain is None else f"{path.stem}-{domain}"
@@ -208,9 +216,10 @@ def folder(
         return Image.open(BytesIO(image.file.read()))
 
     sources = {str(path / image.inside): partial(read, image) for image in chosen}
-    pays = sum(image.file.size for image in chosen) > THREADS_PAY * len(chosen)
+    total = sum(image.file.size for image in chosen)
+    pays, most = total > THREADS_PAY * len(chosen), _most(total) if size is None else math.inf
     key = (path.resolve(), [(image.inside, *image.file[:2]) for image in chosen], size, grey, ground)
-    x = _kept(key, lambda: decode(sources, size=size, grey=grey, ground=ground, threaded=pays))
+    x = _kept(key, lambda: decode(sources, size=size, grey=grey, ground=ground, threaded=pays, most=most))
     every = Examples(x, labels(chosen))
     return Dataset(name, every[:cut], every[cut:], tuple(classes), Normalize.of(x[:cut]), augment)
 
@@ -221,7 +230,8 @@ def folders(path: str | Path, **options: Any) -> dict[str, Dataset]:
     The options and errors are those of `folder`, and ValueError where there are no domains; `domains(folders(path))`
     is the stream.
     """
-    names = _survey(store.expand(path), files(path))
+    tree = files(path)
+    names = _survey(store.expand(path), tree)
     if None in names:
         raise ValueError(f"path: {str(path)!r} has no folders of domains; use folder()")
     return {name: folder(path, domain=name, **options) for name in names if name is not None}
@@ -241,37 +251,69 @@ class File(NamedTuple):
 def files(path: str | Path) -> dict[str, File]:
     """Find all files and folders below a directory or in a zip, by their paths inside, in the order of these.
 
-    A folder is an empty file whose path ends in a slash. What is hidden is left out. Raises ValueError where `path` is
-    neither, and where a folder or file cannot be looked at.
+    A folder is an empty file whose path ends in a slash. What is hidden is left out. Nothing is unpacked but in memory,
+    when a file is read. Raises FileNotFoundError where there is no `path`. Raises ValueError where it is neither, where
+    a folder or file cannot be looked at, and for more than `FILES` files.
     """
-    path = store.expand(path)
+    remedy, found = "give a directory or zip that can be", {}
+    if not (directory := os.path.isdir(place := store.expand(path))):  # noqa: PTH112  # Path's own raises for odd names
+        store.regular(place, remedy=remedy).close()
     try:
-        found = dict(_below(path) if path.is_dir() else _zipped(path))
+        for inside, file in _below(place) if directory else _zipped(place):
+            if len(found) == FILES:
+                raise ValueError(f"it has more than {FILES:,} files")
+            found[inside] = file
     except Exception as error:  # whatever zips raise
         place = str(getattr(error, "filename", None) or path)
-        raise ValueError(f"path: {place!r} cannot be read ({error}); give a directory or zip that can be") from error
+        raise ValueError(f"path: {place!r} cannot be read ({error}); {remedy}") from error
     return dict(sorted(found.items()))
 
 
-def _below(folder: Path | str, inside: str = "") -> Iterator[tuple[str, File]]:
+def regular_files(folder: Path) -> None:
+    """Raise ValueError if a folder has pipes, devices or broken links below it, for which others would wait."""
+    if odd := next((place for place in folder.rglob("*") if not (place.is_file() or place.is_dir())), None):
+        raise ValueError(f"{odd} is no file")
+
+
+def _below(folder: Path | str, inside: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, File]]:
+    state = os.stat(folder)  # noqa: PTH116
+    above = (*above, (state.st_dev, state.st_ino))
+    if above.index(above[-1]) < len(above) - 1:
+        raise OSError(errno.ELOOP, "a link leads back to a folder above it", str(folder))
     for entry in [entry for entry in os.scandir(folder) if _shown(entry.name)]:
         if entry.is_dir():
             yield f"{inside}{entry.name}/", File()
-            yield from _below(entry.path, f"{inside}{entry.name}/")
+            yield from _below(entry.path, f"{inside}{entry.name}/", above)
         else:
             stat = entry.stat()
-            yield f"{inside}{entry.name}", File(stat.st_size, stat.st_mtime, Path(entry.path).read_bytes)
+            yield f"{inside}{entry.name}", File(stat.st_size, stat.st_mtime, partial(store.content, entry.path))
 
 
 def _zipped(path: Path) -> Iterator[tuple[str, File]]:
     archive = ZipFile(path)
+    total, most = sum(info.file_size for info in archive.infolist()), _most(path.stat().st_size)
+    if total > most:
+        raise ValueError(f"it unpacks to {total:,} bytes, the limit for a zip of its size is {most:,}")
+
+    def read(info: ZipInfo) -> bytes:
+        told = checks.explained(
+            f"path: {info.filename!r} of {path} cannot be read", "pack it again, without a password"
+        )
+        with told, archive.open(info) as file:
+            return file.read(info.file_size + 1)  # what unpacks to more than is said is cut, and has another checksum
+
     for info in archive.infolist():
         names = [name for name in info.filename.replace("\\", "/").split("/") if name not in ("", ".")]
         shown = list(takewhile(_shown, names))
         if info.is_dir() or len(shown) < len(names):
             yield "/".join([*shown, ""]), File()
         else:
-            yield "/".join(shown), File(info.file_size, float(info.CRC), partial(archive.read, info))
+            yield "/".join(shown), File(info.file_size, float(info.CRC), partial(read, info))
+
+
+def _most(size: int) -> int:
+    """The bytes to which so many may unpack."""
+    return SMALL + RATIO * size
 
 
 def _shown(name: str) -> bool:
@@ -342,18 +384,24 @@ def decode(
     grey: bool | None = None,
     ground: Ground = "white",
     threaded: bool = True,
+    argument: str = "path",
+    most: float = math.inf,
 ) -> Tensor:
     """Read images, by names that errors give them, into one uint8 tensor (N, 1 or 3, H, W).
 
     With `size`, each is scaled to fill a square of that side and cut to it around its centre. `grey` chooses one
     channel or three; None means three unless all images are grey. Transparent images are laid on the `ground`. Raises
-    ValueError where an image cannot be read or does not show, or where sizes differ and `size` is None.
+    ValueError that begins with `argument` where an image cannot be read, does not show, or has more than `PIXELS`. It
+    also raises it where sizes differ and `size` is None, and where all images would take more than `most` bytes.
     """
 
     def pixels(name: str) -> np.ndarray:
-        told = checks.explained(f"{name} cannot be read as an image", "mend or remove it")
+        told = checks.explained(f"{argument}: {name} cannot be read as an image", "mend or remove it")
         with told, sources[name]() as image:
-            return _pixels(image, size, grey, ground)
+            array = _pixels(image, size, grey, ground)
+            if (total := len(sources) * array.nbytes) > most:
+                raise ValueError(f"all {len(sources)} like it would take {total:,} bytes, the limit is {most:,}")
+            return array
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # it starts no thread before it is given work
         arrays = list((pool.map if threaded else map)(pixels, sources))
@@ -369,6 +417,8 @@ def decode(
 
 
 def _pixels(image: Image.Image, size: int | None, grey: bool | None, ground: str) -> np.ndarray:
+    if image.width * image.height > PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, the limit is {PIXELS:,}")
     if image.mode not in _DIRECT:
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel, or is no grey, RGB or CMYK")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # what phones add to a picture are previews
@@ -402,7 +452,7 @@ def held_out(y: Tensor, names: Sequence[str], seed: int = 0) -> tuple[Tensor, Te
     for label in y.unique().tolist():
         rows = (y == label).nonzero().squeeze(1)
         if len(rows) < 2:
-            raise ValueError(f"class {names[label]!r} has 1 example; give it at least 2, one of them to test on")
+            raise ValueError(f"classes: {names[label]!r} has 1 example; give it at least 2, one of them to test on")
         test[rows[torch.randperm(len(rows), generator=generator)[: max(1, round(len(rows) / 4))]]] = True
     return (~test).nonzero().squeeze(1), test.nonzero().squeeze(1)
 
@@ -420,8 +470,12 @@ def _open(source: _Source, root: Path, part: bool | str | None, download: bool) 
     chosen = {"train": part} if isinstance(part, bool) else {"split": part} if part else {}
     make = partial(getattr(datasets, source.kind), root, **chosen, **source.options)
     remedy = f"copy {str(root)!r} from where it is, or give a pack to $CLKIT_DATA"
-    with suppress(RuntimeError, FileNotFoundError):
-        return make(download=False)
+    with _damage(source, root):
+        regular_files(root)
+        try:
+            return make(download=False)
+        except (RuntimeError, FileNotFoundError):  # a part is missing
+            pass
     if not download:
         raise ValueError(f"name: {source.kind} is not in {str(root)!r}; pass download=True, {remedy}")
     with store.Records(root).lock("download"):
@@ -437,6 +491,10 @@ def _open(source: _Source, root: Path, part: bool | str | None, download: bool) 
             raise ValueError(f"{where} ({error}); connect, {remedy}") from error
 
 
+def _damage(source: _Source, root: Path) -> AbstractContextManager[None]:
+    return checks.explained(f"name: {source.kind} in {str(root)!r} is damaged", "remove it to have it downloaded anew")
+
+
 def _examples(dataset: Any, key: tuple[object, ...], large: bool, size: int | None) -> Examples:
     """Convert a torchvision dataset: decode its image files, or reshape the array that it holds."""
     if large:
@@ -449,7 +507,7 @@ def _examples(dataset: Any, key: tuple[object, ...], large: bool, size: int | No
                 return image
 
             sources = {f"{type(dataset).__name__} image {i}": partial(read, i) for i in range(len(dataset))}
-            return {"x": decode(sources, size=size, grey=False), "y": labels}
+            return {"x": decode(sources, size=size, grey=False, argument="name"), "y": labels}
 
         return Examples(**_kept((*key, len(dataset), size), make))
     x = torch.as_tensor(dataset.data)

@@ -11,6 +11,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -22,12 +23,13 @@ import torch
 
 from clkit import checks, store
 from clkit.data.core import IGNORED, Dataset, Examples
-from clkit.data.images import files
+from clkit.data.images import files, regular_files
 
 ENOUGH = 30_000  # bytes of embedded text that make a task
 CODE = 1_000_000  # bytes of embedded code
 HELD_OUT = 0.1  # the share of documents to test on where a text has no test part of its own
 SUMS_HELD_OUT = 256  # of the 4,095 pairs of numbers whose sums are embedded
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # what transformers is told about a folder
 _BYTES = tuple(chr(i) if 32 < i < 127 else f"0x{i:02x}" for i in range(256))  # the names of the byte classes
 
 
@@ -114,7 +116,8 @@ def texts(
     tokenizer of transformers; None takes bytes, 256 classes. The stream of all three is `domains({"math":
     texts("math"), "law": texts("law"), "code": texts("code")})`.
 
-    Raises ValueError for an unknown name, a path without the files, and where a machine has too little to embed.
+    Raises FileNotFoundError for a missing path. Raises ValueError for an unknown name, a path without the files, files
+    that are damaged, and where a machine has too little to embed.
     """
     embedded, marker, train, test = TEXTS[checks.choice("name", name, TEXTS)]
     corpus = embedded() if path is None else _real(path, marker, train, test)
@@ -138,11 +141,11 @@ def text_file(
     tenth of the documents is held out, at least one, chosen by their contents. The other arguments are those of
     `texts`.
 
-    Raises ValueError for missing files and fields, for what is no UTF-8, no text or other JSON, and for fewer than two
-    documents.
+    Raises FileNotFoundError for missing files. Raises ValueError for missing fields, for what is no file, no UTF-8, no
+    text or other JSON, and for fewer than two documents.
     """
-    train = _documents(path, fields)
-    corpus = _parted(train, f"path: {path}") if test is None else Corpus(train, _documents(test, fields))
+    train = _documents("path", path, fields)
+    corpus = _parted(train, f"path: {path}") if test is None else Corpus(train, _documents("test", test, fields))
     return _dataset(store.expand(path).stem, corpus, context, limit, test_limit, tokenizer)
 
 
@@ -151,7 +154,15 @@ def local_only(argument: str, path: str | Path) -> tuple[Any, str]:
     transformers = checks.package("transformers", "huggingface", f"{argument}: {str(path)!r}")
     if not (folder := store.expand(path)).is_dir():
         raise ValueError(f"{argument}: {str(path)!r} is no folder; give one of save_pretrained, nothing is downloaded")
+    with foreign(f"{argument}: {str(path)!r} cannot be read"):
+        regular_files(folder)
     return transformers, str(folder)
+
+
+def foreign(what: str) -> AbstractContextManager[None]:
+    """Says what errors of transformers mean, with the remedy for folders that need code of their own, or pickles."""
+    remedy = "save one there with save_pretrained, as safetensors; code and pickles of a folder are not run"
+    return checks.explained(what, remedy)
 
 
 def _dataset(
@@ -222,8 +233,9 @@ def _bytes(text: str) -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=4)
 def _tokenizer(path: str) -> Any:
     transformers, _ = local_only("tokenizer", path)
-    with checks.explained(f"tokenizer: {path!r} has no tokenizer", "save one there"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with foreign(f"tokenizer: {path!r} has no tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **LOCAL)
+        tokenizer("a word", add_special_tokens=False)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: {path!r} is slow and cannot place its tokens in a text; use a fast one")
     return tokenizer
@@ -235,18 +247,18 @@ def _names(path: str) -> tuple[str, ...]:
     return tuple(f"<{i}>" if name is None else name for i, name in enumerate(names))
 
 
-def _documents(path: str | Path, fields: Sequence[str]) -> tuple[str, ...]:
-    place = store.expand(path)
-    if place.suffix.lower() == ".json":
-        raise ValueError(f"path: {str(path)!r} is one JSON value; write its documents as rows of a .jsonl file")
-    if place.suffix.lower() in (".jsonl", ".ndjson"):
-        rows = _json_rows(place.read_bytes, str(path), fields)
-        found = ["\n".join(str(row[field]) for field in fields) for row in rows]
+def _documents(argument: str, path: str | Path, fields: Sequence[str]) -> tuple[str, ...]:
+    source, suffix = f"{argument}: {str(path)!r}", store.expand(path).suffix.lower()
+    if suffix == ".json":
+        raise ValueError(f"{source} is one JSON value; write its documents as rows of a .jsonl file")
+    text = _utf8(store.content(path, argument, "give a file of text"), source)
+    if suffix in (".jsonl", ".ndjson"):
+        found = ["\n".join(str(row[field]) for field in fields) for row in _json_rows(text, source, fields)]
     else:
-        found = re.split(r"\n\s*\n", re.sub("\r\n?", "\n", _utf8(place.read_bytes, str(path))))
+        found = re.split(r"\n\s*\n", re.sub("\r\n?", "\n", text))
     documents = tuple(document.strip("\n") for document in found if document.strip())
     if not documents:
-        raise ValueError(f"path: {str(path)!r} has no text; give a file with documents")
+        raise ValueError(f"{source} has no text; give a file with documents")
     return documents
 
 
@@ -263,19 +275,19 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _utf8(read: Callable[[], bytes], source: str) -> str:
+def _utf8(content: bytes, source: str) -> str:
     """The text of a file, without the mark that some editors put before it."""
-    with checks.explained(f"path: {source!r} is no UTF-8 text to be read", "save it as UTF-8"):
-        text = read().decode("utf-8-sig")
+    with checks.explained(f"{source} is no UTF-8 text", "save it as UTF-8"):
+        text = content.decode("utf-8-sig")
         if "\0" in text:
             raise ValueError("it has null bytes, as binary files have")
     return text
 
 
-def _json_rows(read: Callable[[], bytes], source: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+def _json_rows(text: str, source: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of JSON lines, each with all `fields`."""
     rows = []
-    for number, line in enumerate(_utf8(read, source).split("\n"), 1):  # strings may hold other ends of lines
+    for number, line in enumerate(text.split("\n"), 1):  # strings may hold other ends of lines
         if not line.strip():
             continue
         where = f"{source}, line {number}"
@@ -285,9 +297,9 @@ def _json_rows(read: Callable[[], bytes], source: str, fields: Sequence[str]) ->
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise ValueError(f"path: {where} is no JSON object ({line:.40}); write one a line")
+            raise ValueError(f"{where} is no JSON object ({line:.40}); write one a line")
         if lacking := [field for field in fields if not isinstance(row.get(field), str | int | float)]:
-            raise ValueError(f"fields: {where} has no text in {lacking}; its rows have {', '.join(row)}")
+            raise ValueError(f"fields: {lacking} are no texts in {where}; its rows have {', '.join(row)}")
         rows.append(row)
     return rows
 
@@ -300,7 +312,8 @@ def _real(path: str | Path, marker: str, *sources: tuple[str, str, str]) -> Corp
         if len(places) != 1:
             have = f"several, {', '.join(places)}" if places else f"no {name}.jsonl"
             raise ValueError(f"path: {str(path)!r} has {have}; give one, or your own files to text_file()")
-        rows = _json_rows(tree[places[0]].read, places[0], re.findall(r"{(\w+)}", prompt + solution))
+        source = f"path: {places[0]!r}"
+        rows = _json_rows(_utf8(tree[places[0]].read(), source), source, re.findall(r"{(\w+)}", prompt + solution))
         texts = ([text.format_map(row).replace("\r\n", "\n") for text in (prompt, solution)] for row in rows)
         notes = "<<.*?>>" if marker else "(?!)"  # of GSM8K's calculator; (?!) is found nowhere
         parts.append(tuple(Problem(asked, re.sub(notes, "", solved), marker) for asked, solved in texts))

@@ -16,9 +16,9 @@ from typing import Any
 
 import joblib
 
-from clkit import checks
+from clkit.checks import explained, unknown
 from clkit.experiments.pages import repository, suffix
-from clkit.store import expand, write_text
+from clkit.store import content, expand, writable, write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 COMPARED = "nbval-check-output"
@@ -54,7 +54,7 @@ def find(names: Sequence[str] = (), root: Path | None = None) -> list[Path]:
         elif not known:
             raise FileNotFoundError(f"{folder} holds no notebooks; give the path of one, or go to clkit's repository")
         elif not found:
-            raise checks.unknown("names", name, known, cutoff=0.3)
+            raise unknown("names", name, known, cutoff=0.3)
         chosen += found
     return sorted(set(chosen))
 
@@ -77,16 +77,18 @@ def execute(
     and the cells tagged nbval-check-output must print what is stored in them. `jobs` notebooks run at once, by
     default as many as there are cores ("fast") or one ("paper"), and share the cores among them.
 
-    Raises ValueError for `check` with `write` or `figures`. What a notebook raises is in its outcome.
+    Raises ValueError for `check` with `write` or `figures`, for what is no notebook, and for `figures` that cannot be
+    written, FileNotFoundError for a missing notebook. What a notebook raises is in its outcome.
     """
-    import nbformat
     from tqdm.auto import tqdm
 
     if check and (write or figures):
         raise ValueError("check: it keeps nothing; leave out write and figures")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or (cores if profile == "fast" else 1), len(notebooks) or 1)
-    books = [nbformat.read(path, as_version=4) for path in notebooks]
+    books = [_book(path) for path in notebooks]
+    if figures:
+        writable(expand(figures) / "figure.png")
     cells = sum(cell.cell_type == "code" for book in books for cell in book.cells)
     scratch = tempfile.TemporaryDirectory() if check else nullcontext(figures)
     with scratch as folder, tqdm(total=cells, disable=not progress, unit="cell") as bar:
@@ -101,6 +103,16 @@ def execute(
             for path, book in zip(notebooks, books, strict=True)
         )
         return outcomes
+
+
+def _book(path: Path) -> Any:
+    import nbformat
+
+    text = content(path, "notebooks", "give one (.ipynb)")
+    with explained(f"notebooks: {path} is no notebook", "save it anew in JupyterLab"):
+        book: Any = nbformat.reads(text.decode(), as_version=4)
+        nbformat.validate(book)
+        return book
 
 
 def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: bool, tick: Callable[[], Any]) -> Outcome:
@@ -151,10 +163,10 @@ def normalise(book: Any) -> Any:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _passing(output)]
             for output in cell.outputs:
-                content = output.get("data", {})
-                content.pop(WIDGET, None)
-                if "image/png" in content:
-                    content["image/png"] = _with_palette(content["image/png"])
+                shown = output.get("data", {})
+                shown.pop(WIDGET, None)
+                if "image/png" in shown:
+                    shown["image/png"] = _with_palette(shown["image/png"])
     return book
 
 
@@ -184,8 +196,8 @@ def _claims(path: Path, since: float) -> tuple[int, int, int]:
     """How many claims and laws hold, do not hold as recorded, and differ from their record, if written since then."""
     if not path.is_file() or path.stat().st_mtime < since - 1:
         return 0, 0, 0
-    content = json.loads(path.read_text(encoding="utf-8"))
-    checked = content["claims"] + content["laws"]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    checked = record["claims"] + record["laws"]
     failed = sum(c["holds"] != c["recorded"] for c in checked)
     holds = sum(c["holds"] and c["recorded"] for c in checked)
     return holds, len(checked) - holds - failed, failed

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from clkit import checks, store
 from clkit.data import Stream
-from clkit.data.text import local_only
+from clkit.data.text import LOCAL, foreign, local_only
 from clkit.models.networks import context_length, image_shape, seeded, take_grey, with_prototypes
 from clkit.modules import evaluation_mode
 
@@ -68,10 +68,10 @@ def torchvision(
 
 def _pretrained(name: str, weights: Path | str) -> dict[str, Tensor]:
     import torchvision.models as zoo
-    from safetensors.torch import load_file
 
     if store.expand(weights).is_file():
-        return load_file(store.expand(weights))
+        with checks.explained(f"weights: {str(weights)!r} cannot be loaded", "give a safetensors file"):
+            return store.load_tensors(weights)[0]
     offered = zoo.get_model_weights(name).__members__
     if str(weights) not in offered:
         raise checks.unknown("weights", str(weights), ["DEFAULT", *offered], others=["a safetensors file"])
@@ -120,7 +120,8 @@ def clip(
 
     - `name` is an architecture of open_clip with an image transformer; "-quickgelu" is the activation that OpenAI's
       weights need, which a tag brings along and a file does not.
-    - `weights` is a file with the state dict of the model, or one of open_clip's tags, downloaded on first use.
+    - `weights` is a safetensors file with the state dict of the model, or one of open_clip's tags, downloaded on first
+      use. A pickle (.pt, .bin) is refused: `save_file(torch.load(file, weights_only=True), "w.safetensors")` turns it.
     - `templates` have {} for the class. CLIP's 80: `[t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]`.
     - `classes` name the stream's classes in words, in its order; default: its own, with spaces for underscores.
 
@@ -139,12 +140,11 @@ def clip(
     open_clip = checks.package("open_clip", "clip", f"name={name!r}")
     image_shape(stream, smallest=_patch(open_clip, name))
     source = _source(open_clip, name, weights)
-    remedy = (
-        "give a file of tensors (.safetensors, .bin, .pt) with its state dict, or connect for open_clip to download"
-    )
+    remedy = "give a safetensors file with its state dict, or connect for open_clip to download"
     with seeded(seed):
         with checks.explained(f"weights: {str(weights)!r} are not loaded into {name}", remedy):
-            model = open_clip.create_model(name, precision="fp32", force_image_size=(height, width), **source)
+            size, safe = (height, width), {"weights_only": True}
+            model = open_clip.create_model(name, precision="fp32", force_image_size=size, **safe, **source)
         tower: Any = model.visual
         projection = nn.Linear(*tower.proj.shape, bias=False)
     with torch.no_grad():
@@ -179,8 +179,10 @@ def _patch(open_clip: Any, name: str) -> int:
 
 def _source(open_clip: Any, name: str, weights: str | PathLike[str]) -> dict[str, Any]:
     """What open_clip is told about the weights: a file, or a tag with the activation that its weights need."""
-    if store.expand(weights).is_file():
-        return {"pretrained": str(store.expand(weights).resolve())}  # no tag, whatever the file is called
+    if (file := store.expand(weights)).is_file():
+        if file.suffix != ".safetensors":
+            raise ValueError(f"weights: {str(file)!r} is no .safetensors file; save it as one, pickles could run code")
+        return {"pretrained": str(file.absolute())}  # no tag, whatever the file is called
     if not (tag := open_clip.get_pretrained_cfg(name, str(weights))):
         offered = open_clip.list_pretrained_tags_by_model(name)
         raise checks.unknown("weights", str(weights), offered, others=["a file"])
@@ -219,10 +221,9 @@ def huggingface(stream: Stream, path: Path | str, *, seed: int = 0) -> nn.Module
     """
     transformers, folder = local_only("path", path)
     context = context_length(stream)
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    told = checks.explained(f"path: {path} has no causal language model", "save one there")
-    with told, seeded(seed), _quiet(transformers):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **local)
+    local: dict[str, Any] = {**LOCAL, "use_safetensors": True, "dtype": torch.float32}
+    with foreign(f"path: {path} has no causal language model"), seeded(seed), _quiet(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **local)
     sizes, classes = model.config.get_text_config(), len(stream.classes)
     if sizes.vocab_size < classes:
         remedy = "use data.texts(..., tokenizer=path) with the model's own"

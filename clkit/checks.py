@@ -155,6 +155,28 @@ def package(name: str, extra: str, setting: str) -> Any:
         raise ImportError(f"{setting} needs {name}, which is not installed: pip install 'clkit[{extra}]'") from error
 
 
+def room(what: str, size: float, device: Any, remedy: str) -> None:
+    """Raises ValueError if something will take more bytes than are free on a torch device, before it is made.
+
+    Nothing is raised where what is free is not known.
+    """
+    if (free := _free(device)) is not None and size > free:
+        raise ValueError(f"{what} take {size / 1e9:.3g} GB, and {device} has {free / 1e9:.3g} GB free; {remedy}")
+
+
+def _free(device: Any) -> int | None:
+    """The bytes that a GPU has free, or Linux on the CPU; None elsewhere."""
+    if device.type == "cuda":
+        import torch
+
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for its next tensor
+        return torch.cuda.mem_get_info(device)[0] + held
+    with suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines() if device.type == "cpu" else []
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return None
+
+
 @contextmanager
 def explained(
     what: str, remedy: str, *, of: type[Exception] | tuple[type[Exception], ...] = Exception, kind: Any = ValueError

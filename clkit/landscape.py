@@ -182,8 +182,9 @@ def plane(
 
     a is the origin, b lies on the x axis; distances are those of parameters. The grid reaches `margin` times its extent
     beyond the corners (Garipov et al., arXiv 1802.10026, figure 1). Running statistics are averaged: a corner weighs as
-    much as it makes up of the point, and nothing where the point lies beyond the other two. Other options as for
-    `curve`. Raises ValueError unless there are three corners that do not lie on one line.
+    much as it makes up of the point, and nothing where the point lies beyond the other two. Points are measured one
+    after the other: beside the corners and the test data, memory is that of seven networks, however many there are.
+    Other options as for `curve`. Raises ValueError unless there are three corners that do not lie on one line.
     """
     if len(corners) != 3:
         raise ValueError(f"corners: {len(corners)} weights were given; a plane goes through three")

@@ -54,11 +54,14 @@ def cka(a: Tensor, b: Tensor, *, kernel: Kernel = "linear", bandwidth: Positive 
     two examples. Biased it is in [0, 1] and large where features outnumber examples; `unbiased` takes that away, can
     be below 0, and needs 4 examples. NaN where one of the features is the same for all examples, or for most ("rbf").
 
-    Memory is that of N x N kernels; `cka_in_batches` needs less.
+    The linear kernel takes the memory of the features in double precision: of matrices over features or over examples
+    the smaller are made. "rbf" takes 5 N x N numbers, 16 GB for 20,000 examples, and raises ValueError where they are
+    not free; `cka_in_batches` needs less.
     """
     _check_rows(4 if unbiased else 2, a, b)
-    k, l = (_gram(f, kernel, bandwidth) for f in (a, b))
-    return float(_ratio(*(hsic(p, q, unbiased=unbiased) for p, q in ((k, l), (k, k), (l, l)))))
+    if kernel == "rbf":
+        checks.room(f"a, b: kernels of {len(a)} examples", 40 * len(a) ** 2, a.device, "use cka_in_batches")
+    return float(_ratio(*_criteria(a, b, kernel, bandwidth, unbiased)))
 
 
 @checks.arguments
@@ -74,8 +77,7 @@ def cka_in_batches(
     total, count = torch.zeros(3, dtype=torch.float64), 0
     for a, b in pairs:
         _check_rows(4, a, b)
-        k, l = (_gram(f, kernel, bandwidth) for f in (a, b))
-        total = total + torch.stack([hsic(p, q, unbiased=True) for p, q in ((k, l), (k, k), (l, l))]).cpu()
+        total = total + torch.stack(_criteria(a, b, kernel, bandwidth, True)).cpu()
         count += 1
     if not count:
         raise ValueError("pairs: there are none; pass at least one pair of features")
@@ -154,11 +156,34 @@ def mismatch(a: Tensor, b: Tensor, labels: Tensor | None = None) -> pd.DataFrame
     )
 
 
+def _criteria(a: Tensor, b: Tensor, kernel: Kernel, bandwidth: float, unbiased: bool) -> list[Tensor]:
+    """HSIC of the kernels K and L of two features (n, ...), and of each with itself."""
+    linear = kernel == "linear"
+    k, l = (_centred(f) if linear else _gram(f, kernel, bandwidth) for f in (a, b))
+    return [(_linear_hsic if linear else hsic)(p, q, unbiased=unbiased) for p, q in ((k, l), (k, k), (l, l))]
+
+
+def _linear_hsic(a: Tensor, b: Tensor, *, unbiased: bool) -> Tensor:
+    """`hsic` of the kernels A A' and B B' of centred features (n, f): tr(A A' B B') is the squared length of A'B."""
+    n = len(a)
+    both = (a.T @ b).square().sum() if min(a.shape[1], b.shape[1]) < n else ((a @ a.T) * (b @ b.T)).sum()
+    if not unbiased:
+        return both / (n - 1) ** 2
+    own, other = a.square().sum(1), b.square().sum(1)  # the diagonals; the rest of a row sums to minus its entry there
+    apart = own.sum() * other.sum() / ((n - 1) * (n - 2))
+    return (both + apart - n / (n - 2) * (own @ other)) / (n * (n - 3))
+
+
+def _centred(features: Tensor) -> Tensor:
+    """Features (n, ...) without their mean, (n, f), in double precision: no centred kernel changes, and digits stay."""
+    rows = features.flatten(1).double()
+    largest, rows = rows.abs().max(), rows - rows.mean(0)
+    return torch.where(rows.abs().max() > 1e-12 * largest, rows, 0.0)  # what is left of a constant is rounding
+
+
 def _gram(features: Tensor, kernel: Kernel, bandwidth: float) -> Tensor:
     """The kernel of features (n, ...) with each other, (n, n), in double precision."""
-    rows = features.flatten(1).double()
-    largest, rows = rows.abs().max(), rows - rows.mean(0)  # which changes no centred kernel and keeps digits
-    rows = torch.where(rows.abs().max() > 1e-12 * largest, rows, 0.0)  # what is left of a constant is rounding
+    rows = _centred(features)
     if kernel == "linear":
         return rows @ rows.T
     apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
@@ -200,7 +225,8 @@ def embed(
     2509.23592, figure 5) shows one class before and after a merge so. Distances in such a picture prove nothing: the
     numbers beside it, `mismatch` and linear unbiased `cka` in the features' own space (NaN below 4 examples), do.
 
-    t-SNE needs more points than `perplexity`, which is lowered to a third of the points where they are few. Raises
+    t-SNE keeps three times `perplexity` neighbours a point: memory grows with the points, not with their square. It
+    needs more points than `perplexity`, which is lowered to a third of the points where they are few. Raises
     ValueError for features of different shapes, for classes without an example and for fewer than 4 points.
     """
     from sklearn.decomposition import PCA
@@ -313,26 +339,27 @@ def correlations(
     """Pearson's correlation of each unit of a layer under weights `a` with each under `b`, (units, units), on `x`.
 
     Over all examples and positions, added up in double precision batch by batch, so that memory does not grow with
-    `x` (N, ...). A unit that does not vary correlates 0 with all. `layer` is as for `features`. Raises ValueError for
-    fewer than 2 rows.
+    `x` (N, ...): it is about four times that of the result. A unit that does not vary correlates 0 with all. `layer` is
+    as for `features`. Raises ValueError for fewer than 2 rows.
     """
     _check_rows(2, x)
     nets = [with_weights(model, w) for w in (a, b)]
     shift, count, units = torch.zeros(()), 0, 0
-    sums, products = torch.zeros(()), torch.zeros(())
+    sums, squares, products = torch.zeros(()), torch.zeros(()), torch.zeros(())
     for part in x.split(batch):
         rows = torch.cat([_samples(features(net, part, layer)).double() for net in nets], 1)
         if not count:
             shift, units = rows.mean(0), rows.shape[1] // 2
-            sums, products = torch.zeros_like(shift), rows.new_zeros(rows.shape[1], rows.shape[1])
+            sums, squares, products = rows.new_zeros(2 * units), rows.new_zeros(2 * units), rows.new_zeros(units, units)
         rows = rows - shift
-        count, sums, products = count + len(rows), sums + rows.sum(0), products.addmm_(rows.T, rows)
+        count, sums, squares = count + len(rows), sums + rows.sum(0), squares + rows.square().sum(0)
+        products.addmm_(rows[:, :units].T, rows[:, units:])
     mean = sums / count
-    covariance = products / count - torch.outer(mean, mean)
-    var = covariance.diagonal()
+    var = squares / count - mean.square()
     var = torch.where(var > 1e-12 * (shift + mean).square(), var, 0.0)
     scale = torch.outer(var[:units], var[units:]).sqrt()
-    return torch.where(scale > 0, covariance[:units, units:] / scale, 0.0).clamp(-1, 1)
+    products = products / count - torch.outer(mean[:units], mean[units:])
+    return torch.where(scale > 0, products / scale, 0.0).clamp(-1, 1)
 
 
 def matched(

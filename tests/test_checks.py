@@ -5,11 +5,14 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clkit import checks
+import toys
+from clkit import alignment, checks, curvature, representation
 from clkit.checks import Count, Range, Share
+from clkit.weights import get_weights
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,53 @@ def test_ranges_beside_a_union_are_of_its_numbers_and_starred_arguments_pass():
         return by, rest, more
 
     assert scale(0.5, 1, 2, c=1.0) == (0.5, (1, 2), {"c": 1.0})
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_what_is_free_is_asked_of_the_system_and_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(checks.Path, "read_text", lambda self: "MemTotal: 9 kB\nMemAvailable:    3 kB\nMemFree: 1 kB\n")
+    checks.room("three", 3 * 1024, CPU, "give less")
+    with pytest.raises(ValueError, match=r"^four take 3.07e-06 GB, and cpu has 3.07e-06 GB free; give less$"):
+        checks.room("four", 3 * 1024 + 1, CPU, "give less")
+    free = {"memory_reserved": 7, "memory_allocated": 5, "mem_get_info": (2 * 10**9, 10**11)}
+    for name, value in free.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    checks.room("much", 2 * 10**9 + 2, GPU, "give less")
+    with pytest.raises(ValueError, match=r"^more take 20 GB, and cuda:0 has 2 GB free; give less$"):
+        checks.room("more", 2e10, GPU, "give less")
+
+
+def test_nothing_is_said_where_what_is_free_is_not_known(monkeypatch):
+    checks.room("all", 1e30, torch.device("mps"), "give less")
+    monkeypatch.setattr(checks.Path, "read_text", lambda self: "MemFree: 1 kB\n")
+    checks.room("all", 1e30, CPU, "give less")
+
+    def missing(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(checks.Path, "read_text", missing)
+    checks.room("all", 1e30, CPU, "give less")
+
+
+def test_what_may_surprise_says_its_memory_before_any_work(monkeypatch):
+    """Each is refused one byte short of what it says, with no tensor of the kind made, and done otherwise."""
+    stream = toys.images(2)
+    net, x = toys.small_convnet(stream), torch.randn(16, 1, 6, 6)
+    nets = [get_weights(toys.small_convnet(stream, seed=seed)) for seed in range(3)]
+    groups = alignment.symmetry(net, x[:2])
+    shown = [tap.slots[group].shape for tap in groups.taps for group in tap.slots]
+    a = torch.randn(300, 2)
+    pairs = 3 * sum(lanes * units**2 for lanes, units in shown)
+    for size, largest, use, words in (
+        (40 * 300**2, 600, lambda: representation.cka(a, a, kernel="rbf"), "of 300 examples .*cka_in_batches"),
+        (8 * pairs, 3456, lambda: alignment.align_many(groups, net, nets, x), "correlations of 3 .*by weights"),
+        (4 * (9**2 + 36**2 + 54**2 + 5**2), 324, lambda: curvature.grams(net, nets[0], x), "Gram matrices"),
+    ):
+        monkeypatch.setattr(checks, "_free", lambda device, size=size: size - 1)
+        with toys.Sizes() as sizes, pytest.raises(ValueError, match=words):
+            use()
+        assert sizes.largest <= largest
+        monkeypatch.setattr(checks, "_free", lambda device, size=size: size)
+        use()

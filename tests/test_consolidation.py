@@ -212,6 +212,10 @@ class TestOpenDoors:
             for name in filter(is_statistic, deployed):
                 torch.testing.assert_close(deployed[name], sum(w[name] for w in result.trained[: t + 1]) / (t + 1))
 
+    @pytest.mark.parametrize(("merge", "kept"), [("wise_ft", 0), ("slerp", 0), ("average", 3), (trimmed, 3)])
+    def test_no_more_weights_are_kept_than_the_merge_takes(self, toy, merge, kept):
+        assert len(quick(toy, None, Merging(merge)).state["history"]) == kept
+
     def test_a_function_is_given_what_it_needs(self, toy):
         """A score judges the parameters that the merge tries, with the statistics that go with the result."""
 

@@ -219,6 +219,23 @@ class TestCKA:
         assert R.cka(a, scale * a @ rotation(seed), **options) == pytest.approx(1, abs=1e-8)
         assert (-1e-9 <= plain or unbiased) and plain < 1
 
+    @settings(max_examples=30, deadline=None)
+    @given(st.integers(4, 9), st.integers(1, 12), st.integers(1, 12), st.booleans(), st.integers(0, 99))
+    def test_the_linear_one_needs_no_kernels(self, rows, width, other, unbiased, seed):
+        """It is that of the kernels, whichever of examples and features are more."""
+        a, b = wavy(seed, rows, width), wavy(seed + 1, rows, other)
+        k, l = (naive_gram(f - f.mean(0), "linear", 1.0) for f in (a, b))
+        cross, one, two = (float(R.hsic(p, q, unbiased=unbiased)) for p, q in ((k, l), (k, k), (l, l)))
+        found = R.cka(a, b, unbiased=unbiased)
+        if min(one, two) > 1e-9 * max(float(k.square().sum()), float(l.square().sum())):
+            assert found == pytest.approx(cross / (one * two) ** 0.5, rel=1e-6, abs=1e-6)
+
+    def test_memory_of_the_linear_one_is_that_of_its_features(self):
+        for a, b in ((features_of(0, 900, 7), features_of(1, 900, 3)), (features_of(0, 7, 900), features_of(1, 7, 3))):
+            with toys.Sizes() as sizes:
+                assert R.cka(a, b) > 0 and R.cka(a, b, unbiased=True) < 1
+            assert sizes.largest == 7 * 900
+
     def test_an_invertible_map_changes_it(self):
         a = features_of(0)
         assert R.cka(a, a * torch.tensor([10, 1, 1, 1, 0.1])) < 0.9

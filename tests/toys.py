@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clkit import alignment, models
 from clkit.data import Examples, Normalize, Stream, Task
@@ -122,3 +123,14 @@ def quick(stream: Stream, learner=None, consolidation=None, *, model=models.mlp,
         model = partial(modulated, model=model, rule=Modulation(2, 2))
     more = {"device": "cpu", "progress": False} | more
     return run(stream, model, learner, consolidation, training, **more)
+
+
+class Sizes(TorchDispatchMode):
+    """The most numbers that a tensor had which was made meanwhile."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.largest = max(self.largest, *(t.numel() for t in [found] if isinstance(t, torch.Tensor)), 0)
+        return found

@@ -104,6 +104,9 @@ def align_many(
     for groups beside others, as `align` says. Added up over the others, they are covariances with the sum of the
     others' standardised activations.
 
+    By activations a square of numbers is held for each pair of networks, group and place that shows it: ten ViT-B take
+    56 GB, and ValueError is raised beforehand where they are not free.
+
     The paper begins with the networks as they are. Here all are first matched to the one that is most like the others
     and then take turns by how alike they are, so their order in the list counts only among ties. Two networks get
     what `align` finds. Arguments and errors are those of `align`.
@@ -243,6 +246,9 @@ class _ByActivations(_Matcher):
         self.clear = {group for _, group in alone}
         moments = [Moments(*place) for place in alone]
         moments += [Moments(*place, ordered=True) for place in self.beside if place[1] not in self.clear]
+        numbers = len([*combinations(self.nets, 2)]) * sum(m.slots.size * m.slots.shape[1] for m in moments)
+        remedy = "align fewer at once, or by weights"
+        checks.room(f"networks: correlations of {len(self.nets)}", 8 * numbers, self.inputs.device, remedy)
         first = self.measure(self.nets, moments)
         self.alone = {pair: shown[: len(alone)] for pair, shown in first.items()}
         self.seen = {pair: mean(shown) for pair, shown in first.items()}

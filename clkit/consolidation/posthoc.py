@@ -59,8 +59,9 @@ class Merging:
     the first task. Fisher information and Gram matrices are measured once, at a task's end, on what the learner lets a
     consolidation see. Fisher's labels are drawn from the network.
 
-    After the first task, with nothing to merge, the trained weights are deployed. Bytes kept grow with the tasks.
-    Raises ValueError for a name that is not known, and for options that the merge does not take or lacks.
+    After the first task, with nothing to merge, the trained weights are deployed. Bytes kept grow with the tasks, but
+    for a merge of one or two. Raises ValueError for a name that is not known, and for options that the merge does not
+    take or lacks.
     """
 
     merge: str | Callable[..., dict[str, Tensor]] = "average"
@@ -69,7 +70,6 @@ class Merging:
     holdout: checks.Part | None = None
     refresh: bool = True
     row: Merge = field(init=False, repr=False, compare=False)
-    uses_history = True
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -94,6 +94,11 @@ class Merging:
     def needs(self) -> str | None:
         """What the merge cannot work without and the options lack."""
         return None if self.row.needs in dict(self.options) else self.row.needs
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether the weights trained on all earlier tasks are to be kept."""
+        return self.row.arity not in (1, 2)
 
     def check(self, model: nn.Module, x: Tensor) -> None:
         """Tries the Fisher information of the inputs, if the merge goes by it, and a merge of your own on copies."""

@@ -208,7 +208,8 @@ def regmean(ws: Sequence[Weights], *, grams: Sequence[Weights], shrink: Share = 
     exact least squares. `grams`: for each network a mapping of a parameter's name, as in "linear.weight", to a matrix
     (in, in), as `curvature.grams` gives it; a kernel of a convolution counts as (out, in x height x width). Networks
     count by their number of rows. Parameters without a Gram matrix in every network are averaged, and so are inputs
-    that were always zero: where the solution is not unique, it is the one nearest to the mean.
+    that were always zero: where the solution is not unique, it is the one nearest to the mean. Memory is, in double
+    precision, that of all Gram matrices of one layer at a time.
 
     Raises ValueError for matrices of other shapes.
 

@@ -4,7 +4,8 @@ A tensor of two and more axes is the matrix (first axis, the rest); others are a
 code takes tensors of two axes alone for matrices, so that it averages kernels of convolutions. A matrix is decomposed
 through the Gram matrix of its shorter side, in double precision: for (64, 4608) an eigenproblem of 64 by 64 in the
 place of a singular value decomposition. Squaring loses directions below 1e-8 of the largest; those of float32 weights
-are rounding below 1e-5 or so. Weights in float64 are decomposed directly.
+are rounding below 1e-5 or so. Weights in float64 are decomposed directly. Of one tensor at a time, the task matrices
+of all networks are held twice.
 """
 
 from collections.abc import Callable, Sequence

@@ -18,6 +18,8 @@ from clkit.data import Stream
 from clkit.learners.base import PLAIN, Learner
 
 LIVE = {"model", "learner"}  # of a result, what no file can hold
+LISTS = {"weights": dict, "trained": dict, "inputs": Tensor, "reports": dict, "training_loss": np.ndarray}  # by task
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)  # what it leads to
 
 
 def write(path: Path | str, result: Mapping[str, Any]) -> None:
@@ -35,11 +37,31 @@ def read(path: Path | str) -> dict[str, Any]:
     """
     path = store.expand(path)
     remedy = "give another path, put a whole copy in its place, or delete it to begin anew"
-    with checks.explained(f"path: {path} is damaged or no saved run", remedy, of=ValueError):
+    with checks.explained(f"path: {path} is damaged or no saved run", remedy, of=DAMAGE):
         found = store.read_tree(path, "cuda" if torch.cuda.is_available() else "cpu")
         if not isinstance(found, dict) or not {"config", "state"} <= found.keys():
             raise ValueError("it holds something else")
+        _check(found)
     return found
+
+
+def _check(found: Mapping[str, Any]) -> None:
+    """Raises one of `DAMAGE` unless a tree has the parts of a result, of as many tasks each."""
+    done, tasks = found["accuracy"].shape
+    arrays = dict.fromkeys(("accuracy", "masked", "losses"), (done, tasks)) | {"initial": (tasks,)}
+    looks = [(look["when"], look["step"] >= 0, look["learning"] < done, look["accuracy"]) for look in found["watched"]]
+    fit = [
+        0 < done <= tasks and found["seconds"] >= 0,
+        isinstance(found["state"], dict) and "seed" in found["config"],
+        all(found[name].shape == shape and found[name].dtype.kind == "f" for name, shape in arrays.items()),
+        all(len(found[name]) in (0, done) for name in LISTS),
+        all(isinstance(part, kind) for name, kind in LISTS.items() for part in found[name]),
+        all(right and there and accuracy.shape == (tasks,) for _, right, there, accuracy in looks),
+    ]
+    if not all(fit):
+        raise ValueError("its parts do not fit together")
+    if found["state"]:
+        store.canonical({**found["state"]["identity"]})
 
 
 def identify(stream: Stream, parts: Mapping[str, Any], *, needed: bool) -> dict[str, Any]:

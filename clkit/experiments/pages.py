@@ -2,10 +2,10 @@
 
 import inspect
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from clkit.training.loop import label
 PROFILES = ("fast", "paper")
 T = TypeVar("T")
 DPI = 200
+log = logging.getLogger("clkit.experiments")
 
 
 def page(name: str, profile: str | None = None, /, **parameters: Any) -> "Page":
@@ -69,7 +70,8 @@ class Page:
         self.name, self.profile, self.root = name, profile, root
         self.committed = self.figures = root / "figures"
         self._claims, self._laws = Claims(self), Laws(self)
-        recorded = {} if os.environ.get("CLKIT_RECORD") else self._read(f"{name}-claims.json").get("parameters", {})
+        recorded = None if os.environ.get("CLKIT_RECORD") else self._read(f"{name}-claims.json").get("parameters")
+        recorded = recorded if isinstance(recorded, dict) else {}
         self.parameters = {n: _fitting(value, recorded.get(n, value)) for n, value in parameters.items()}
         self.changed = [n for n in recorded if n in parameters and _legible(self.parameters[n]) != recorded[n]]
         for n, value in parameters.items():
@@ -148,8 +150,11 @@ class Page:
             return _unpacked(record["data"])
         file = f"{self.name}-{name}{suffix(self.profile)}.json"
         if not self._read(file, key=key):
-            write_json(self.figures / file, {**facts, "profile": self.profile, "data": _packed(compute())})
-        return _unpacked(self._read(file, key=key)["data"])
+            place = store.writable(self.figures / file)  # before hours of computing
+            write_json(place, {**facts, "profile": self.profile, "data": _packed(compute())})
+        remedy = "delete it, and its results are computed again"
+        with checks.explained(f"{self.figures / file} is damaged", remedy):
+            return _unpacked(self._read(file, key=key)["data"])
 
     def table(
         self, whole: Comparison | Study, name: str, compute: Callable[[], pd.DataFrame] | None = None
@@ -169,7 +174,11 @@ class Page:
             found = (compute or whole.run)()
             return found.drop(columns=found.attrs.get("settings", []))
 
-        return whole.complete(self.results(bare, whole.config, f"{name}-runs", commit=True))
+        rows = self.results(bare, whole.config, f"{name}-runs", commit=True)
+        with checks.explained(f"{name}-runs of {self.figures} are damaged", "delete them to compute them again"):
+            if not isinstance(rows, pd.DataFrame):
+                raise TypeError(f"{rows!r:.60} is no table")
+            return whole.complete(rows)
 
     def show(self, thing: Any) -> None:
         """Displays the library's own source of a class or function."""
@@ -185,13 +194,17 @@ class Page:
     def _read(self, file: str, key: str | None = None) -> dict[str, Any]:
         """What a JSON file holds where figures go, else among those committed; of one with `key` as hash, if given.
 
-        Empty where there is none such.
+        Empty where there is none such; one that cannot be read is named in the log.
         """
         for folder in dict.fromkeys((self.figures, self.committed)):
-            with suppress(FileNotFoundError, ValueError):
-                content = json.loads((folder / file).read_text(encoding="utf-8"))
-                if key is None or content.get("hash") == key:
+            try:
+                content = store.read_json(folder / file)
+                if isinstance(content, dict) and (key is None or content.get("hash") == key):
                     return content
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                log.warning("%s; it counts as missing", error)
         return {}
 
     def _write(self, file: str, content: Any) -> None:
@@ -280,7 +293,7 @@ def _fitting(value: Any, recorded: Any) -> Any:
 
     try:
         return fit(value, recorded)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, IndexError):
         return recorded
 
 

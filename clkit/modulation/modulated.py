@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -429,14 +430,12 @@ def load(path: Path | str, model: Modulated) -> TaskState:
 
 
 def listed(folder: Path | str) -> list[dict[str, Any]]:
-    """The tasks in a folder, by file name: the header of each, with "file"; other files are left out."""
+    """The tasks in a folder, by file name: the header of each, with "file"; what is no task is left out."""
     found = []
     for path in sorted(store.expand(folder).glob("*.safetensors")):
-        try:
+        with suppress(ValueError, FileNotFoundError):
             _, header = _read(path)
-        except (ValueError, FileNotFoundError):
-            continue
-        found.append({"file": path.name} | {name: header[name] for name in header if name != "kind"})
+            found.append({"file": path.name} | {name: header[name] for name in header if name != "kind"})
     return found
 
 
@@ -446,9 +445,8 @@ def network(path: Path | str, backbone: nn.Module) -> nn.Module:
     The backbone's own head does not matter. Raises ValueError if it is another network than the task was learned on.
     """
     _, header = _read(path)
-    kind, fields = header["rule"] or (None, {})
-    rule = RULES[kind](**fields) if kind else None
-    model = Modulated(backbone, rule, **{name: header[name] for name in OPTIONS})
+    with checks.explained(f"path: {path} belongs to another network", "give the backbone it was learned on"):
+        model = Modulated(backbone, _rule(header), **{name: header[name] for name in OPTIONS})
     return model.folded(_task(path, model))
 
 
@@ -463,18 +461,18 @@ def _task(path: Path | str, model: Modulated) -> TaskState:
     """A file's task, checked against a model but for the width of its head."""
     tensors, header = _read(path)
     ours = _made_by(model)
-    if differ := store.differences({name: header[name] for name in ours}, ours):
+    if differ := store.differences({name: header.get(name) for name in ours}, ours):
         found = "; ".join(differ)
         raise ValueError(f"path: {path} belongs to another model ({found}); make the one that it was saved with")
     like, classes = model.state((0,)).tensors, header["classes"]
     rows = {name for name in like if name.startswith(f"backbone.{model.head}.")}
-    found = {name: tensor[:1] if name in rows else tensor for name, tensor in tensors.items()}
+    found = {name: tensor[:1] if name in rows and tensor.ndim else tensor for name, tensor in tensors.items()}
     weights.check_same(like, found, names=("the model", f"path: {path}"))
-    weights.check_finite(tensors, f"path: {path}")
     for name, tensor in tensors.items():
         if tensor.dtype != like[name].dtype or (name in rows and len(tensor) != len(classes)):
             kind = f"{tensor.dtype}, {tuple(tensor.shape)}"
             raise ValueError(f"path: {path} has a damaged {name!r} ({kind}); save it again")
+    weights.check_finite(tensors, f"path: {path}")
     device = next(model.parameters()).device
     return TaskState(tuple(classes), {name: tensor.to(device) for name, tensor in tensors.items()})
 
@@ -484,8 +482,15 @@ def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors, header = store.load_tensors(path)
     if header.get("kind") != KIND:
         raise ValueError(f"path: {path} holds no task of a modulated network; give a file that modulation.save wrote")
-    ids, rule = header.get("classes") or ["none"], header.get("rule") or [None]
-    whole = header.keys() >= {"backbone", "rule", *OPTIONS} and rule[0] in (None, *RULES)
-    if not whole or not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(f"path: {path} has a damaged header; save the task again")
+    with checks.explained(f"path: {path} has a damaged header", "save the task again"):
+        _rule(header)
+        ids, *_ = [header[name] for name in ("classes", "backbone", "bytes", "name", "class_names", *OPTIONS)]
+        if not ids or len({*ids}) < len(ids) or not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"classes {ids}")
     return tensors, header
+
+
+def _rule(header: Mapping[str, Any]) -> Rule | None:
+    """The rule that a header names."""
+    kind, fields = header["rule"] or (None, {})
+    return RULES[kind](**fields) if kind else None

@@ -469,7 +469,7 @@ class Records:
                 return None if tensors else (record, None)
             with explained("its tensors are missing", "make them again", of=FileNotFoundError):
                 tree = read_tree(self.path(key, ".safetensors"))
-            if tree["key"] != key:
+            if not isinstance(tree, dict) or tree["key"] != key:
                 raise ValueError("its tensors are another record's")
             return record, tree["tensors"]
 

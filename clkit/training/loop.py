@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit import alignment, checks, store
+from clkit import alignment, checks, store, weights
 from clkit.checkpoint import check_same, identify, restore, snapshot, widened
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
 from clkit.data import Batch, Stream, Task, cuts
@@ -145,11 +145,12 @@ def run(
             parts = {"model": model, "learner": learner, "consolidation": rule, "training": training, "seed": seed}
             parts |= {"initial weights": net, "device": place.type, "keep": keep, "watch": watch, "threads": threads}
             identity = identify(stream, parts, needed=path is not None or start is not None)
+            owner = f"{'resume' if begun is resume else 'checkpoint'}: {begun}"
             if start is not None:
-                check_same(start.state, identity, f"{'resume' if begun is resume else 'checkpoint'}: {begun}")
+                check_same(start.state, identity, owner)
             here = stream.to(place).given(dtype_of(net))
             rest = record, identity, progress, keep, watch, started
-            return _Loop(here, net, learner, rule, training, seed, place, *rest).run(start, path)
+            return _Loop(here, net, learner, rule, training, seed, place, *rest).run(start, path, owner)
 
 
 @dataclass(eq=False)
@@ -201,14 +202,14 @@ class _Loop:
         wanted = capturable(self.learner, device) and training.capture and not training.compile
         self.captured = Captured(self.joined_update, model, CAPTURES[device.type]) if wanted else None
 
-    def run(self, start: Result | None, path: Path | None) -> Result:
-        """The tasks that are not in the result to start from, one after another."""
+    def run(self, start: Result | None, path: Path | None, owner: str) -> Result:
+        """The tasks that are not in the result to start from, which `owner` names, one after another."""
         from tqdm.auto import tqdm
 
         result = self.result
         result.initial = self.evaluate().accuracy
         if start is not None:
-            self.restore(start)
+            self.restore(start, owner)
         done, steps = len(result.accuracy), [self.steps(task) for task in self.stream]
         with tqdm(
             total=sum(steps), initial=sum(steps[:done]), disable=not self.progress, unit="step", leave=False
@@ -268,13 +269,15 @@ class _Loop:
         kept |= snapshot(self.model, self.learner, self.order, self.augmenter)
         return kept | {"identity": self.identity}
 
-    def restore(self, start: Result) -> None:
+    def restore(self, start: Result, owner: str) -> None:
         """Puts everything to where it was at the end of a result, and tests that on tasks that it did not know."""
         result, known = self.result, len(start.initial)
-        vars(result).update(widened(vars(start), result.initial))
-        self.criterion.begin_task(self.stream[len(result.accuracy) - 1])
-        state = restore(start.state, self.model, self.learner, self.order, self.augmenter)
-        vars(self).update({name: state[name] for name in BETWEEN})
+        with checks.explained(f"{owner} has a damaged state", "begin anew without it"):
+            vars(result).update(widened(vars(start), result.initial))
+            self.criterion.begin_task(self.stream[len(result.accuracy) - 1])
+            state = restore(start.state, self.model, self.learner, self.order, self.augmenter)
+            vars(self).update({name: state[name] for name in BETWEEN})
+            weights.check_same(self.base, self.previous, *self.history)
         if known < len(self.stream):
             train = get_weights(self.model)
             set_weights(self.model, self.previous)

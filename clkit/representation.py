@@ -6,6 +6,7 @@ prepared tensors on the model's device.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Annotated, Literal, NamedTuple
 
@@ -54,14 +55,15 @@ def cka(a: Tensor, b: Tensor, *, kernel: Kernel = "linear", bandwidth: Positive 
     two examples. Biased it is in [0, 1] and large where features outnumber examples; `unbiased` takes that away, can
     be below 0, and needs 4 examples. NaN where one of the features is the same for all examples, or for most ("rbf").
 
-    The linear kernel takes the memory of the features in double precision: of matrices over features or over examples
-    the smaller are made. "rbf" takes 5 N x N numbers, 16 GB for 20,000 examples, and raises ValueError where they are
+    The linear kernel takes no more memory than the features in double precision: where they are fewer than the examples
+    no kernel is made. "rbf" takes 5 N x N numbers, 16 GB for 20,000 examples, and raises ValueError where they are
     not free; `cka_in_batches` needs less.
     """
     _check_rows(4 if unbiased else 2, a, b)
-    if kernel == "rbf":
-        checks.room(f"a, b: kernels of {len(a)} examples", 40 * len(a) ** 2, a.device, "use cka_in_batches")
-    return float(_ratio(*_criteria(a, b, kernel, bandwidth, unbiased)))
+    narrow = kernel == "linear" and max(f[0].numel() for f in (a, b)) < len(a)
+    k, l = (_centred(f) if narrow else _gram(f, kernel, bandwidth) for f in (a, b))
+    criterion = partial(_linear_hsic if narrow else hsic, unbiased=unbiased)
+    return float(_ratio(*(criterion(p, q) for p, q in ((k, l), (k, k), (l, l)))))
 
 
 @checks.arguments
@@ -77,7 +79,8 @@ def cka_in_batches(
     total, count = torch.zeros(3, dtype=torch.float64), 0
     for a, b in pairs:
         _check_rows(4, a, b)
-        total = total + torch.stack(_criteria(a, b, kernel, bandwidth, True)).cpu()
+        k, l = (_gram(f, kernel, bandwidth) for f in (a, b))
+        total = total + torch.stack([hsic(p, q, unbiased=True) for p, q in ((k, l), (k, k), (l, l))]).cpu()
         count += 1
     if not count:
         raise ValueError("pairs: there are none; pass at least one pair of features")
@@ -156,17 +159,9 @@ def mismatch(a: Tensor, b: Tensor, labels: Tensor | None = None) -> pd.DataFrame
     )
 
 
-def _criteria(a: Tensor, b: Tensor, kernel: Kernel, bandwidth: float, unbiased: bool) -> list[Tensor]:
-    """HSIC of the kernels K and L of two features (n, ...), and of each with itself."""
-    linear = kernel == "linear"
-    k, l = (_centred(f) if linear else _gram(f, kernel, bandwidth) for f in (a, b))
-    return [(_linear_hsic if linear else hsic)(p, q, unbiased=unbiased) for p, q in ((k, l), (k, k), (l, l))]
-
-
 def _linear_hsic(a: Tensor, b: Tensor, *, unbiased: bool) -> Tensor:
     """`hsic` of the kernels A A' and B B' of centred features (n, f): tr(A A' B B') is the squared length of A'B."""
-    n = len(a)
-    both = (a.T @ b).square().sum() if min(a.shape[1], b.shape[1]) < n else ((a @ a.T) * (b @ b.T)).sum()
+    n, both = len(a), (a.T @ b).square().sum()
     if not unbiased:
         return both / (n - 1) ** 2
     own, other = a.square().sum(1), b.square().sum(1)  # the diagonals; the rest of a row sums to minus its entry there
@@ -186,6 +181,7 @@ def _gram(features: Tensor, kernel: Kernel, bandwidth: float) -> Tensor:
     rows = _centred(features)
     if kernel == "linear":
         return rows @ rows.T
+    checks.room(f"kernels of {len(rows)} examples", 40 * len(rows) ** 2, rows.device, "use cka_in_batches")
     apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     n = len(rows)
     middle = apart[torch.ones(n, n, dtype=torch.bool, device=rows.device).triu(1)].median()
@@ -344,22 +340,18 @@ def correlations(
     """
     _check_rows(2, x)
     nets = [with_weights(model, w) for w in (a, b)]
-    shift, count, units = torch.zeros(()), 0, 0
-    sums, squares, products = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    moments, shift, products = Moments(), torch.zeros(()), torch.zeros(())
     for part in x.split(batch):
         rows = torch.cat([_samples(features(net, part, layer)).double() for net in nets], 1)
-        if not count:
-            shift, units = rows.mean(0), rows.shape[1] // 2
-            sums, squares, products = rows.new_zeros(2 * units), rows.new_zeros(2 * units), rows.new_zeros(units, units)
-        rows = rows - shift
-        count, sums, squares = count + len(rows), sums + rows.sum(0), squares + rows.square().sum(0)
-        products.addmm_(rows[:, :units].T, rows[:, units:])
-    mean = sums / count
-    var = squares / count - mean.square()
-    var = torch.where(var > 1e-12 * (shift + mean).square(), var, 0.0)
-    scale = torch.outer(var[:units], var[units:]).sqrt()
-    products = products / count - torch.outer(mean[:units], mean[units:])
-    return torch.where(scale > 0, products / scale, 0.0).clamp(-1, 1)
+        var, mean = torch.var_mean(rows, 0, correction=0)
+        shift = shift if moments.count else mean  # for large means would cancel
+        moments.add(mean, var, len(rows))
+        one, other = (rows - shift).tensor_split(2, 1)
+        products = products + one.T @ other
+    covariance = products / moments.count - torch.outer(*(moments.mean - shift).tensor_split(2))
+    var = torch.where(moments.var() > 1e-12 * moments.mean.square(), moments.var(), 0.0)
+    scale = torch.outer(*var.tensor_split(2)).sqrt()
+    return torch.where(scale > 0, covariance / scale, 0.0).clamp(-1, 1)
 
 
 def matched(

@@ -163,10 +163,10 @@ def test_what_may_surprise_says_its_memory_before_any_work(monkeypatch):
     groups = alignment.symmetry(net, x[:2])
     shown = [tap.slots[group].shape for tap in groups.taps for group in tap.slots]
     a = torch.randn(300, 2)
-    pairs = 3 * sum(lanes * units**2 for lanes, units in shown)
+    pairs = 8 * 3 * sum(lanes * units**2 for lanes, units in shown)
     for size, largest, use, words in (
         (40 * 300**2, 600, lambda: representation.cka(a, a, kernel="rbf"), "of 300 examples .*cka_in_batches"),
-        (8 * pairs, 3456, lambda: alignment.align_many(groups, net, nets, x), "correlations of 3 .*by weights"),
+        (pairs, 3456, lambda: alignment.align_many(groups, net, nets, x), "networks: their correlations .*by weights"),
         (4 * (9**2 + 36**2 + 54**2 + 5**2), 324, lambda: curvature.grams(net, nets[0], x), "Gram matrices"),
     ):
         monkeypatch.setattr(checks, "_free", lambda device, size=size: size - 1)

@@ -247,8 +247,7 @@ class _ByActivations(_Matcher):
         moments = [Moments(*place) for place in alone]
         moments += [Moments(*place, ordered=True) for place in self.beside if place[1] not in self.clear]
         numbers = len([*combinations(self.nets, 2)]) * sum(m.slots.size * m.slots.shape[1] for m in moments)
-        remedy = "align fewer at once, or by weights"
-        checks.room(f"networks: correlations of {len(self.nets)}", 8 * numbers, self.inputs.device, remedy)
+        checks.room("networks: their correlations", 8 * numbers, self.inputs.device, "align fewer, or by weights")
         first = self.measure(self.nets, moments)
         self.alone = {pair: shown[: len(alone)] for pair, shown in first.items()}
         self.seen = {pair: mean(shown) for pair, shown in first.items()}

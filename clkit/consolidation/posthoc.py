@@ -70,6 +70,7 @@ class Merging:
     holdout: checks.Part | None = None
     refresh: bool = True
     row: Merge = field(init=False, repr=False, compare=False)
+    uses_history = property(lambda self: self.row.arity not in (1, 2))
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -94,11 +95,6 @@ class Merging:
     def needs(self) -> str | None:
         """What the merge cannot work without and the options lack."""
         return None if self.row.needs in dict(self.options) else self.row.needs
-
-    @property
-    def uses_history(self) -> bool:
-        """Whether the weights trained on all earlier tasks are to be kept."""
-        return self.row.arity not in (1, 2)
 
     def check(self, model: nn.Module, x: Tensor) -> None:
         """Tries the Fisher information of the inputs, if the merge goes by it, and a merge of your own on copies."""

@@ -178,7 +178,10 @@ class Learner:
         """Called with the deployed weights; may change only what `predict` uses."""
 
     def predict(self, model: nn.Module, x: Tensor, task: Task | None = None) -> Tensor:
-        """Logits for prepared inputs; `task` is given in task-incremental evaluation alone."""
+        """Logits for prepared inputs; `task` is given in task-incremental evaluation alone.
+
+        A rule may take `kept`, too, to keep in it what it need not compute again: see `evaluation.evaluate`.
+        """
         return model(x)
 
     def examples(self, task: Task) -> Examples:

@@ -113,19 +113,16 @@ class PerTask(Learner):
 
     def _answer(self, net: Modulated, x: Tensor, state: TaskState) -> tuple[Tensor, Tensor]:
         """A finished task's log probabilities of all classes, and how badly it fits each row (N,)."""
-        own = list(state.classes)
-        if self.infer == "statistics":
-            logits, score = net.compared(x, state, shared=self.shared)
-        elif len(own) == 1:
-            raise ValueError(f"infer: the answer of one class {state.classes} has no entropy; use 'statistics'")
-        else:
-            logits, score = net.call(x, state, shared=self.shared), None
-        answer = logits[..., own].float().log_softmax(-1)
+        statistics, shared = self.infer == "statistics", {"shared": self.shared}
+        logits, score = net.compared(x, state, **shared) if statistics else (net.call(x, state, **shared), None)
+        answer = logits[..., list(state.classes)].float().log_softmax(-1)
         if score is None:
-            entropy = F.softmax(answer, -1).mul(-answer).sum(-1) / log(len(own))
-            score = entropy.flatten(1).mean(1) if entropy.ndim > 1 else entropy
+            if len(state.classes) == 1:
+                raise ValueError(f"infer: the answer of one class {state.classes} has no entropy; use 'statistics'")
+            entropy = F.softmax(answer, -1).mul(-answer).sum(-1) / log(len(state.classes))
+            score = entropy.reshape(len(x), -1).mean(1)
         wide = answer.new_full((*answer.shape[:-1], len(self.setting.criterion.first_task)), -torch.inf)
-        wide[..., own] = answer
+        wide[..., list(state.classes)] = answer
         return wide, score
 
     @torch.no_grad()

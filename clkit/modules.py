@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
+TURN = threading.RLock()  # held by what seeds torch's generators or sets its flags, which all threads share
 FROZEN = "_names_of_frozen_modules"
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 

@@ -17,13 +17,24 @@ import joblib
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from clkit import data, models
 from clkit.consolidation import SFA, CLeWI, Drift, Merging, NoConsolidation
-from clkit.experiments import Comparison, Method, SweepError, accuracies, contrasts, stored_weights, study, sweep
+from clkit.experiments import (
+    Comparison,
+    Method,
+    SweepError,
+    accuracies,
+    contrasts,
+    engines,
+    stored_weights,
+    study,
+    sweep,
+)
 from clkit.experiments import grid as grid_of
 from clkit.experiments import jobs as jobs_module
-from clkit.experiments.jobs import Parcel
+from clkit.experiments.engines import LARGE, Post
 from clkit.learners import ER, EWC, DERpp, Joint, Learner, MemoryOnly, OnlineEWC, Sum
 from clkit.store import Records, canonical, describe, digest, plain, source_digest
 from clkit.training import Training
@@ -344,14 +355,14 @@ def test_a_study_takes_named_values_rows_and_tables(tmp_path):
 
 @pytest.mark.parametrize(
     ("free", "peak", "jobs", "expected"),
-    [(80, 9, None, [1, 6]), (80, 1, None, [1, 16]), (5, 9, None, [1, 1]), (80, 9, 3, [3]), (80, 9, 1, [1])],
+    [(80, 9, None, [6]), (80, 1, None, [16]), (5, 9, None, []), (80, 9, 3, [3]), (80, 9, 1, [])],
 )
 def test_on_a_gpu_as_many_go_at_once_as_fit_beside_each_other(tmp_path, monkeypatch, free, peak, jobs, expected):
     at_once, calls = [], []
 
-    def parallel(count, default):
-        at_once.append(count or default)
-        return joblib.Parallel(n_jobs=count or default, backend="threading", return_as="generator_unordered")
+    def processes(backend, count, waiting):
+        at_once.append(count)
+        yield from ((number, engines.attempted(parcel.open(arrays))) for number, (parcel, arrays) in waiting.items())
 
     fakes = {"init": lambda: calls.append("init"), "empty_cache": lambda: calls.append("empty"),
              "reset_peak_memory_stats": lambda device: calls.append("reset"),
@@ -360,7 +371,7 @@ def test_on_a_gpu_as_many_go_at_once_as_fit_beside_each_other(tmp_path, monkeypa
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(jobs_module, "find_device", lambda device: torch.device("cuda"))
-    monkeypatch.setattr(jobs_module, "_parallel", parallel)
+    monkeypatch.setattr(engines, "_processes", processes)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 16)
 
     def square(seed):
@@ -528,18 +539,22 @@ def test_lock_is_exclusive_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_parcel_holds_the_same_stream():
-    stream = toy_stream()
-    opened = Parcel(stream).open()
+def test_a_parcel_holds_the_same_stream():
+    stream = toy_stream(rows=4000)
+    parcel, arrays = Post().pack(lambda: stream)
+    opened = parcel.open(arrays)()
     assert opened.fingerprint == stream.fingerprint and opened.name == stream.name
-    assert opened[0].train.x.data_ptr() == stream[0].train.x.data_ptr()
+    assert arrays and len(parcel.content) < 2 * LARGE
+    opened[0].train.x.zero_()  # what arrives may be all workers' own
+    assert stream[0].train.x.any()
 
 
-def test_parcel_opens_where_arrays_arrive_read_only():
-    parcel = Parcel(toy_stream())
-    for array in parcel.arrays:
-        array.flags.writeable = False
-    assert parcel.open().fingerprint == toy_stream().fingerprint
+def test_a_tensor_travels_once_whoever_holds_it():
+    stream, net = toy_stream(rows=4000), nn.Linear(300, 300)
+    post = Post()
+    first, second = (post.pack(functools.partial(print, stream, net, number))[1] for number in range(2))
+    assert [id(array) for array in first] == [id(array) for array in second]
+    assert len(first) == len(set(map(id, first))) and any(array.shape == (300, 300) for array in first)
 
 
 def key(value) -> str:

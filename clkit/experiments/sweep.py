@@ -16,12 +16,12 @@ from clkit import checks
 from clkit import training as loop
 from clkit.consolidation import NoConsolidation
 from clkit.data import Stream
-from clkit.experiments.jobs import Record, opened, stored, tabulate
+from clkit.experiments.jobs import Record, opened, place_of, stored, tabulate
 from clkit.experiments.methods import SWEPT, Method, Model, Named, combinations, with_settings, word
 from clkit.experiments.statistics import AXES
 from clkit.learners import Learner
 from clkit.store import plain
-from clkit.training import Result, Training
+from clkit.training import Result, Training, find_device
 from clkit.training.trial import check_arguments
 from clkit.weights import Weights
 
@@ -96,6 +96,7 @@ def sweep(
         arguments |= {"training": method.training or trainings[recipe]}
         arguments |= {"learner": method.learner, "consolidation": method.consolidation}
         points.append((dict(zip(AXES, (stream, net, recipe, title, seed), strict=True)), arguments))
+    device = str(place_of(device))  # here and on all workers
     compute = partial(_run, measure=measure, keep=keep, device=device)
     options: dict[str, Any] = {"store": store, "jobs": jobs, "device": device, "progress": progress, "keep": keep}
     return tabulate(compute, points, ["run", measure], lambda table: with_settings(table, *parts), **options)
@@ -161,7 +162,7 @@ class Study:
             for labels, values in combinations(self.axes)
             for seed in _seeds(self.seeds)
         ]
-        compute = partial(_point, self.one_seed, {*swept, "seed"})
+        compute = partial(_point, self.one_seed, {*swept, "seed"}, find_device("auto").type)
         options: dict[str, Any] = {"store": store, "jobs": jobs, "progress": progress}
         return tabulate(compute, points, ["study", self.one_seed], lambda t: t.drop(columns="hash"), **options)
 
@@ -236,7 +237,11 @@ def _run(*, measure: Measure | None, keep: bool, **arguments: Any) -> tuple[Reco
     return {"rows": [summary | measured], **facts}, result.weights if keep else None
 
 
-def _point(one_seed: Callable[..., Any], axes: set[str], /, **arguments: Any) -> tuple[Record, None]:
+def _point(one_seed: Callable[..., Any], axes: set[str], kind: str, /, **arguments: Any) -> tuple[Record, None]:
+    if (here := find_device("auto").type) != kind:
+        raise RuntimeError(
+            f"a worker computes on {here} and the caller on {kind}; start the study where both are alike"
+        )
     begun, made = time.perf_counter(), one_seed(**arguments)
     if hasattr(made, "columns"):
         made = made.to_dict(orient="records")

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from clkit import checks
 from clkit.checks import Count
 from clkit.data import Stream
-from clkit.modules import evaluation_mode
+from clkit.modules import TURN, evaluation_mode
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draws initial weights on the CPU from `seed`; the random states of all devices stay as they were."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with TURN, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         yield
 

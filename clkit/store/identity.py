@@ -11,6 +11,7 @@ import copyreg
 import dis
 import functools
 import sys
+import threading
 import types
 from collections.abc import Iterable, Mapping
 from importlib.machinery import PathFinder
@@ -62,6 +63,15 @@ def source_digest() -> str:
     places = [path.relative_to(root) for path in root.rglob("*.py")]
     below = [place for place in places if place.parts[0].removesuffix(".py") not in ABOVE_RUNS]
     return digest({place.as_posix(): _source(root / place)[0] for place in below})
+
+
+PARSING = threading.Lock()  # two threads that parse at once raise SystemError in Python 3.11
+
+
+def local_modules() -> dict[str, str]:
+    """The hash of the file of every imported module of one's own, neither installed nor of clkit, by name."""
+    files = {name: Path(file) for name in list(sys.modules) if (file := _local_file(name))}
+    return {name: hash_bytes(file.read_bytes()) for name, file in files.items() if file.is_file()}
 
 
 class _Walk:
@@ -302,7 +312,8 @@ def _file(name: str) -> str:
 @functools.cache
 def _source(path: Path, *version: int) -> tuple[str, list[str]]:
     """The hash of a file's code without comments and docstrings, and what may be modules among its imports."""
-    tree = ast.parse(path.read_bytes())
+    with PARSING:
+        tree = ast.parse(path.read_bytes())
     imports = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -370,7 +370,7 @@ def test_on_a_gpu_as_many_go_at_once_as_fit_beside_each_other(tmp_path, monkeypa
              "mem_get_info": lambda device: calls.append("free") or (free * 2**30, 80 * 2**30)}  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(jobs_module, "find_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(jobs_module, "find_device", lambda device, here: torch.device("cuda"))
     monkeypatch.setattr(engines, "_processes", processes)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 16)
 
@@ -384,7 +384,7 @@ def test_on_a_gpu_as_many_go_at_once_as_fit_beside_each_other(tmp_path, monkeypa
 
 
 def test_one_run_on_a_gpu_measures_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs_module, "find_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(jobs_module, "find_device", lambda device, here: torch.device("cuda"))
     assert study(lambda seed: {"twice": 2 * seed}, [3]).run(store=tmp_path / "runs").twice.tolist() == [6]
 
 

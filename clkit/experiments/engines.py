@@ -226,11 +226,11 @@ def _processes(backend: Any, count: int, calls: Mapping[int, Packed]) -> Ended:
     These are the first that have no result, since workers take calls in turn. The others are not begun and not told of.
     """
     ready = "generator_unordered" if backend.supports_return_generator else "list"
-    parallel = joblib.Parallel(n_jobs=max(2, count), batch_size=1, return_as=ready, mmap_mode="c")
+    options: dict[str, Any] = {"n_jobs": max(2, count), "batch_size": 1, "return_as": ready, "mmap_mode": "c"}
     work = (joblib.delayed(_numbered)(number, parcel, *arrays) for number, (parcel, arrays) in calls.items())
     waiting = list(calls)
     try:
-        for number, found in cast(Any, parallel(work)):
+        for number, found in cast(Any, joblib.Parallel(**options)(work)):
             waiting.remove(number)
             yield number, found
     except Exception as error:
@@ -246,12 +246,12 @@ def _dask(backend: Any, calls: Mapping[int, Packed]) -> Ended:
 
     An array is a task of its own, which the scheduler knows whole: it goes once to a worker, and survives workers.
     """
-    import dask
+    from dask import config
     from distributed import as_completed
 
     client, sent, numbers = backend.client, dict[int, Any](), dict[Any, int]()
     try:
-        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
+        with config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
             for number, (parcel, arrays) in calls.items():
                 for array in arrays:
                     if id(array) not in sent:
@@ -279,6 +279,7 @@ def _itself(array: np.ndarray) -> np.ndarray:
 def _ray(backend: Any, calls: Mapping[int, Packed]) -> Ended:
     """The Ray cluster: a task a call, an object a large array; not by joblib's pool, which gives all at the end."""
     import ray
+    from ray.exceptions import RayError
 
     remote = ray.remote(max_retries=0, **(backend.ray_remote_args or {}))(_opened)
     sent, numbers = dict[int, Any](), dict[Any, int]()
@@ -292,7 +293,7 @@ def _ray(backend: Any, calls: Mapping[int, Packed]) -> Ended:
             [done], _ = ray.wait(list(numbers))
             try:
                 found = ray.get(done)
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 found = error
             yield numbers.pop(done), found
     finally:

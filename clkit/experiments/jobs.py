@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from clkit.experiments import engines
 from clkit.modules import TURN
-from clkit.store import Records, attempt, cache_root, describe, digest, expand, plain, source_digest
+from clkit.store import Records, cache_root, describe, digest, expand, plain, source_digest
 from clkit.training import find_device
 
 Record = dict[str, Any]
@@ -47,20 +47,19 @@ class Job:
     records: Records
     keep: bool
 
-    def __call__(self, token: str | None) -> tuple[Record, Any]:
-        """Computes the job where it is called: its record, stored there, and no tensors.
+    def __call__(self, token: str | None) -> tuple[Record, Any, bool]:
+        """Computes the job where it is called: its record, its tensors unless they are stored, and whether they are.
 
         With a token, the name of a file, the store is used only where it has that file: where it is the caller's.
-        Elsewhere nothing is stored, and the tensors come along.
         """
         from threadpoolctl import threadpool_limits
 
         compute = functools.partial(self.compute, **self.arguments)
         with TURN, joblib.parallel_config("sequential"), threadpool_limits(1):
             if token is None or (self.records.folder / token).exists():
-                return self.records.remember(self.configuration, compute, tensors=self.keep), None
+                return self.records.remember(self.configuration, compute, tensors=self.keep), None, True
             record, tensors = compute()
-            return plain({"configuration": self.configuration, **record}), tensors
+            return plain({"configuration": self.configuration, **record}), tensors, False
 
 
 def tabulate(
@@ -78,12 +77,13 @@ def tabulate(
     """The table of `compute(**arguments)` at all points, which are axes and arguments; its last column is the hash.
 
     A record's hash is of `what`, which says what is computed, of the arguments, the kind of device, torch's version and
-    clkit's code; points with equal ones are computed once. `jobs` run at once, by default one a core, on a GPU
-    as many as fit (`engines.compute`). The table is completed; its `attrs` have the folder, "store", and "seconds" by hash.
-    SweepError, once all have run, if some fail.
+    clkit's code; points with equal ones are computed once. `jobs` run at once, by default one a core, on a GPU as many
+    as fit (`engines.compute`). The table is completed; its `attrs` have the folder, "store", and "seconds" by hash.
+    Raises SweepError, once all have run, if some fail.
     """
 
-    cluster, records, place = engines.on_cluster() is not None, opened(store), place_of(device)
+    records, cluster = opened(store), engines.on_cluster() is not None
+    place = find_device(device, here=not cluster)
     common = {"what": describe(what, "what"), "device": place.type, "code": source_digest(), "torch": torch.__version__}
     values = {id(value): (value, name) for _, arguments in points for name, value in arguments.items()}
     known = {key: describe(*named) for key, named in values.items()}  # once each: streams and models recur
@@ -94,8 +94,10 @@ def tabulate(
         queue.setdefault(keyed[-1][0], Job(configuration, compute, arguments, records, keep))
     waiting = [job for key, job in queue.items() if records.read(key, tensors=keep) is None]
     found, failed = dict[str, Record](), dict[str, str]()
+    if waiting:
+        records.check()
     bar = tqdm(total=len(queue), initial=len(queue) - len(waiting), disable=not progress, unit="run")
-    with bar, tempfile.NamedTemporaryFile(dir=records.folder) if cluster else nullcontext() as token:
+    with bar, tempfile.NamedTemporaryFile(dir=records.folder) if cluster and waiting else nullcontext() as token:
         calls = [functools.partial(job, Path(token.name).name if token else None) for job in waiting]
         for number, (outcome, error) in engines.compute(calls, jobs, place):
             key = digest(waiting[number].configuration)
@@ -103,9 +105,9 @@ def tabulate(
                 failed[key] = error
                 bar.set_postfix(failed=len(failed))
             else:
-                found[key], tensors = outcome
-                if records.read(key, tensors=keep) is None:  # computed on a machine that does not share this folder
-                    attempt(functools.partial(records.write, key, found[key], tensors))
+                found[key], tensors, kept = outcome
+                if not kept:
+                    records.keep(key, found[key], tensors)
             bar.update()
     found |= {key: stored(store, key) for key in queue if key not in failed and key not in found}
     rows = [{**axes, **row, "hash": key} for key, axes in keyed if key in found for row in found[key]["rows"]]
@@ -117,11 +119,6 @@ def tabulate(
         names = {key: ", ".join(f"{name} {value}" for name, value in axes.items()) for key, axes in reversed(keyed)}
         raise SweepError([(names[key], error) for key, error in failed.items()], table)
     return table
-
-
-def place_of(device: str) -> torch.device:
-    """The device meant; a cluster may have one that this machine lacks. Raises ValueError if it is not there."""
-    return torch.device(device) if engines.on_cluster() and device != "auto" else find_device(device)
 
 
 def opened(store: Path | str | None) -> Records:

@@ -16,7 +16,8 @@ from clkit import checks
 from clkit import training as loop
 from clkit.consolidation import NoConsolidation
 from clkit.data import Stream
-from clkit.experiments.jobs import Record, opened, place_of, stored, tabulate
+from clkit.experiments.engines import on_cluster
+from clkit.experiments.jobs import Record, opened, stored, tabulate
 from clkit.experiments.methods import SWEPT, Method, Model, Named, combinations, with_settings, word
 from clkit.experiments.statistics import AXES
 from clkit.learners import Learner
@@ -63,8 +64,9 @@ def sweep(
     - `store`: the folder of finished runs, by default `$CLKIT_CACHE/runs` or `~/.cache/clkit/runs`
     - `jobs`: how many runs at once, by default one a core. On a GPU the first run is alone, to see what memory it
       takes; then as many run as fit, one a core at most. Give a number where others take much more. Inside
-      `joblib.parallel_config("dask")` or `("ray")` the runs go to that cluster. Give its workers one thread each, and
-      its machines the store's disk to share: without that, the weights of `keep` stay where they were computed.
+      `joblib.parallel_config("dask")` or `("ray")` the runs go to that cluster, and a stream once to each worker. Give
+      workers one thread each, since a process computes one run at a time. Where they do not share the store's disk,
+      what they compute comes back and is stored here, only later.
 
     The table has the columns stream, model, training, method, seed; acc, forgetting and what else `Result.summary`
     has; what `measure` adds; what the methods are set to, as `with_settings` says; and hash. `table.attrs["seconds"]`
@@ -77,7 +79,8 @@ def sweep(
     to 3, without comments), so that after an edit of the package runs are computed afresh. Runs compute with one thread
     each, so results do not depend on `jobs`.
 
-    A run that fails does not stop the others; after the last one a SweepError names it. Bad arguments raise before
+    A run that fails does not stop the others, nor does one that kills its worker, for want of memory say: it is tried
+    once more, alone, in the end. After the last one a SweepError names those that failed. Bad arguments raise before
     any run.
     """
     parts = sources, models, trainings, chosen = _parts(streams, model, training or Training(), methods)
@@ -96,7 +99,7 @@ def sweep(
         arguments |= {"training": method.training or trainings[recipe]}
         arguments |= {"learner": method.learner, "consolidation": method.consolidation}
         points.append((dict(zip(AXES, (stream, net, recipe, title, seed), strict=True)), arguments))
-    device = str(place_of(device))  # here and on all workers
+    device = str(find_device(device, here=on_cluster() is None))  # the same for all workers
     compute = partial(_run, measure=measure, keep=keep, device=device)
     options: dict[str, Any] = {"store": store, "jobs": jobs, "device": device, "progress": progress, "keep": keep}
     return tabulate(compute, points, ["run", measure], lambda table: with_settings(table, *parts), **options)

@@ -14,13 +14,16 @@ from clkit.data import Stream
 from clkit.training.capture import CAPTURES
 
 
-def find_device(device: torch.device | str) -> torch.device:
-    """The device meant: "auto" is the first GPU if there is one, else the CPU. Raises ValueError if it is not there."""
+def find_device(device: torch.device | str, here: bool = True) -> torch.device:
+    """The device meant: "auto" is the first GPU if there is one, else the CPU.
+
+    Raises ValueError if it is unknown, or not there although it is to be used `here`.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with checks.explained(f"device: {device!r} is unknown to torch", 'use "cpu", "cuda" or "auto"', of=RuntimeError):
         place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if here and place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'device: {str(device)!r} was asked for and torch sees no GPU; use "cpu" or "auto"')
     return place
 

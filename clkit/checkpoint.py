@@ -18,7 +18,8 @@ from clkit.data import Stream
 from clkit.learners.base import PLAIN, Learner
 
 LIVE = {"model", "learner"}  # of a result, what no file can hold
-LISTS = {"weights": dict, "trained": dict, "inputs": Tensor, "reports": dict, "training_loss": np.ndarray}  # by task
+KEPT = {"weights": dict, "trained": dict, "inputs": Tensor}  # of each task, or of none
+LISTS = KEPT | {"reports": dict, "training_loss": np.ndarray}
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)  # what it leads to
 
 
@@ -35,7 +36,6 @@ def read(path: Path | str) -> dict[str, Any]:
 
     Raises ValueError on a file that is damaged or something else, FileNotFoundError where there is none.
     """
-    path = store.expand(path)
     remedy = "give another path, put a whole copy in its place, or delete it to begin anew"
     with checks.explained(f"path: {path} is damaged or no saved run", remedy, of=DAMAGE):
         found = store.read_tree(path, "cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +54,7 @@ def _check(found: Mapping[str, Any]) -> None:
         0 < done <= tasks and found["seconds"] >= 0,
         isinstance(found["state"], dict) and "seed" in found["config"],
         all(found[name].shape == shape and found[name].dtype.kind == "f" for name, shape in arrays.items()),
-        all(len(found[name]) in (0, done) for name in LISTS),
+        all(len(found[name]) in ({0, done} if name in KEPT else {done}) for name in LISTS),
         all(isinstance(part, kind) for name, kind in LISTS.items() for part in found[name]),
         all(right and there and accuracy.shape == (tasks,) for _, right, there, accuracy in looks),
     ]

@@ -516,9 +516,9 @@ def test_killed_sweep_ends_with_the_table_of_an_undisturbed_one(tmp_path, jobs):
 def test_what_a_writer_left_that_died_is_cleared_away(tmp_path):
     store = Records(tmp_path)
     for key in ("key", "other"):
-        (tmp_path / f".{key}.json.1234").write_text("{")
+        (tmp_path / f".{key}.json.part-1").write_text("{")
     with store.lock("key"):
-        assert [path.name for path in tmp_path.glob(".*")] == [".other.json.1234"]
+        assert [path.name for path in tmp_path.glob(".*")] == [".other.json.part-1"]
 
 
 def test_lock_is_exclusive_and_leaves_nothing(tmp_path):

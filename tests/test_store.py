@@ -5,7 +5,6 @@ import functools
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -654,70 +653,3 @@ def test_json_is_written_legibly_and_whole(tmp_path):
     with pytest.raises(TypeError):
         store.write_json(tmp_path / "deep" / "x.json", {"a": object()})
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.json"]
-
-
-def test_weights_with_a_changed_byte_are_refused(tmp_path):
-    store.save_tensors(tmp_path / "w", {"a": torch.zeros(4)}, {"of": 1})
-    content = bytearray((tmp_path / "w").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "w").write_bytes(content)
-    with pytest.raises(ValueError, match="w is damaged, its checksum"):
-        store.load_tensors(tmp_path / "w")
-
-
-def odd_path(kind: str, folder: Path) -> Any:
-    """A path that no reader can read, by kind."""
-    path = folder / "odd.safetensors"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as end:
-            end.bind(path.name)  # of the working folder: such a name has at most 107 letters
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "dangling":
-        path.symlink_to(folder / "nothing")
-    elif kind == "circle":
-        path.symlink_to(path)
-    elif kind == "below a file":
-        path.touch()
-        path /= "x"
-    more = {
-        "empty": "",
-        "long": "a" * 300,
-        "null": "a\0b",
-        "surrogate": "\ud800",
-        "nobody": "~nobody/x",
-        "number": 3,
-        "none": None,
-    }
-    return more.get(kind, path)
-
-
-ODD_PATHS = (
-    "folder", "pipe", "socket", "device", "dangling", "circle", "below a file", "missing", "empty", "long", "null",
-    "surrogate", "nobody", "number", "none",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ODD_PATHS)
-def test_a_path_that_cannot_be_read_is_refused_by_name(kind, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=r"(?s)^weights: .*; give a file") as found:
-        store.content(odd_path(kind, tmp_path), "weights")
-    missing = {"dangling", "below a file", "missing", "nobody"}
-    assert isinstance(found.value, FileNotFoundError) == (kind in missing)
-
-
-def test_a_file_is_read_over_links_up_to_a_limit(tmp_path):
-    (tmp_path / "file").write_bytes(b"12345")
-    (tmp_path / "link").symlink_to("file")
-    assert store.content(tmp_path / "link", most=5) == b"12345"
-    with store.regular(tmp_path / "link") as file:
-        assert file.read(2) == b"12" and file.seek(4) == 4
-    with pytest.raises(
-        ValueError, match=r"archive: .*link cannot be read \(it has 5 bytes, the limit is 4\); give a zip"
-    ):
-        store.regular(tmp_path / "link", "archive", "give a zip", most=4)

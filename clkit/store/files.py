@@ -261,7 +261,7 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with explained(f"path: {path} is no whole safetensors file", remedy):
         tensors = load(whole)
         head = whole[8 : 8 + int.from_bytes(whole[:8], "little")]
-    if b'"clkit":' not in head and SIGNED[:16] not in head:  # a flipped bit leaves one of them
+    if b'"clkit":"' not in head and SIGNED[:16] not in head:  # a flipped bit leaves one of them
         return tensors, {}
     with explained(f"path: {path} is damaged, its checksum does not fit its content", "write it again"):
         start = whole.index(SIGNED) + len(SIGNED)
@@ -291,8 +291,9 @@ def read_tree(path: Path | str, device: torch.device | str = "cpu") -> Any:
         made = {}
 
         def opened(node: dict[str, Any]) -> Any:
-            if (name := node.get(MARK)) is None:
+            if MARK not in node:
                 return node
+            name = node[MARK]
             if name not in made:
                 tensor = tensors[name].to(device) if "moved" in node else tensors[name]
                 if "stride" in node:
@@ -375,6 +376,11 @@ def unusual_stride(tensor: Tensor) -> list[int] | None:
     return list(dense) if dense != torch.empty(tensor.shape, device="meta").stride() else None
 
 
+def _hold(path: Path, held: ExitStack) -> None:
+    with explained(f"{path} cannot be locked", "free its disk or give another place", of=OSError, kind=OSError):
+        held.enter_context(FileLock(path))
+
+
 class Records:
     """A folder of records, `<hash>.json`, and the tensors that belong to some of them, `<hash>.safetensors`.
 
@@ -451,9 +457,9 @@ class Records:
         self.check()
         path = self.path(key, ".lock")
         with ExitStack() as held:
-            attempt(lambda: held.enter_context(FileLock(path)), self.folder)
+            attempt(lambda: _hold(path, held), self.folder)
             with suppress(OSError):
-                for unfinished in self.folder.glob(f".{key}.*"):
+                for unfinished in self.folder.glob(f".{key}.*.part-*"):
                     unfinished.unlink(missing_ok=True)
             yield
             with suppress(OSError):

@@ -181,9 +181,9 @@ def _gram(features: Tensor, kernel: Kernel, bandwidth: float) -> Tensor:
     rows = _centred(features)
     if kernel == "linear":
         return rows @ rows.T
-    checks.room(f"kernels of {len(rows)} examples", 40 * len(rows) ** 2, rows.device, "use cka_in_batches")
-    apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     n = len(rows)
+    checks.room(f"a, b: kernels of {n} examples", 40 * n**2, rows.device, "use cka_in_batches, fewer at once")
+    apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     middle = apart[torch.ones(n, n, dtype=torch.bool, device=rows.device).triu(1)].median()
     return torch.exp(-apart.square() / (2 * (bandwidth * middle).square()))
 

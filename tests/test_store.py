@@ -513,6 +513,7 @@ class TestRecords:
             calls.append(1)
             return {"found": np.arange(3), "nothing": float("nan")}, [{"w": torch.ones(2)}]
 
+        assert records.remember("a half of \ud83d\ude00"[:-1], lambda: ({}, None))["configuration"][-1] == "\ud83d"
         first, again = records.remember({"a": 1}, make), records.remember({"a": 1}, make)
         assert len(calls) == 1 and first["found"] == again["found"] == [0, 1, 2]
         assert first["configuration"] == {"a": 1} and torch.equal(

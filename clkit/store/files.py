@@ -23,7 +23,7 @@ from torch import Tensor
 from clkit.checks import explained
 
 T = TypeVar("T")
-_SAID: set[tuple[Path, str]] = set()  # warnings of this process, by folder
+_SAID: set[tuple[Path | None, str]] = set()  # warnings of this process, by folder
 MARK = "tensor of this file"
 SIGNED = b"written by clkit, checksum "  # how the header of a file of ours begins; its checksum follows
 BLANK = b"0" * 16  # in the checksum's place while it is computed
@@ -95,7 +95,7 @@ def read_json(path: os.PathLike[str] | str, *, exact: bool = False) -> Any:
     found = content(path, remedy="give a JSON file")
     with explained(f"path: {path} is damaged", "write it again", of=(ValueError, RecursionError)):
         value = json.loads(found)
-        if exact and found != _spelled(value).encode():
+        if exact and found != _spelled(value):
             raise ValueError("it was edited")
     return value
 
@@ -213,8 +213,7 @@ def attempt(write: Callable[[], object], folder: Path | None = None) -> None:
 def _say(text: str, error: Exception, folder: Path | None) -> None:
     if folder is None or (folder, text) not in _SAID:
         log.warning(text, error)
-    if folder is not None:
-        _SAID.add((folder, text))
+    _SAID.add((folder, text))
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -224,11 +223,11 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Writes a JSON value, by rename: one space deeper at every level, and an end of line."""
-    write_text(path, _spelled(value))
+    write_atomically(path, lambda place: place.write_bytes(_spelled(value)))
 
 
-def _spelled(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+def _spelled(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="surrogatepass")
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

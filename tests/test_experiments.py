@@ -17,7 +17,6 @@ import joblib
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 
 from clkit import data, models
 from clkit.consolidation import SFA, CLeWI, Drift, Merging, NoConsolidation
@@ -34,7 +33,6 @@ from clkit.experiments import (
 )
 from clkit.experiments import grid as grid_of
 from clkit.experiments import jobs as jobs_module
-from clkit.experiments.engines import LARGE, Post
 from clkit.learners import ER, EWC, DERpp, Joint, Learner, MemoryOnly, OnlineEWC, Sum
 from clkit.store import Records, canonical, describe, digest, plain, source_digest
 from clkit.training import Training
@@ -417,18 +415,6 @@ def test_workers_find_modules_that_the_caller_finds(grid, tmp_path, local_module
     assert doubled.twice.tolist() == [0, 2, 4]
 
 
-@pytest.mark.parametrize(("backend", "package"), [("dask", "distributed"), ("ray", "ray")])
-def test_clusters_find_modules_that_the_caller_finds(grid, local_module, backend, package):
-    module = pytest.importorskip(package, reason=f"needs {package}, which is not installed")
-    if backend == "dask":
-        cluster = module.Client(n_workers=2, threads_per_worker=1)
-    else:
-        cluster = module.init(num_cpus=2)
-        importlib.import_module("ray.util.joblib").register_ray()
-    with cluster, joblib.parallel_config(backend):
-        assert len(grid({"ft": Learner(), "ER": ER(10)}, model=local_module.local_mlp, jobs=None)) == 2
-
-
 BEFORE = 4  # runs that finish before a sweep is killed
 INTERRUPTED = """
     import os, signal, sys, time
@@ -537,24 +523,6 @@ def test_lock_is_exclusive_and_leaves_nothing(tmp_path):
     thread.join()
     assert order == ["first", "second"]
     assert not list(tmp_path.iterdir())
-
-
-def test_a_parcel_holds_the_same_stream():
-    stream = toy_stream(rows=4000)
-    parcel, arrays = Post().pack(lambda: stream)
-    opened = parcel.open(arrays)()
-    assert opened.fingerprint == stream.fingerprint and opened.name == stream.name
-    assert arrays and len(parcel.content) < 2 * LARGE
-    opened[0].train.x.zero_()  # what arrives may be all workers' own
-    assert stream[0].train.x.any()
-
-
-def test_a_tensor_travels_once_whoever_holds_it():
-    stream, net = toy_stream(rows=4000), nn.Linear(300, 300)
-    post = Post()
-    first, second = (post.pack(functools.partial(print, stream, net, number))[1] for number in range(2))
-    assert [id(array) for array in first] == [id(array) for array in second]
-    assert len(first) == len(set(map(id, first))) and any(array.shape == (300, 300) for array in first)
 
 
 def key(value) -> str:

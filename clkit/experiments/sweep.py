@@ -16,7 +16,7 @@ from clkit import checks
 from clkit import training as loop
 from clkit.consolidation import NoConsolidation
 from clkit.data import Stream
-from clkit.experiments.engines import on_cluster
+from clkit.experiments import engines
 from clkit.experiments.jobs import Record, opened, stored, tabulate
 from clkit.experiments.methods import SWEPT, Method, Model, Named, combinations, with_settings, word
 from clkit.experiments.statistics import AXES
@@ -99,7 +99,7 @@ def sweep(
         arguments |= {"training": method.training or trainings[recipe]}
         arguments |= {"learner": method.learner, "consolidation": method.consolidation}
         points.append((dict(zip(AXES, (stream, net, recipe, title, seed), strict=True)), arguments))
-    device = str(find_device(device, here=on_cluster() is None))  # the same for all workers
+    device = str(find_device(device, here=engines.on_cluster() is None))  # the same for all workers
     compute = partial(_run, measure=measure, keep=keep, device=device)
     options: dict[str, Any] = {"store": store, "jobs": jobs, "device": device, "progress": progress, "keep": keep}
     return tabulate(compute, points, ["run", measure], lambda table: with_settings(table, *parts), **options)

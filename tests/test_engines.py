@@ -1,0 +1,289 @@
+"""Where runs are computed: one table whatever the engine, and what becomes of the others when a worker dies."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import joblib
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from clkit import run
+from clkit.experiments import SweepError, engines, stored_weights, study, sweep
+from clkit.experiments.engines import LARGE, Post
+from clkit.learners import ER, Learner
+from clkit.training import Training
+from test_experiments import toy_stream
+
+SHORT = Training(epochs=2, batch=16)
+CLUSTERS = ("dask", "ray")
+DASK = {
+    "distributed.scheduler.allowed-failures": 0,  # a worker's death tells at once
+    "distributed.deploy.lost-worker-timeout": "1h",
+    "distributed.comm.timeouts.connect": "1s",
+}
+
+
+class Killer(Learner):
+    """Kills the process that it trains in."""
+
+    def begin_task(self, *arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def noisy(stream, *, seed=0):
+    """A network that draws from torch's own generators, in training too."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 32), nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, len(stream.classes))
+    )
+
+
+def weigh(result):
+    """A column that tells any other bit of the weights."""
+    return {"weights": sum(float(w.double().sum()) for w in result.weights[-1].values())}
+
+
+def table(place: Path, methods=None, **options) -> pd.DataFrame:
+    fixed = {"training": SHORT, "seeds": range(4), "measure": weigh, "progress": False, "device": "cpu"}
+    return sweep(toy_stream(rows=20), noisy, methods or {"ft": Learner(), "ER": ER(10)}, store=place, **fixed | options)
+
+
+@contextlib.contextmanager
+def dask_of(workers: int, threads: int):
+    distributed = pytest.importorskip("distributed", reason="needs dask's distributed, which is not installed")
+    dask = importlib.import_module("dask")
+    options = {"n_workers": workers, "threads_per_worker": threads, "dashboard_address": ":0"}
+    with dask.config.set(DASK), distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        with joblib.parallel_config("dask"):
+            yield client
+
+
+@pytest.fixture(scope="module")
+def ray():
+    package = pytest.importorskip("ray", reason="needs ray, which is not installed")
+    package.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    importlib.import_module("ray.util.joblib").register_ray()
+    yield package
+    package.shutdown()
+
+
+@contextlib.contextmanager
+def configured(engine: str, request):
+    """How many jobs to ask for, with joblib configured for an engine."""
+    if engine == "threads":
+        with joblib.parallel_config("threading", n_jobs=3):
+            yield None
+    elif engine.startswith("dask"):
+        workers, threads = map(int, engine.removeprefix("dask ").split("x"))
+        with dask_of(workers, threads):
+            yield None
+    elif engine == "ray":
+        request.getfixturevalue("ray")
+        with joblib.parallel_config("ray"):
+            yield None
+    else:
+        yield 2
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> pd.DataFrame:
+    """The table of one run after another."""
+    return table(tmp_path_factory.mktemp("runs"), jobs=1)
+
+
+@pytest.mark.parametrize("engine", ["processes", "threads", "dask 2x1", "dask 1x2", "ray"])
+def test_the_table_is_the_same_to_the_bit_whatever_the_engine(engine, undisturbed, request, tmp_path):
+    with configured(engine, request) as jobs:
+        pd.testing.assert_frame_equal(table(tmp_path, jobs=jobs), undisturbed, check_exact=True)
+
+
+@pytest.mark.parametrize("engine", ["processes", "dask 2x1", "ray"])
+def test_a_run_that_kills_its_worker_is_named_and_all_others_finish(engine, undisturbed, request, tmp_path):
+    """It is the first, so that all others would wait for it."""
+    methods = {"killer": Killer(), "ft": Learner(), "ER": ER(10)}
+    with configured(engine, request) as jobs, pytest.raises(SweepError) as caught:
+        table(tmp_path, methods, jobs=jobs, seeds=[0])
+    [(name, error)] = caught.value.failures
+    assert "method killer, seed 0" in name and "its worker died, and when it ran alone, too" in error
+    expected = undisturbed[undisturbed.seed == 0]
+    pd.testing.assert_frame_equal(caught.value.table.reset_index(drop=True), expected.reset_index(drop=True))
+    assert len(list(tmp_path.glob("*.json"))) == 2, "the others are not stored"
+
+
+def exits(seed: int) -> dict[str, int]:
+    """Ends the interpreter, as a script does by mistake."""
+    sys.exit(3) if seed == 1 else None
+    return {"seed_again": seed}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_exits_fails_alone(jobs, tmp_path):
+    with pytest.raises(SweepError, match=r"1 of 3 runs failed.*\n.*seed 1: SystemExit: 3"):
+        study(lambda seed: {"twice": exits(seed)["seed_again"] * 2}, range(3)).run(store=tmp_path, jobs=jobs)
+
+
+def by_hand(packed):
+    """An engine that opens what was sent, here."""
+    yield from ((number, engines._opened(parcel, *arrays)) for number, (parcel, arrays) in packed.items())
+
+
+def test_what_cannot_be_packed_fails_alone():
+    calls = {0: functools.partial(int, "7"), 1: functools.partial(print, threading.Lock())}
+    found = dict(engines._sent(by_hand, calls))
+    assert found[0] == (7, "") and "cannot pickle '_thread.lock'" in found[1].error
+
+
+def test_runs_in_threads_are_those_that_run_alone():
+    """Dropout draws from generators that all threads of a process share."""
+    stream, results = toy_stream(rows=20), {}
+
+    def go(seed):
+        results[seed] = run(stream, noisy, ER(10), training=SHORT, seed=seed, device="cpu", progress=False).weights[-1]
+
+    threads = [threading.Thread(target=go, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = dict(results)
+    for seed in range(6):
+        go(seed)
+    assert all(torch.equal(together[s][n], w) for s in range(6) for n, w in results[s].items())
+
+
+def nested(seed: int, place: str) -> list[dict[str, float]]:
+    """A study that sweeps itself."""
+    rows = table(Path(place), seeds=[seed], jobs=2)
+    return rows[["acc", "weights"]].to_dict(orient="records")
+
+
+@pytest.mark.parametrize("engine", ["processes", "threads", "dask 1x2"])
+def test_a_sweep_within_a_run_neither_waits_for_itself_nor_differs(engine, undisturbed, request, tmp_path):
+    with configured(engine, request) as jobs:
+        found = study(nested, range(2), place=str(tmp_path / "inner")).run(store=tmp_path / "outer", jobs=jobs)
+    expected = undisturbed[undisturbed.seed < 2].sort_values("seed", kind="stable")
+    assert found.weights.tolist() == expected.weights.tolist()
+
+
+def test_a_parcel_holds_the_same_stream():
+    stream = toy_stream(rows=4000)
+    parcel, arrays = Post().pack(lambda: stream)
+    opened = parcel.open(arrays)()
+    assert opened.fingerprint == stream.fingerprint and opened.name == stream.name
+    assert arrays and len(parcel.content) < 2 * LARGE
+    opened[0].train.x.zero_()  # what arrives may be all workers' own
+    assert stream[0].train.x.any()
+
+
+def test_a_tensor_travels_once_whoever_holds_it():
+    stream, net = toy_stream(rows=4000), nn.Linear(300, 300)
+    post = Post()
+    first, second = (post.pack(functools.partial(print, stream, net, number)).arrays for number in range(2))
+    assert [id(array) for array in first] == [id(array) for array in second]
+    assert len(first) == len(set(map(id, first))) and any(array.shape == (300, 300) for array in first)
+
+
+def test_a_worker_with_other_versions_refuses_and_names_them(monkeypatch):
+    parcel = Post().pack(dict).parcel
+    elsewhere = dataclasses.replace(parcel, origin="another process")
+    monkeypatch.setattr(engines, "MET", {})
+    assert elsewhere.open([]) is dict
+    for name in ("torch", "clkit", "test_engines"):
+        other = dataclasses.replace(elsewhere, versions=parcel.versions | {name: "another"})
+        monkeypatch.setattr(engines, "MET", {})
+        with pytest.raises(RuntimeError, match=f"a worker has another version of {name}; give it this one"):
+            other.open([])
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_a_cluster_may_have_a_device_that_its_head_lacks(kind, monkeypatch, tmp_path):
+    """The runs then find out for themselves."""
+    monkeypatch.setattr(engines, "on_cluster", lambda: lambda backend, packed: by_hand(packed))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if kind == "cpu":
+        assert len(table(tmp_path)) == 8
+    else:
+        with pytest.raises(SweepError, match=r"(?s)8 of 8 runs failed.*torch sees no GPU"):
+            table(tmp_path, device="cuda")
+
+
+def test_workers_that_do_not_share_the_disk_send_back_what_they_computed(undisturbed, tmp_path, monkeypatch):
+    """The store lies in the folder that a process works in, which is another one for workers."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    place = Path("/proc/self/cwd/runs")
+    if not place.parent.exists():
+        pytest.skip("needs /proc, to give two processes one path to two folders")
+    with dask_of(1, 1) as client:
+        client.run(os.chdir, tmp_path / "there")
+        found = table(place, seeds=[0], keep=True)
+    assert not list((tmp_path / "there").iterdir()) and len(list(place.glob("*.json"))) == 2
+    assert [path.name for path in place.iterdir() if path.suffix not in (".json", ".safetensors")] == []
+    for key, expected in zip(found.hash, undisturbed[undisturbed.seed == 0].weights, strict=True):
+        assert sum(float(w.double().sum()) for w in stored_weights(key, place)[-1].values()) == expected
+    assert table(place, seeds=[0], keep=True, jobs=1).equals(found)
+
+
+SCHEDULER = """
+import sys, time, dask
+from distributed import LocalCluster
+if __name__ == "__main__":
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        print(cluster.scheduler_address, flush=True)
+        time.sleep(3600)
+"""
+
+
+def test_a_sweep_goes_on_where_it_was_when_its_scheduler_died(undisturbed, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="needs dask's distributed, which is not installed")
+    dask = importlib.import_module("dask")
+    (tmp_path / "scheduler.py").write_text(SCHEDULER)
+    command = [sys.executable, str(tmp_path / "scheduler.py")]
+    began = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True
+    )
+    assert began.stdout is not None
+
+    class Stops(ER):
+        """Ends the whole cluster, by hand of a run."""
+
+        def begin_task(self, *arguments):
+            os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    try:
+        methods = {"ft": Learner(), "ER": ER(10), "stops": Stops(10)}
+        with dask.config.set(DASK), distributed.Client(began.stdout.readline().strip()) as client:
+            with joblib.parallel_config("dask"), pytest.raises(ConnectionError, match="sweep again to go on"):
+                table(tmp_path / "runs", methods)
+            assert client.status != "running"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(began.pid, signal.SIGKILL)
+        began.wait()
+        began.stdout.close()
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+    assert len(stored) == 8, "what had finished is not stored"
+    again = table(tmp_path / "runs", jobs=1)
+    pd.testing.assert_frame_equal(again, undisturbed, check_exact=True)
+    assert stored == {path: path.stat().st_mtime_ns for path in stored}
+
+
+def test_progress_says_what_is_done_what_failed_and_what_is_left(tmp_path, capsys):
+    def fails(seed):
+        return {"inverse": 1 / seed}
+
+    with pytest.raises(SweepError):
+        study(fails, range(3)).run(store=tmp_path, jobs=1, progress=True)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "3/3" in last and "failed=1" in last

@@ -27,7 +27,7 @@ from torch import Tensor
 from clkit.modules import TURN
 from clkit.store import local_modules, source_digest
 
-LARGE = 2**16  # bytes of a tensor that travels by itself, once to each worker
+LARGE = 2**12  # bytes of a tensor that travels by itself, once to each worker
 CONTEXT = 2**30  # bytes of a GPU that a process takes for itself
 ROOM = 0.8  # share of a GPU's free memory that calls may take: some need more than the first
 HERE = uuid4().hex  # this process, among those of all machines
@@ -216,7 +216,9 @@ def _sent(engine: Callable[[Mapping[int, Packed]], Ended], calls: Mapping[int, C
         for _, found in engine({number: packed}):
             if isinstance(found, Exception):
                 told = " ".join(str(found).split())
-                found = Found(None, f"its worker died, and when it ran alone, too: {type(found).__name__}: {told:.400}")
+                found = Found(
+                    None, f"no worker lived to finish it, not even alone: {type(found).__name__}: {told:.400}"
+                )
             yield number, found
 
 

@@ -11,8 +11,9 @@ class Blend:
     __post_init__ = checks.fields
 ```
 
-`arguments` does the same for the parameters of a function. What is annotated otherwise, tensors and modules for
-example, passes unchecked. Numbers of numpy become Python's, and lists become tuples where a tuple is asked for.
+`arguments` does the same for the parameters of a function. What is annotated with a class, a tensor, a module or a
+mapping for example, must be of that class; what is annotated otherwise passes unchecked. Numbers of numpy become
+Python's, and lists become tuples where a tuple is asked for.
 """
 
 import functools
@@ -67,6 +68,7 @@ Index = Annotated[int, Range(0)]
 
 _NO = object()  # what does not fit
 _MANY = (tuple, list, Sequence)
+_PLAIN = (bool, int, float, str, Path, NoneType, None)
 _STAR, _STARS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
@@ -124,7 +126,7 @@ def value(name: str, given: Any, hint: Any) -> Any:
     if words and isinstance(given, str):
         others = [_words(*part) for part in _parts(hint) if get_origin(part[0]) is not Literal]
         raise unknown(name, given, words, others=others)
-    raise ValueError(f"{name}: {given!r}; give {expects(hint)}")
+    raise ValueError(f"{name}: {given!r:.200}; give {expects(hint)}")
 
 
 def choice(name: str, given: Any, known: Iterable[Any]) -> Any:
@@ -200,7 +202,7 @@ def parse(name: str, text: str, hint: Any) -> Any:
 
 def readable(hint: Any) -> Any:
     """The parts of an annotation whose values a text can stand for; None if there is none."""
-    parts = tuple(Annotated[(part, *ranges)] if ranges else part for part, ranges in _parts(hint) if _checkable(part))
+    parts = tuple(Annotated[(part, *ranges)] if ranges else part for part, ranges in _parts(hint) if _legible(part))
     return Union[parts] if any(part is not NoneType for part in parts) else None  # noqa: UP007
 
 
@@ -234,15 +236,29 @@ def _parts(hint: Any, ranges: tuple[Range, ...] = ()) -> list[tuple[Any, tuple[R
     return [(hint, () if hint is NoneType else ranges)]
 
 
-def _checkable(hint: Any) -> bool:
-    """Whether every part of an annotation is a number, a word, a path, None, or a tuple of such."""
+def _leaves(hint: Any) -> Iterator[Any]:
+    """What the parts of an annotation are made of, in the end."""
     for base, _ in _parts(hint):
         if get_origin(base) in _MANY:
-            if not all(_checkable(inner) for inner in get_args(base) if inner is not ...):
-                return False
-        elif get_origin(base) is not Literal and base not in (bool, int, float, str, Path, NoneType, None):
-            return False
-    return True
+            yield from (leaf for inner in get_args(base) if inner is not ... for leaf in _leaves(inner))
+        else:
+            yield base
+
+
+def _legible(hint: Any) -> bool:
+    """Whether every part of an annotation is a number, a word, a path, None, or a tuple of such."""
+    return all(get_origin(leaf) is Literal or leaf in _PLAIN for leaf in _leaves(hint))
+
+
+def _checkable(hint: Any) -> bool:
+    """Whether every part of an annotation is a word or a class, or a tuple of such."""
+    return all(get_origin(leaf) is Literal or leaf in _PLAIN or _class(leaf) is not Any for leaf in _leaves(hint))
+
+
+def _class(hint: Any) -> Any:
+    """The class of an annotation: Mapping of Mapping[str, Tensor]; Any where an object cannot be asked for it."""
+    found = get_origin(hint) or hint
+    return found if isinstance(found, type) and not getattr(found, "_is_protocol", False) else Any
 
 
 def _fit(given: Any, hint: Any) -> Any:
@@ -256,7 +272,7 @@ def _fit(given: Any, hint: Any) -> Any:
 
 def _plain(given: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
-        return next((word for word in get_args(kind) if word == given and type(word) is type(given)), _NO)
+        return next((word for word in get_args(kind) if type(word) is type(given) and word == given), _NO)
     if get_origin(kind) in _MANY:
         return _tuple(given, get_args(kind) + (...,) * (get_origin(kind) is not tuple))
     if kind in (NoneType, None):
@@ -267,8 +283,13 @@ def _plain(given: Any, kind: Any) -> Any:
         if isinstance(given, bool) or not isinstance(given, Integral if kind is int else Real):
             return _NO
         number: Any = given
+        if kind is int and not -(2**63) <= number < 2**64:  # no generator and no tensor takes it
+            return _NO
         return given if type(given) in (int, float) else kind(number)
-    return given if isinstance(given, kind) else _NO
+    if isinstance(given, Mapping) and get_args(kind):
+        held = get_args(kind)[-1]
+        return given if all(_fit(item, held) is not _NO for item in given.values()) else _NO
+    return given if _class(kind) is Any or isinstance(given, _class(kind)) else _NO
 
 
 def _read(text: str, hint: Any) -> Any:
@@ -312,4 +333,5 @@ def _words(hint: Any, ranges: tuple[Range, ...]) -> str:
         inner = dict.fromkeys(expects(kind) for kind in get_args(hint) if kind is not ...)
         return f"several, each {' or '.join(inner)}"
     words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
-    return words.get(hint, "None") + "".join(map(str, ranges))
+    words |= dict.fromkeys((NoneType, None), "None")
+    return words.get(hint, f"one of the class {_class(hint).__name__}") + "".join(map(str, ranges))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clkit import checks
 from clkit.data import IGNORED, Examples, Stream, Task, cuts
 from clkit.modules import called, dtype_of, evaluation_mode, unwrapped
 from clkit.weights import Weights, set_weights
@@ -38,12 +39,13 @@ class Score(NamedTuple):
     accuracy: float
 
 
+@checks.arguments
 def evaluate(
     model: nn.Module,
     stream: Stream,
     *,
     predict: Callable[..., Tensor] | None = None,
-    batch: int = EVALUATION_BATCH,
+    batch: checks.Count = EVALUATION_BATCH,
     kept: dict[int, dict[str, Any]] | None = None,
 ) -> Evaluation:
     """Tests a model, in evaluation mode, on the test data of every task of a stream; one host synchronisation in all.

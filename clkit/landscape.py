@@ -244,7 +244,8 @@ def _positions(ts: int | ArrayLike) -> np.ndarray:
         if ts < 2:
             raise ValueError(f"ts: {ts} positions are too few for a curve; give 2 or more, 21 is usual")
         return np.linspace(0, 1, ts)
-    positions = np.asarray(ts, dtype=float)
+    with checks.explained(f"ts: {ts!r:.80} are not positions", "give a number of them or a list such as [0, 0.5, 1]"):
+        positions = np.asarray(ts, dtype=float)
     if positions.ndim != 1 or not len(positions) or not np.isfinite(positions).all():
         raise ValueError(f"ts: {ts} are not positions; give a number of them or a list such as [0, 0.5, 1]")
     return positions

@@ -10,9 +10,12 @@ with more tasks. Published tables that divide the sum of forgetting by T instead
 import numpy as np
 from numpy.typing import ArrayLike
 
+from clkit import checks
+
 
 def _square(matrix: ArrayLike) -> np.ndarray:
-    a = np.asarray(matrix, dtype=float)
+    with checks.explained(f"matrix: {matrix!r:.80} holds no numbers", "give accuracies, tasks by tasks"):
+        a = np.asarray(matrix, dtype=float)
     if a.ndim != 2 or a.shape[0] != a.shape[1] or not len(a):
         raise ValueError(f"matrix: the shape is {a.shape}; pass (tasks, tasks), row t after learning task t")
     return a

@@ -22,6 +22,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     All tensors are shared. Of the modules, those with a wrapper within are copies; a model without any is returned.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {model!r:.80} is a {type(model).__name__}; pass an nn.Module")
     inner = model._modules.get("module" if isinstance(model, WRAPPERS) else "_orig_mod")
     if inner is not None:
         return unwrapped(inner)

@@ -92,8 +92,8 @@ def set_weights(model: nn.Module, weights: Weights) -> None:
 
 def check_same(*ws: Weights, names: Sequence[str] | None = None) -> None:
     """Raises ValueError unless all weights have the same names and shapes, in any order."""
-    if not ws:
-        raise ValueError("weights: none were given; pass at least one mapping of names to tensors")
+    if not ws or not all(isinstance(w, Mapping) for w in ws):
+        raise ValueError(f"weights: {[type(w) for w in ws]} were given; pass at least one mapping of names to tensors")
     first, label = ws[0], names or [f"weights {i}" for i in range(len(ws))]
     for i, other in enumerate(ws[1:], 1):
         if first.keys() != other.keys():

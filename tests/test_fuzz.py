@@ -8,6 +8,8 @@ so many of each row and prints what became of them.
 
 import bz2
 import functools
+import inspect
+import io
 import json
 import linecache
 import os
@@ -24,11 +26,12 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -38,9 +41,31 @@ from safetensors.torch import save_file
 
 import clkit
 import test_clip
-from clkit import cli, data, experiments, models, store
+import toys
+from clkit import (
+    alignment,
+    checkpoint,
+    cli,
+    consolidation,
+    curvature,
+    data,
+    experiments,
+    landscape,
+    memory,
+    merging,
+    metrics,
+    models,
+    modulation,
+    normalization,
+    store,
+    weights,
+)  # fmt: skip
+from clkit.learners import LEARNERS, Learner
+from clkit.modulation import Modulated, Modulation
+from clkit.training import Result, Training, evaluate, run
+from clkit.weights import get_weights
 
-DRAWS = int(os.environ.get("CLKIT_DRAWS", "20"))
+DRAWS = int(os.environ.get("CLKIT_DRAWS", "12"))
 HOME = str(Path(clkit.__file__).parent)
 OURS = (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError)
 ENDLESS = 60  # seconds after which a reader counts as waiting for ever
@@ -225,9 +250,6 @@ def read_notebook(folder: Path) -> Any:
 
 def command(*argv: str) -> Any:
     """A command whose error is one line of ours and a status."""
-    import io
-    from contextlib import redirect_stderr, redirect_stdout
-
     with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()):
         status = cli.main(argv)
     if status:
@@ -241,6 +263,75 @@ RUN = ("run", "--quiet", "--device", "cpu", "--epochs", "0", "--model", "mlp", "
 
 def lines(folder: Path) -> None:
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"q": f"say {i}", "n": i}) for i in range(5)))
+
+
+WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True, False]), "c": torch.zeros(0, 2)}
+TREE = {"list": [1, None, 2.5, "x"], "tensors": [WEIGHTS["a"], WEIGHTS["a"].T], "array": np.arange(3)}
+
+
+@functools.cache
+def learned() -> Result:
+    return toys.quick(toys.stream(2))
+
+
+@functools.cache
+def modulated() -> Modulated:
+    return Modulated(backbone(), Modulation(2, 2), layers="all")
+
+
+@functools.cache
+def backbone() -> torch.nn.Module:
+    return models.convnet(toys_images(3, 8), (4, 6))
+
+
+def task(folder: Path) -> None:
+    modulation.save(folder / "a.safetensors", modulated(), modulated().state([0, 1]), name="a", class_names=["x", "y"])
+
+
+def records(folder: Path) -> None:
+    for number in (1, 2):
+        store.Records(folder).remember({"n": number}, lambda number=number: ({"found": [number]}, TREE))
+
+
+def read_records(folder: Path) -> Any:
+    """Those that are damaged are set aside and made again."""
+    made = store.Records(folder)
+    keys = [store.digest({"n": number}) for number in (1, 2)]
+    found = [made.read(key, tensors=True) for key in keys]
+    return [(record, made.tensors(key)) if record else None for key, record in zip(keys, found, strict=True)]
+
+
+def page(folder: Path) -> experiments.Page:
+    (folder / "figures").mkdir(exist_ok=True)
+    return experiments.Page("p", "fast", folder, {"n": 3})
+
+
+def results(folder: Path) -> None:
+    page(folder).results(lambda: pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}), {"n": 1}, commit=True)
+    (folder / "figures" / "p-claims.json").write_text(json.dumps({"parameters": {"n": 3}, "claims": [], "laws": []}))
+
+
+def read_results(folder: Path) -> Any:
+    return page(folder).results(lambda: pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}), {"n": 1}, commit=True).to_csv()
+
+
+def read_pack(folder: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLKIT_DATA", str(folder))
+        return data.load("pack")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    data.text._tokenizer.cache_clear()
+    (folder / "own.txt").write_text("some words\n\nothers")
+    return data.text_file(folder / "own.txt", tokenizer=folder, context=8)
+
+
+def read_figures(folder: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        done = experiments.notebooks.Outcome("a", 0, 0, 0, 0, 0, "")
+        patch.setattr("clkit.experiments.notebooks._execute", lambda *_: done)
+        return command("figures", "--quiet", str(folder / "a.ipynb"))
 
 
 class Reader(NamedTuple):
@@ -265,40 +356,52 @@ READERS = {
     "folder, tif": Reader(functools.partial(images, kind="tif"), functools.partial(data.folder, size=4)),
     "folder, webp": Reader(functools.partial(images, kind="webp"), functools.partial(data.folder, size=4)),
     "folder, zip": Reader(packed(images), lambda folder: data.folder(folder / "pack.zip"), True),
-    "load, pack": Reader(packed(images), lambda folder: read_pack(folder)),
+    "load, pack": Reader(packed(images), read_pack),
     "load, mnist": Reader(mnist, lambda folder: data.load("mnist", folder, download=False)),
     "load, usps": Reader(usps, lambda folder: data.load("usps", folder, download=False)),
     "load, eurosat": Reader(eurosat, lambda folder: data.load("eurosat", folder, size=4, download=False)),
     "load, food101": Reader(food, lambda folder: data.load("food101", folder, size=4, download=False)),
     "huggingface": Reader(language_model, lambda folder: models.huggingface(language(), folder)),
-    "tokenizer": Reader(tokenizer, lambda folder: read_tokenizer(folder)),
+    "tokenizer": Reader(tokenizer, read_tokenizer),
     "clip": Reader(clip_weights, read_clip),
     "torchvision": Reader(
         zoo_weights, lambda folder: models.torchvision(coloured(), "squeezenet1_1", folder / "w.safetensors")
     ),
     "notebook": Reader(notebook, read_notebook),
+    "load_tensors": Reader(
+        lambda folder: store.save_tensors(folder / "w.safetensors", WEIGHTS, {"kind": "w", "n": [1, 2]}),
+        lambda folder: store.load_tensors(folder / "w.safetensors"),
+        True,
+    ),
+    "read_tree": Reader(
+        lambda folder: store.write_tree(folder / "t.safetensors", TREE),
+        lambda folder: store.read_tree(folder / "t.safetensors"),
+        True,
+    ),
+    "checkpoint": Reader(
+        lambda folder: learned().save(folder / "run.safetensors"),
+        lambda folder: checkpoint.read(folder / "run.safetensors"),
+        True,
+    ),
+    "Result.load": Reader(
+        lambda folder: learned().save(folder / "run.safetensors"),
+        lambda folder: vars(Result.load(folder / "run.safetensors")),
+        True,
+    ),
+    "resume": Reader(
+        lambda folder: learned().save(folder / "run.safetensors"),
+        lambda folder: repr(toys.quick(toys.stream(2), resume=folder / "run.safetensors").accuracy),
+    ),
+    "modulation.load": Reader(
+        task, lambda folder: modulation.load(folder / "a.safetensors", modulated()).tensors, True
+    ),
+    "modulation.listed": Reader(task, modulation.listed),
+    "modulation.network": Reader(task, lambda folder: modulation.network(folder / "a.safetensors", backbone()), True),
+    "records": Reader(records, read_records),
+    "page results": Reader(results, read_results),
     "clkit run": Reader(images, lambda folder: command(*RUN, "--data", str(folder))),
-    "clkit figures": Reader(notebook, lambda folder: read_figures(folder)),
+    "clkit figures": Reader(notebook, read_figures),
 }
-
-
-def read_pack(folder: Path) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLKIT_DATA", str(folder))
-        return data.load("pack")
-
-
-def read_tokenizer(folder: Path) -> Any:
-    data.text._tokenizer.cache_clear()
-    (folder / "own.txt").write_text("some words\n\nothers")
-    return data.text_file(folder / "own.txt", tokenizer=folder, context=8)
-
-
-def read_figures(folder: Path) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        done = experiments.notebooks.Outcome("a", 0, 0, 0, 0, 0, "")
-        patch.setattr("clkit.experiments.notebooks._execute", lambda *_: done)
-        return command("figures", "--quiet", str(folder / "a.ipynb"))
 
 
 # --- what may have happened to it ---
@@ -493,6 +596,30 @@ def rezipped(draw: Draw, file: Path) -> None:
         file.write_bytes(content)
 
 
+def resaved(draw: Draw, file: Path) -> None:
+    """Tensors by other names, of other shapes and types, or an odd header: whole, with the right checksum."""
+    try:
+        tensors, header = store.load_tensors(file)
+    except (ValueError, FileNotFoundError):
+        return flip(draw, file)
+    if tensors and draw.random() < 0.5:
+        name = draw.choice([*tensors])
+        tensor = tensors.pop(name)
+        odd = [tensor.flatten(), tensor.to(torch.float16), tensor[..., None], tensor[None].repeat_interleave(2, 0)]
+        tensors |= draw.choice([{}, {f"{name}x": tensor}, {name: draw.choice(odd)}])
+    else:
+        text = file.with_suffix(".json")
+        whole = {**header, "tree": json.loads(header["tree"])} if "tree" in header else header
+        text.write_text(json.dumps(whole))
+        values(draw, text)
+        with suppress(ValueError):
+            header = json.loads(text.read_text())
+        text.unlink()
+        if isinstance(header, dict) and "tree" in header:
+            header["tree"] = json.dumps(header["tree"])
+    store.save_tensors(file, tensors, header if isinstance(header, dict) else {})
+
+
 DAMAGES: list[Callable[[Draw, Path], None]] = [
     flip, cut, insert, repeat, noise, number, empty, values, values, values, swap, strange, strange, rename, pickled,
 ]  # fmt: skip
@@ -508,7 +635,8 @@ def damage(draw: Draw, folder: Path) -> str:
         if not files:
             break
         file = draw.choice(files)
-        kind = draw.choice([*DAMAGES, *([rezipped] * 12 if file.suffix == ".zip" else [])])
+        special = {".zip": [rezipped] * 12, ".safetensors": [resaved] * 8}.get(file.suffix, [])
+        kind = draw.choice([*DAMAGES, *special])
         kind(draw, file)
         done.append(kind.__name__)
     return " and ".join(done)
@@ -571,7 +699,7 @@ class Sandbox:
         self.before = self.listing()
 
     def listing(self) -> set[str]:
-        return {str(p) for p in self.root.rglob("*") if self.place not in (p, *p.parents)}
+        return {str(p) for p in self.root.rglob("*") if not {self.place, self.root / "cache"} & {p, *p.parents}}
 
     def trial(self, draw: Draw) -> str:
         """Gives "read" or "refused"; raises what is no error of ours, and AssertionError for what must not be."""
@@ -618,4 +746,130 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_input_is_read_right_or_refused_in_words(name: str, tmp_path: Path):
-    assert sum(check(name, tmp_path, DRAWS).values()) >= DRAWS
+    assert check(name, tmp_path, DRAWS).total() >= DRAWS
+
+
+@pytest.mark.slow
+def test_a_long_run_over_all_readers(tmp_path: Path):
+    counts = {name: check(name, tmp_path / str(i), max(DRAWS, 800)) for i, name in enumerate(READERS)}
+    for name, count in counts.items():
+        print(f"{name:<20} {count['read']:>6} read, {count['refused']:>6} refused")
+    print(f"{sum(count.total() for count in counts.values())} inputs")
+
+
+# --- odd arguments ---
+
+
+@functools.cache
+def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Public entry points with good arguments, of which a draw makes one odd."""
+    stream, pixels, dataset = toys.stream(2), toys.images(2), data.digits()
+    net, x = models.mlp(stream, (4,)), torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    first, second = get_weights(net), get_weights(models.mlp(stream, (4,), seed=1))
+    pair, fine = [first, second], Training(epochs=0)
+    moves = alignment.symmetry(net, x)
+    two = data.Dataset("d", pixels[0].train, pixels[0].test, ("a", "b"))
+    numbers = np.array([[0.9, 0.1], [0.5, 0.8]])
+    table = pd.DataFrame({"method": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1], "acc": [0.1, 0.2, 0.3, 0.5]})
+    quiet = {"device": "cpu", "progress": False}
+    found: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "text_file": (data.text_file, {"path": "none.txt", "test": None, "fields": ("text",), "tokenizer": None}),
+        "texts": (data.texts, {"name": "math", "path": None, "context": 8, "limit": 2, "tokenizer": None}),
+        "folder": (data.folder, {"path": "none", "domain": None, "size": 4, "augment": data.NO_AUGMENT, "seed": 0}),
+        "folders": (data.folders, {"path": "none"}),
+        "load": (data.load, {"name": "own", "root": None, "size": 4, "augment": None, "download": False}),
+        "Examples": (data.Examples, {"x": x, "y": [0, 1, 0, 1, 0, 1]}),
+        "Dataset": (data.Dataset, vars(two)),
+        "Task": (data.Task, {n: v for n, v in vars(stream[0]).items() if n != "facts"}),
+        "Stream": (data.Stream, {"name": "s", "tasks": stream.tasks, "classes": stream.classes, "scenario": "class"}),
+        "Normalize": (data.Normalize, {"mean": (0.5,), "std": (1.0,)}),
+        "Augment": (data.Augment, {"crop": 1, "flip": True, "shift": 1}),
+        "split": (data.split, {"dataset": dataset, "tasks": 5, "order": 1, "scenario": "class"}),
+        "domains": (data.domains, {"datasets": [two, two], "normalize": None}),
+        "series": (data.series, {"datasets": [two, two], "scenario": "task", "normalize": None}),
+        "permuted": (data.permuted, {"dataset": two, "tasks": 2, "share": 0.5, "seed": 0}),
+        "rotated": (data.rotated, {"dataset": two, "angles": (0, 20)}),
+        "conflicting": (data.conflicting, {"dataset": two, "conflict": 0.5, "seed": 0}),
+        "run": (
+            run,
+            {"stream": stream, "model": net, "learner": None, "consolidation": None, "training": fine, "seed": 0,
+             "keep": True, "resume": None, "checkpoint": None, **quiet},
+        ),
+        "evaluate": (evaluate, {"model": net, "stream": stream, "batch": 8}),
+        "Method": (experiments.Method, {"learner": Learner(), "consolidation": None, "training": fine, "model": net}),
+        "summarise": (experiments.summarise, {"table": table, "by": "method", "value": "acc", "level": 0.9}),
+        "paired_difference": (experiments.paired_difference, {"table": table, "a": "a", "b": "b", "value": "acc"}),
+        "symmetry": (alignment.symmetry, {"model": net, "example": x}),
+        "align": (
+            alignment.align,
+            {"symmetry": moves, "model": net, "reference": first, "moving": second, "inputs": x},
+        ),
+        "lerp": (functools.partial(weights.lerp, t=0.5), {"a": first, "b": second}),
+        "set_weights": (weights.set_weights, {"model": net, "weights": first}),
+        "merge": (merging.merge, {"name": "average", "ws": pair, "base": first}),
+        "Memory": (memory.Memory, {"capacity": 4}),
+        "huggingface": (models.huggingface, {"stream": stream, "path": "none"}),
+        "features": (models.features, {"model": net, "x": x, "layer": None, "weights": None, "batch": 4}),
+        "interpolation": (
+            landscape.interpolation,
+            {"model": net, "stream": stream, "old": first, "new": second, "inputs": x, "ts": 3},
+        ),
+        "fisher": (curvature.fisher, {"model": net, "x": x, "labels": "exact", "y": None}),
+        "refresh": (normalization.refresh, {"model": net, "weights": first, "inputs": x}),
+        "Training": (Training, {n: v for n, v in vars(Training()).items()}),
+        "Modulated": (Modulated, {"backbone": backbone(), "rule": Modulation(2, 2)}),
+    }  # fmt: skip
+    for name in ("acc", "last", "forgetting", "bwt", "plasticity", "summary"):
+        found[f"metrics.{name}"] = (getattr(metrics, name), {"matrix": numbers})
+    found["metrics.summary"] = (functools.partial(metrics.summary, initial=np.array([0.1, 0.1])), {"matrix": numbers})
+    for name in ("average", "slerp", "task_arithmetic", "ties", "dare", "breadcrumbs", "magmax", "tsv", "opcm"):
+        merge = getattr(merging, name)
+        takes = inspect.signature(merge).parameters
+        found[f"merging.{name}"] = (merge, {n: {"ws": pair, "base": first}.get(n, p.default) for n, p in takes.items()})
+    for name, factory in {"mlp": models.mlp, "gpt": models.gpt, "convnet": models.convnet, "vit": models.vit}.items():
+        found[f"models.{name}"] = (factory, defaults(factory) | {"stream": language() if name == "gpt" else pixels})
+    for kind in [*LEARNERS.values(), *consolidation.CONSOLIDATIONS.values(), *modulation.RULES.values()]:
+        found[kind.__name__] = (kind, defaults(kind))
+    return {name: call for name, call in found.items() if call[1]}
+
+
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    taken = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in taken if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+@functools.cache
+def odd_arguments() -> list[Any]:
+    x = torch.arange(6.0).view(2, 3)
+    return [
+        *ODD, b"x", (), object(), lambda: 0, Path("none"), Path("/dev/zero"), {1}, int, range(3),
+        np.float32(0.5), np.int8(1),
+        np.array(["a"]), np.zeros((2, 2)), np.array(float("nan")), x, x.long(), x > 2, x * float("nan"), x[:0], x[0, 0],
+        [x, x], {"a": x}, [{"a": x}, {"b": x}],
+        torch.nn.Linear(2, 2), models.mlp, toys.stream(1), toys.images(1), data.digits(), Learner(), Training, Learner,
+        consolidation.CLeWI(), pd.DataFrame(), [[0.5, "a"]], (1, 2), "a,b", 1e-320, -0.0, Exception("x"), iter([1]),
+    ]  # fmt: skip
+
+
+def call_oddly(name: str, draw: Draw) -> str:
+    """Calls an entry point with one argument odd."""
+    function, arguments = calls()[name]
+    place = draw.choice([*arguments])
+    odd = draw.choice(odd_arguments())
+    try:
+        with watched(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(**{**arguments, place: odd})
+    except Exception as error:
+        networks = isinstance(error, RuntimeError) and place in ("x", "inputs", "example")  # its own words about shapes
+        if not is_ours(error) and not networks:
+            error.add_note(f"{name}({place}={odd!r:.80})")
+            raise
+        return "refused"
+    return "taken"
+
+
+@settings(QUICK, max_examples=20 * DRAWS)
+@given(st.randoms(use_true_random=True))
+def test_odd_arguments_are_taken_right_or_refused_in_words(draw: Draw):
+    call_oddly(draw.choice([*calls()]), draw)

@@ -201,7 +201,7 @@ def test_statistics_are_averaged_on_paths_and_planes_and_go_no_further_than_thei
         (lambda n, e, s: landscape.curve(n, e, s, seen=4), "seen: 4 of 3"),
         (lambda n, e, s: landscape.curve(n, (e[0], {}), s), "different names"),
         (
-            lambda n, e, s: landscape.interpolation(n, *e, s, None, variants=["plain", "alinged"]),
+            lambda n, e, s: landscape.interpolation(n, *e, s, torch.zeros(2, 1, 8, 8), variants=["plain", "alinged"]),
             "variants: .*'alinged'.*; give",
         ),
         (

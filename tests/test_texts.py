@@ -185,7 +185,7 @@ def test_the_real_pack(packs):
     ("make", "message"),
     [
         (lambda path: data.texts("low"), "name: 'low' is unknown; choose one of math, law, code; did you mean 'law'"),
-        (lambda path: data.texts("math", context=0), "context: 0; give a whole number, at least 1"),
+        (lambda path: data.texts("math", context=0), r"context: 0; give a whole number in \[1, 100000\]"),
         (lambda path: data.texts("math", limit=0), "limit: 0; give a whole number, at least 1"),
         (lambda path: data.texts("math", path=path), r"has no gsm8k_train.jsonl; .* text_file\(\)"),
         (lambda path: data.texts("math", path=path / "none"), "cannot be read .*; give a directory or zip that can be"),

@@ -4,7 +4,7 @@ Training goes on from the current weights, bit for bit as without a consolidatio
 from the base in every task.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ class Merging:
     """
 
     merge: str | Callable[..., dict[str, Tensor]] = "average"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] | Iterable[tuple[str, Any]] = field(default_factory=dict)
     training: Literal["sequential", "independent"] = "sequential"
     holdout: checks.Part | None = None
     refresh: bool = True
@@ -74,7 +74,8 @@ class Merging:
 
     def __post_init__(self) -> None:
         checks.fields(self)
-        options = dict(self.options)
+        with checks.explained(f"options: {self.options!r:.80} are no names with values", "give a mapping"):
+            options = dict(self.options)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
         row = Merge(self.merge) if callable(self.merge) else MERGES[checks.choice("merge", self.merge, MERGES)]
         object.__setattr__(self, "row", row)  # here, not when it is asked for: what is in a name belongs to the run

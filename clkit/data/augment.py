@@ -140,8 +140,8 @@ def check_images(owner: str, x: Tensor, normalize: Normalize) -> None:
 def as_tensor(name: str, values: Any) -> Tensor:
     """Rows as people have them, an array or nested lists of numbers, as a tensor; TypeError for anything else."""
     if isinstance(values, Tensor):
-        if values.layout != torch.strided:
-            raise TypeError(f"{name}: it has the layout {values.layout}; pass x.to_dense()")
+        if values.layout != torch.strided or values.is_meta:
+            raise TypeError(f"{name}: it has the layout {values.layout} on {values.device}; pass x.to_dense()")
         return values.detach() if values.requires_grad else values
     try:
         array = np.asarray(values)

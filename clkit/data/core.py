@@ -79,7 +79,7 @@ class Dataset:
     augment: Augment = NO_AUGMENT
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(self.classes))
+        checks.fields(self)
         if len(set(self.classes)) < len(self.classes):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise ValueError(f"classes: dataset {self.name!r} names {twice[:5]} twice; give each its own name")
@@ -104,6 +104,7 @@ class Task:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        checks.fields(self)
         check_examples(f"task {self.index} ({self.name!r})", self, self.classes)
 
     @cached_property
@@ -328,9 +329,6 @@ def check_examples(owner: str, data: Dataset | Task, classes: tuple[int, ...]) -
     Images must have their channels first, and bytes be uint8.
     """
     train, test = data.train, data.test
-    for part, examples in (("train", train), ("test", test)):
-        if not isinstance(examples, Examples):
-            raise TypeError(f"{part}: {owner} got a {type(examples).__name__}; pass data.Examples(x, y)")
     if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
         raise ValueError(f"{owner}: classes {classes}; pass distinct label ids from 0, at least one")
     for part, examples in (("train", train), ("test", test)):

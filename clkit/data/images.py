@@ -224,6 +224,7 @@ def folder(
     return Dataset(name, every[:cut], every[cut:], tuple(classes), Normalize.of(x[:cut]), augment)
 
 
+@checks.arguments
 def folders(path: str | Path, **options: Any) -> dict[str, Dataset]:
     """Read a directory or zip of domains, DOMAIN/CLASS/image or DOMAIN/train/CLASS/image, as one dataset each.
 
@@ -303,6 +304,8 @@ def _zipped(path: Path) -> Iterator[tuple[str, File]]:
             return file.read(info.file_size + 1)  # what unpacks to more than is said is cut, and has another checksum
 
     for info in archive.infolist():
+        if not info.filename.lower().endswith((*SUFFIXES, "/")):
+            archive.open(info).close()  # an image by a damaged name would pass for a file to leave out
         names = [name for name in info.filename.replace("\\", "/").split("/") if name not in ("", ".")]
         shown = list(takewhile(_shown, names))
         if info.is_dir() or len(shown) < len(names):

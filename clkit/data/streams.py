@@ -51,6 +51,7 @@ def split(
     return Stream(f"{dataset.name}-{len(sizes)}", tuple(steps), dataset.classes, scenario)
 
 
+@checks.arguments
 def domains(datasets: Mapping[str, Dataset] | Sequence[Dataset], *, normalize: Normalize | None = None) -> Stream:
     """Line up datasets with the same classes as tasks: each brings new inputs (domain-incremental).
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ CODE = 1_000_000  # bytes of embedded code
 HELD_OUT = 0.1  # the share of documents to test on where a text has no test part of its own
 SUMS_HELD_OUT = 256  # of the 4,095 pairs of numbers whose sums are embedded
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # what transformers is told about a folder
+Context = Annotated[int, checks.Range(1, 10**5)]
 _BYTES = tuple(chr(i) if 32 < i < 127 else f"0x{i:02x}" for i in range(256))  # the names of the byte classes
 
 
@@ -92,7 +93,7 @@ def texts(
     name: str,
     *,
     path: str | Path | None = None,
-    context: checks.Count = 64,
+    context: Context = 64,
     limit: checks.Count | None = None,
     test_limit: checks.Count | None = 256,
     tokenizer: str | Path | None = None,
@@ -130,7 +131,7 @@ def text_file(
     test: str | Path | None = None,
     *,
     fields: Sequence[str] = ("text",),
-    context: checks.Count = 64,
+    context: Context = 64,
     limit: checks.Count | None = None,
     test_limit: checks.Count | None = 256,
     tokenizer: str | Path | None = None,

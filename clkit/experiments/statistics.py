@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from clkit import checks
+
 AXES = ("stream", "model", "training", "method", "seed")
 
 
@@ -45,6 +47,7 @@ def difference(gaps: ArrayLike, level: float = 0.95) -> Difference:
     return Difference(float(mean), float(lower), float(upper), n)
 
 
+@checks.arguments
 def summarise(
     table: pd.DataFrame, by: str | Sequence[str] = "method", value: str = "acc", level: float = 0.95
 ) -> pd.DataFrame:
@@ -56,6 +59,8 @@ def summarise(
     """
 
     by = [by] if isinstance(by, str) else list(by)
+    if not by:
+        raise ValueError("by: (); give a column at least")
     _check_columns(table, *by, value)
     rows, groups = [], cast(Any, table.groupby(by, sort=False, dropna=False)[value])
     for place, part in groups:
@@ -65,6 +70,7 @@ def summarise(
     return pd.DataFrame(rows, columns=[*by, "mean", "lower", "upper", "std", "n"])
 
 
+@checks.arguments
 def paired_difference(
     table: pd.DataFrame,
     a: str,
@@ -78,7 +84,7 @@ def paired_difference(
     """How much higher `value` is where `column` is `a` than where it is `b`, with Student's paired t interval.
 
     Rows are paired where they agree `by` these columns, by default in every other axis of the table: stream, model,
-    training and seed. Every row of either needs its partner, else ValueError; KeyError for what is not in the table.
+    training and seed. Every row of either needs its partner, else ValueError; and for what is not in the table.
     Of the interval, and of what it assumes of the pairs, see `difference`. Swapping `a` and `b` mirrors everything.
     """
     by = [axis for axis in AXES if axis in table and axis != column] if by is None else list(by)
@@ -136,11 +142,11 @@ def _by_place(table: pd.DataFrame, column: str, name: str, by: list[str], value:
             found[tuple(place)] = float(number)
     if not found:
         held = ", ".join(map(str, dict.fromkeys(table[column])))
-        raise KeyError(f"{name!r} is not in column {column!r}; it holds {held}")
+        raise ValueError(f"{column}: {name!r} is not in this column; it holds {held}")
     return found
 
 
 def _check_columns(table: pd.DataFrame, *columns: str) -> None:
     missing = [column for column in columns if column not in table]
     if missing:
-        raise KeyError(f"columns {missing} are not in the table; it has {', '.join(map(str, table.columns))}")
+        raise ValueError(f"table: it has no columns {missing}, only {', '.join(map(str, table.columns))}")

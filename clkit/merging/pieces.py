@@ -47,6 +47,7 @@ def on_parameters(
 
         @wraps(checked)
         def merge(ws: Sequence[Weights], **options: Any) -> dict[str, Tensor]:
+            ws = checks.value("ws", ws, Sequence[Mapping])
             if not ws or number not in (None, len(ws)):
                 raise ValueError(f"ws: {len(ws)} weights were given; give {number or 'at least one'}")
             given = {f"ws[{i}]": w for i, w in enumerate(ws)}

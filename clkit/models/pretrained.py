@@ -102,6 +102,7 @@ def _check_takes(model: nn.Module, shape: tuple[int, ...]) -> None:
         torch.func.functional_call(model, tensors, torch.zeros(1, *shape, device="meta"))
 
 
+@checks.arguments
 def clip(
     stream: Stream,
     name: str = "ViT-B-16-quickgelu",
@@ -209,6 +210,7 @@ class CausalLM(nn.Module):
         return self.model(input_ids=x, use_cache=False).logits[..., : self.classes]
 
 
+@checks.arguments
 def huggingface(stream: Stream, path: Path | str, *, seed: int = 0) -> nn.Module:
     """A causal language model from a folder that `save_pretrained` of transformers wrote, in float32.
 

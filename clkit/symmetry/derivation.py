@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from clkit import checks
 from clkit.modules import unwrapped
 from clkit.store import describe, digest
 from clkit.symmetry.elements import Axis, Group
@@ -32,6 +33,7 @@ PASSED = frozenset(
 )
 
 
+@checks.arguments
 def symmetry(model: nn.Module, example: Any) -> Symmetry:
     """Derives the permutation symmetry of a model from its graph on an example input.
 

@@ -24,7 +24,7 @@ from clkit import checkpoint, models, modulation, store
 from clkit.experiments import stored_weights
 from clkit.learners import ER
 from clkit.store import Records, digest
-from clkit.store.files import Unreadable
+from clkit.store.files import CHECKED, Unreadable, _sign
 from clkit.training import Result, Training
 
 CONFIGURATION = {"lr": 1e-05, "name": "\x1b"}  # what JSON can spell in two ways
@@ -280,17 +280,22 @@ def test_a_record_that_holds_something_else_is_set_aside(seed, tmp_path, caplog)
     content, weights = json.loads(path.read_bytes()), whole("kept weights", tmp_path).read_bytes()
     for _ in range(20):
         found = mutated(content, draw, ODD[:-2])
-        if isinstance(found.get("record"), dict) and draw.random() < 0.5:
-            found["checksum"] = digest(found["record"])
-        store.write_json(path, found)
+        path.write_text(json.dumps({"checksum": "0" * 16} | found, indent=1))
+        if draw.random() < 0.8 and found.get("checksum") == content["checksum"]:
+            path.write_text(path.read_text().replace(content["checksum"], "0" * 16))
+            _sign(path, CHECKED)
         path.with_suffix(".safetensors").write_bytes(weights)
         for read in (read_record, read_kept):
             try:
                 read(path)
             except ValueError:
                 assert not path.exists() or not found["record"]["tensors"]
-    for text in ("null", "[]", DEEP, "1" * 5000, '{"record": 1, "checksum": 2}', "\x00"):
+    start = CHECKED.decode() + "0" * 16
+    signed = [f'{start}", "record": {part}}}' for part in (DEEP, "1", "[]", "{}")]
+    for text in ("null", "[]", DEEP, "1" * 5000, *signed):
         path.write_text(text)
+        if text in signed:
+            _sign(path, CHECKED)
         assert Records(tmp_path).read(KEY) is None and not path.exists()
     for tree in ([], 3, torch.ones(2), {"key": 1}, {"key": KEY}):
         write_record(path)

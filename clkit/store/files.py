@@ -26,6 +26,7 @@ T = TypeVar("T")
 _SAID: set[tuple[Path | None, str]] = set()  # warnings of this process, by folder
 MARK = "tensor of this file"
 SIGNED = b"written by clkit, checksum "  # how the header of a file of ours begins; its checksum follows
+CHECKED = b'{\n "checksum": "'  # how a record begins
 BLANK = b"0" * 16  # in the checksum's place while it is computed
 HOUR = 3600  # seconds after which what nobody has written on is left behind
 log = logging.getLogger("clkit.store")
@@ -80,24 +81,16 @@ def content(
     path: os.PathLike[str] | str, name: str = "path", remedy: str = "give a file", most: float = math.inf
 ) -> bytes:
     """The bytes of a file from outside, which `regular` opens; raises what that does, and Unreadable on a fault."""
-    with regular(path, name, remedy, most) as file:
-        try:
-            return file.read()
-        except (OSError, MemoryError) as error:
-            raise Unreadable(f"{name}: {expand(path)} cannot be read ({error}); {remedy}") from error
+    told = explained(f"{name}: {path} cannot be read", remedy, of=(OSError, MemoryError), kind=Unreadable)
+    with regular(path, name, remedy, most) as file, told:
+        return file.read()
 
 
-def read_json(path: os.PathLike[str] | str, *, exact: bool = False) -> Any:
-    """What a JSON file holds. Raises as `content` does, ValueError if it is damaged: no JSON, or more than it can hold.
-
-    With `exact` it must be spelled as `write_json` does, byte for byte.
-    """
+def read_json(path: os.PathLike[str] | str) -> Any:
+    """What a JSON file holds. Raises as `content` does, and ValueError if it is no JSON, or nests without end."""
     found = content(path, remedy="give a JSON file")
     with explained(f"path: {path} is damaged", "write it again", of=(ValueError, RecursionError)):
-        value = json.loads(found)
-        if exact and found != _spelled(value):
-            raise ValueError("it was edited")
-    return value
+        return json.loads(found)
 
 
 def cache_root() -> Path:
@@ -223,11 +216,8 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Writes a JSON value, by rename: one space deeper at every level, and an end of line."""
-    write_atomically(path, lambda place: place.write_bytes(_spelled(value)))
-
-
-def _spelled(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="surrogatepass")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda place: place.write_bytes(text.encode(errors="surrogatepass")))
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -240,13 +230,26 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mappin
 
     def write(place: Path) -> None:
         save_file(rows, place, metadata={"clkit": text})
-        with place.open("r+b") as file:
-            checksum = file_digest(file, lambda: blake2b(digest_size=8)).hexdigest()
-            file.seek(0)
-            file.seek(file.read(200).index(SIGNED) + len(SIGNED))
-            file.write(checksum.encode())
+        _sign(place, SIGNED)
 
     write_atomically(path, write)
+
+
+def _sign(place: Path, before: bytes) -> None:
+    """Puts a file's checksum in the place of the zeros that follow the first of some bytes."""
+    with place.open("r+b") as file:
+        checksum = file_digest(file, lambda: blake2b(digest_size=8)).hexdigest()
+        file.seek(0)
+        file.seek(file.read(200).index(before) + len(before))
+        file.write(checksum.encode())
+
+
+def _check_signed(whole: bytes, before: bytes) -> None:
+    """Raises ValueError unless bytes are those of a file as it was signed."""
+    start = whole.index(before) + len(before)
+    end, rest = start + len(BLANK), memoryview(whole)
+    if hash_bytes(rest[:start], BLANK, rest[end:]).encode() != rest[start:end]:
+        raise ValueError("its checksum does not fit its content")
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -262,11 +265,8 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         head = whole[8 : 8 + int.from_bytes(whole[:8], "little")]
     if b'"clkit":"' not in head and SIGNED[:16] not in head:  # a flipped bit leaves one of them
         return tensors, {}
-    with explained(f"path: {path} is damaged, its checksum does not fit its content", "write it again"):
-        start = whole.index(SIGNED) + len(SIGNED)
-        end, rest = start + len(BLANK), memoryview(whole)
-        if hash_bytes(rest[:start], BLANK, rest[end:]).encode() != rest[start:end]:
-            raise ValueError("a bit of it is another")
+    with explained(f"path: {path} is damaged", "write it again"):
+        _check_signed(whole, SIGNED)
         text = json.loads(head)["__metadata__"]["clkit"]
         return tensors, dict(json.loads(text[len(SIGNED + BLANK) :]))
 
@@ -319,7 +319,7 @@ def intact(path: Path, read: Callable[[Path], T]) -> T | None:
     except OSError as error:
         _say("%s; it counts as missing", error, path.parent)
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s is damaged (%s); it is set aside and its content computed again", path, error)
         attempt(lambda: path.replace(path.with_suffix(".damaged")), path.parent)
         return None
@@ -421,7 +421,13 @@ class Records:
         if tensors is not None:
             write_tree(self.path(key, ".safetensors"), {"key": key, "tensors": tensors})
         record = {**plain(record), "tensors": tensors is not None}
-        write_json(self.path(key), {"checksum": digest(record), "record": record})
+        text = json.dumps({"checksum": BLANK.decode(), "record": record}, indent=1)
+
+        def write(place: Path) -> None:
+            place.write_text(text)
+            _sign(place, CHECKED)
+
+        write_atomically(self.path(key), write)
 
     def keep(self, key: str, record: Mapping[str, Any], tensors: Any = None) -> None:
         """Writes what is in hand; where that fails, the log says so once of this folder, and nothing is lost."""
@@ -466,10 +472,11 @@ class Records:
 
     def _read(self, key: str, tensors: bool) -> tuple[dict[str, Any] | None, Any]:
         def checked(path: Path) -> tuple[dict[str, Any], Any] | None:
-            found = read_json(path, exact=True)
-            record = found["record"]
-            if found["checksum"] != digest(record) or digest(record["configuration"]) != key:
-                raise ValueError("its checksum does not fit its content, or it holds another configuration's record")
+            whole = content(path)
+            _check_signed(whole, CHECKED)
+            record = json.loads(whole)["record"]
+            if digest(record["configuration"]) != key:
+                raise ValueError("it holds another configuration's record")
             if not tensors or not record["tensors"]:
                 return None if tensors else (record, None)
             with explained("its tensors are missing", "make them again", of=FileNotFoundError):

@@ -289,7 +289,7 @@ def _sources(names: Iterable[str]) -> str:
 def _local_file(name: str) -> str | None:
     """The source of a module of one's own, imported or not; empty if it has none; None if the module is installed."""
     root = name.partition(".")[0]
-    if root == "__main__":
+    if root in {"__main__", "__mp_main__"}:  # its other name, by which children of a process import it
         return ""
     installed = any(part in _file(owner) for owner in (root, name) for part in ("site-packages", "dist-packages"))
     if root == "clkit" or root in sys.stdlib_module_names or installed:

@@ -608,7 +608,7 @@ def resaved(draw: Draw, file: Path) -> None:
         odd = [tensor.flatten(), tensor.to(torch.float16), tensor[..., None], tensor[None].repeat_interleave(2, 0)]
         tensors |= draw.choice([{}, {f"{name}x": tensor}, {name: draw.choice(odd)}])
     else:
-        text = file.with_suffix(".json")
+        text = file.with_suffix(".header")
         whole = {**header, "tree": json.loads(header["tree"])} if "tree" in header else header
         text.write_text(json.dumps(whole))
         values(draw, text)

@@ -153,7 +153,7 @@ class Page:
             place = store.writable(self.figures / file)  # before hours of computing
             write_json(place, {**facts, "profile": self.profile, "data": _packed(compute())})
         remedy = "delete it, and its results are computed again"
-        with checks.explained(f"{self.figures / file} is damaged", remedy):
+        with checks.explained(f"path: {self.figures / file} is damaged", remedy):
             return _unpacked(self._read(file, key=key)["data"])
 
     def table(

@@ -312,7 +312,7 @@ def results(folder: Path) -> None:
 
 
 def read_results(folder: Path) -> Any:
-    return page(folder).results(lambda: pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}), {"n": 1}, commit=True)
+    return repr(page(folder).results(lambda: pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}), {"n": 1}, commit=True))
 
 
 def read_pack(folder: Path) -> Any:

@@ -1,17 +1,22 @@
 """Sweeps on clusters as people write them: the page's examples, and what a notebook and the files beside it define."""
 
+import ast
 import functools
 import importlib
+import io
 import re
 import sys
+import textwrap
 import types
 from pathlib import Path
 from typing import Any
 
 import joblib
+import nbformat
 import pandas as pd
 import pytest
 import torch
+from nbclient import NotebookClient
 
 import toys
 from clkit import experiments, models
@@ -122,6 +127,208 @@ class TestPage:
 
     def test_every_example_has_at_most_ten_lines(self):
         assert all(len(block.splitlines()) <= 10 for block in (HERE, SLURM, RAY, GPUS, RAYS_GPUS))
+
+
+MINE = """
+import torch
+from torch import nn
+
+VERSION = 1
+
+def weigh(result):
+    weights = result.weights[-1].values()
+    return {"version": VERSION, "bits": sum(float(w.double().sum()) for w in weights)}
+
+def network(stream, *, seed=0):
+    torch.manual_seed(seed + VERSION)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, len(stream.classes)))
+"""
+
+CELLS = [
+    """
+    import contextlib, enum, functools, importlib, sys, tempfile
+    from collections.abc import Callable
+    from dataclasses import dataclass
+    from pathlib import Path
+    from typing import NamedTuple
+
+    import joblib, torch
+    import torch.nn.functional as F
+    from joblib.externals.loky import reusable_executor
+    from torch import Tensor, classes, nn, ops
+
+    from clkit import Training, experiments
+    from clkit.consolidation import CLeWI, Merged, Merging
+    from clkit.learners import ER, Learner
+    from clkit.weights import lerp
+
+    sys.path.append(tests)
+    import mine, toys
+    """,
+    """
+    WIDTH = 4
+
+    class Act(enum.Enum):
+        RELU = "relu"
+        TANH = "tanh"
+
+    class Shape(NamedTuple):
+        hidden: int
+        act: Act = Act.TANH
+
+    @dataclass(frozen=True)
+    class Net:
+        shape: Shape = Shape(WIDTH)
+        drop: float = 0.25
+
+    class Block(nn.Module):
+        def __init__(self, rows, columns):
+            super().__init__()
+            self.linear = nn.Linear(rows, columns)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    class Active(Block):
+        def __init__(self, rows, columns, act):
+            super().__init__(rows, columns)
+            self.act = act
+
+        def forward(self, x):
+            x = super().forward(x)
+            return F.relu(x) if self.act is Act.RELU else torch.tanh(x)
+
+    def width(stream) -> int:
+        return WIDTH + len(stream.classes)
+
+    def factory(stream: "toys.Stream", *, seed: int = 0, net: Net = Net()) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = Active(6, width(stream), net.shape.act), nn.Dropout(net.drop)
+        return nn.Sequential(*layers, nn.Linear(width(stream), len(stream.classes)))
+    """,
+    """
+    class Pulled(Learner):
+        def __init__(self, strength: float = 0.1):
+            self.strength = strength
+
+        def loss(self, model, batch):
+            return super().loss(model, batch) + self.strength * sum((p**2).sum() for p in model.parameters())
+
+    class Harder(Pulled):
+        def loss(self, model, batch):
+            return 2 * super().loss(model, batch)
+
+    @dataclass(frozen=True)
+    class Halved:
+        share: float = 0.5
+
+        def due(self, progress):
+            return progress.end
+
+        def __call__(self, context):
+            merged = lerp(context.previous, context.current, self.share)
+            return Merged(merged, merged)
+
+    def scaled(factor: float) -> Callable:
+        def merge(weights):
+            return {name: factor * sum(w[name] for w in weights) / len(weights) for name in weights[0]}
+
+        return merge
+    """,
+    """
+    def looked(result, scale):
+        def total(weights: dict[str, Tensor]) -> float:
+            return scale * sum(float(w.double().sum()) for w in weights.values())
+
+        return {**mine.weigh(result), "all": [total(weights) for weights in result.weights]}
+
+    methods = {"pulled": Pulled(), "harder": (Harder(0.2), Halved()), "merged": (ER(5), Merging(scaled(0.9)))}
+    nets = {"here": factory, "relu": functools.partial(factory, net=Net(Shape(3, Act.RELU))), "file": mine.network}
+    fixed = {"training": Training(epochs=1, batch=8), "device": "cpu", "progress": False}
+
+    def table(**options):
+        measure = functools.partial(looked, scale=3)
+        return experiments.sweep(toys.stream(2), nets, methods, measure=measure, **fixed, **options)
+
+    def noisy(seed: int, make, act) -> dict[str, float]:
+        outputs = make(toys.stream(2), seed=seed)(torch.ones(1, 6)).detach()
+        return {"norm": float(ops.aten.norm(outputs)), "name": act.name, "named": len(classes.__name__)}
+
+    def studied(**options):
+        plan = experiments.study(noisy, range(2), make={"here": factory, "file": mine.network}, act={"relu": Act.RELU})
+        return plan.run(**options)
+    """,
+    """
+    def configured(engine):
+        if engine == "dask":
+            from dask.distributed import Client
+            return Client(address)
+        if engine == "ray":
+            import ray
+            from ray.util.joblib import register_ray
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+            register_ray()
+        return contextlib.nullcontext()
+
+    def everywhere(go):
+        found = {}
+        for engine in engines:
+            jobs, backend = {"one": (1, "loky"), "processes": (2, "loky")}.get(engine, (None, engine))
+            with configured(engine), joblib.parallel_config(backend):
+                found[engine] = go(jobs=jobs, store=tempfile.mkdtemp(dir=".")).to_csv()
+        return found
+
+    def pool():
+        return sorted(getattr(reusable_executor._executor, "_processes", ()))
+
+    results = {"sweep": everywhere(table), "study": everywhere(studied), "pool": pool()}
+    """,
+    """
+    path = Path("mine.py")
+    path.write_text(path.read_text().replace("VERSION = 1", "VERSION = 22"))
+    importlib.reload(mine)
+    nets = {"file": mine.network}
+    results |= {"edited": everywhere(table), "pool then": pool()}
+    results
+    """,
+]
+
+
+def lab(folder: Path, engines: list[str], address: str = "") -> dict[str, Any]:
+    """What a notebook gives that a kernel executes in a folder with a module beside it."""
+    (folder / "mine.py").write_text(MINE)
+    given = f"tests, engines, address = {str(Path(__file__).parent)!r}, {engines!r}, {address!r}"
+    cells = [nbformat.v4.new_code_cell(textwrap.dedent(cell).strip()) for cell in (given, *CELLS)]
+    book = nbformat.v4.new_notebook(cells=cells)
+    client = NotebookClient(book, kernel_name="python3", timeout=600, resources={"metadata": {"path": str(folder)}})
+    client.execute()
+    return ast.literal_eval(book.cells[-1].outputs[-1]["data"]["text/plain"])
+
+
+@pytest.fixture(scope="module", params=["processes and dask", pytest.param("ray", marks=pytest.mark.slow)])
+def results(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notebook")
+    if request.param == "ray":
+        needed("ray")
+        return lab(folder, ["one", "ray"])
+    here = request.getfixturevalue("here")
+    return lab(folder, ["one", "processes", "dask"], here["cluster"].scheduler_address)
+
+
+class TestNotebook:
+    """What its cells and a file beside it define gives one table, bit for bit, wherever it is computed."""
+
+    @pytest.mark.parametrize("what", ["sweep", "study", "edited"])
+    def test_its_definitions_reach_the_workers(self, results, what):
+        tables = dict(results[what])
+        alone = tables.pop("one")
+        assert len(alone.splitlines()) == 1 + {"sweep": 9, "study": 4, "edited": 3}[what]
+        assert tables and {engine: table for engine, table in tables.items() if table != alone} == {}
+
+    def test_a_reload_reaches_workers_that_go_on(self, results):
+        assert results["pool"] == results["pool then"]
+        versions = [pd.read_csv(io.StringIO(results[what]["one"])).version.unique() for what in ("sweep", "edited")]
+        assert versions == [[1], [22]]
 
 
 def test_what_a_script_is_to_its_children_is_no_module_of_ones_own(tmp_path, monkeypatch):

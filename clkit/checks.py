@@ -334,4 +334,4 @@ def _words(hint: Any, ranges: tuple[Range, ...]) -> str:
         return f"several, each {' or '.join(inner)}"
     words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
     words |= dict.fromkeys((NoneType, None), "None")
-    return words.get(hint, f"one of the class {_class(hint).__name__}") + "".join(map(str, ranges))
+    return words.get(hint, f"an instance of {_class(hint).__name__}") + "".join(map(str, ranges))

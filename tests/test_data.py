@@ -365,7 +365,7 @@ def test_bad_examples_are_refused():
         Examples(torch.zeros(12), y)
     with pytest.raises(ValueError, match=r"a token; of one-hot rows, y.argmax\(1\)"):
         Examples(x, torch.nn.functional.one_hot(y))
-    with pytest.raises(ValueError, match=r"(?s)train: .*; give one of the class Examples"):
+    with pytest.raises(ValueError, match=r"(?s)train: .*; give an instance of Examples"):
         Dataset("d", (x, y), (x, y), tuple("abcd"))
 
 

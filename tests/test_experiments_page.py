@@ -50,7 +50,7 @@ def test_summary_is_mean_interval_spread_and_count():
     assert summarise(table, ["method", "acc"], "last")["mean"].tolist() == [0, 0, 1]
     assert summary[["mean", "lower", "upper"]].loc[0].tolist() == pytest.approx(difference([0.2, 0.4])[:3])
     assert summary[["lower", "upper"]].loc[1].isna().all()  # one row has no interval, and not one of width 0
-    with pytest.raises(KeyError, match="lost"):
+    with pytest.raises(ValueError, match="lost"):
         summarise(table, value="lost")
     with pytest.raises(ValueError, match="level: 95"):
         summarise(table, level=95)
@@ -125,7 +125,7 @@ def test_what_cannot_be_paired_is_refused():
         paired_difference(table[1:], "a", "b")
     with pytest.raises(ValueError, match="several rows"):
         paired_difference(pd.concat([table, table]), "a", "b")
-    with pytest.raises(KeyError, match="it holds b, a"):
+    with pytest.raises(ValueError, match="it holds b, a"):
         paired_difference(table, "a", "c")
     with pytest.raises(ValueError, match="level"):
         paired_difference(table, "a", "b", level=95)

@@ -483,7 +483,7 @@ def test_a_partial_merge_is_checked_as_the_whole_and_keeps_its_weights():
     w, v = weights(1), weights(2)
     held = Merge(partial(merging.average, coefficients=(3, 1)))
     close(held([w, v]), W.lerp(w, v, 0.25))
-    with pytest.raises(ValueError, match=r"(?s)ws: .*; give several, each one of the class Mapping"):
+    with pytest.raises(ValueError, match=r"(?s)ws: .*; give several, each an instance of Mapping"):
         merge("average", w)
 
 

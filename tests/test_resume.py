@@ -427,7 +427,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("wrong", [3, nn.Linear(2, 2), {"state": 1}])
     def test_what_is_no_result_is_refused(self, wrong):
-        with pytest.raises(TypeError, match=r"resume: .* give a Result, or the file of one"):
+        with pytest.raises(ValueError, match=r"resume: .*; give an instance of Result or a path or a text or None"):
             quick(toys.stream(2), resume=wrong)
 
     def test_what_has_no_stable_description_runs_and_is_saved_to_be_read(self, tmp_path):

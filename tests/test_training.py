@@ -599,12 +599,12 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("digits", models.mlp), "stream: 'digits'; give one of the class Stream"),
-            ((None, models.mlp), "stream: None; give one of the class Stream"),
-            ((toys.stream(1), "mlp"), "model: 'mlp'; give one of the class Module or one of the class Callable"),
-            ((toys.stream(1), models.mlp, ER), "learner: .*; give one of the class Learner or None"),
+            (("digits", models.mlp), "stream: 'digits'; give an instance of Stream"),
+            ((None, models.mlp), "stream: None; give an instance of Stream"),
+            ((toys.stream(1), "mlp"), "model: 'mlp'; give an instance of Module or an instance of Callable"),
+            ((toys.stream(1), models.mlp, ER), "learner: .*; give an instance of Learner or None"),
             ((toys.stream(1), models.mlp, ER(5), Shift), "consolidation: .* give one such as CLeWI"),
-            ((toys.stream(1), models.mlp, ER(5), None, 10), "training: 10; give one of the class Training or None"),
+            ((toys.stream(1), models.mlp, ER(5), None, 10), "training: 10; give an instance of Training or None"),
         ],
     )
     def test_arguments_of_the_wrong_kind_are_named(self, arguments, message):

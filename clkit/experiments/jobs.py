@@ -92,8 +92,8 @@ def tabulate(
         configuration = common | {"arguments": {name: known[id(value)] for name, value in arguments.items()}}
         keyed.append((digest(configuration), axes))
         queue.setdefault(keyed[-1][0], Job(configuration, compute, arguments, records, keep))
-    waiting = [job for key, job in queue.items() if records.read(key, tensors=keep) is None]
-    found, failed = dict[str, Record](), dict[str, str]()
+    found = {key: record for key in queue if (record := records.read(key, tensors=keep)) is not None}
+    waiting, failed = [job for key, job in queue.items() if key not in found], dict[str, str]()
     if waiting:
         records.check()
     bar = tqdm(total=len(queue), initial=len(queue) - len(waiting), disable=not progress, unit="run")
@@ -109,7 +109,6 @@ def tabulate(
                 if not kept:
                     records.keep(key, found[key], tensors)
             bar.update()
-    found |= {key: stored(store, key) for key in queue if key not in failed and key not in found}
     rows = [{**axes, **row, "hash": key} for key, axes in keyed if key in found for row in found[key]["rows"]]
     columns = dict.fromkeys(name for row in (points[0][0], *rows) for name in row if name != "hash")
     table = pd.DataFrame(rows, columns=[*columns, "hash"])

@@ -91,7 +91,7 @@ def sweep(
         with checks.explained(f"methods: {title!r} is none", remedy, of=TypeError, kind=TypeError):
             net, recipe = method.model or next(iter(models.values())), method.training or next(iter(trainings.values()))
             rule = method.consolidation or NoConsolidation()
-            check_arguments(next(iter(made.values())), net, method.learner, rule, recipe, None)
+            check_arguments(net, method.learner, rule, recipe)
     points = []
     for stream, net, recipe, title, seed in itertools.product(*parts, seeds):
         method = chosen[title]

@@ -121,7 +121,7 @@ def run(
     training = training if training is not None else Training()
     started = time.perf_counter()
     with TURN, computing.with_threads(threads):
-        trial.check_arguments(stream, model, learner, rule, training, resume)
+        trial.check_arguments(model, learner, rule, training)
         trial.check_inputs(stream)
         place, model = computing.find_device(device), unwrapped(model) if isinstance(model, nn.Module) else model
         path = store.writable(checkpoint) if checkpoint is not None else None

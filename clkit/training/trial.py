@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,23 +17,21 @@ from clkit.evaluation import check_width
 from clkit.learners import Criterion, Learner
 from clkit.modules import evaluation_mode, side_pass, unwrapped
 from clkit.training import computing
-from clkit.training.settings import Result, Training
+from clkit.training.settings import Training
 from clkit.weights import Weights, check_finite, check_same, get_weights
 
 ROWS_AT_ONCE = 4096
 
 
-def check_arguments(stream: Any, model: Any, learner: Any, consolidation: Any, training: Any, resume: Any) -> None:
+def check_arguments(model: Any, learner: Any, consolidation: Any, training: Any) -> None:
     """Raises on arguments of the wrong kind, or that do not fit together, before any work starts."""
     scripted = isinstance(model, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
     due = callable(getattr(consolidation, "due", None)) and callable(consolidation)
     for name, given, fits, wanted in (
-        ("stream", stream, isinstance(stream, Stream), "a stream, for example data.split(dataset, tasks=5)"),
         ("model", model, callable(model) and not scripted, "a module, or a factory such as models.convnet, unscripted"),
         ("learner", learner, isinstance(learner, Learner), "a learner, for example ER(memory=50)"),
         ("consolidation", consolidation, due and not isinstance(consolidation, type), "one such as CLeWI(alpha=0.3)"),
         ("training", training, isinstance(training, Training), "a Training, for example Training(epochs=10, lr=0.1)"),
-        ("resume", resume, resume is None or isinstance(resume, Result | Path | str), "a Result, or the file of one"),
     ):
         if not fits:
             raise TypeError(f"{name}: {given!r:.80} ({type(given).__name__}); give {wanted}")

@@ -317,5 +317,5 @@ def _packed(value: Any) -> Any:
 
 def _unpacked(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"table"}:
-        return pd.DataFrame(value["table"]["data"], columns=value["table"]["columns"])
+        return pd.DataFrame(value["table"]["data"], columns=list(dict.fromkeys(value["table"]["columns"])))
     return value

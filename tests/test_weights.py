@@ -244,9 +244,9 @@ def test_a_broken_file_is_named(tmp_path):
     path = tmp_path / "w.safetensors"
     store.save_tensors(path, some(0), {})
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="no whole safetensors file"):
         store.load_tensors(path)
-    with pytest.raises(FileNotFoundError, match="is not a file"):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
         store.load_tensors(tmp_path / "none")
 
 

@@ -27,6 +27,7 @@ from clkit.data.images import files, regular_files
 
 ENOUGH = 30_000  # bytes of embedded text that make a task
 CODE = 1_000_000  # bytes of embedded code
+RUN = 8  # words in a row that make a licence's paragraph another's
 HELD_OUT = 0.1  # the share of documents to test on where a text has no test part of its own
 SUMS_HELD_OUT = 256  # of the 4,095 pairs of numbers whose sums are embedded
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # what transformers is told about a folder
@@ -350,22 +351,27 @@ def _sum(a: int, b: int) -> Problem:
 
 @lru_cache(maxsize=1)
 def _licences() -> Corpus:
-    """Licence texts, each paragraph once: many packages share a licence but for its copyright line."""
+    """Licence texts without what an earlier one says: a paragraph goes if it has `RUN` words in a row of another's.
+
+    Many packages share a licence but for its copyright line, or for a name in the midst of it.
+    """
     wanted = re.compile(r"(licen[cs]e|copying|notice)[^/]*?(\.txt|\.md|\.rst)?", re.IGNORECASE)
     places = {Path(sysconfig.get_path("stdlib"), "LICENSE.txt")}
     for package in metadata.distributions():
         named = (file for file in package.files or () if wanted.fullmatch(file.name))
         places |= {Path(str(package.locate_file(file))) for file in named}
     found = sorted({text for place in places if (text := _read(place))})
-    seen: set[str] = set()
+    seen: set[tuple[str, ...]] = set()
     documents = []
     for text in found:
-        fresh = []
+        fresh, said = [], set[tuple[str, ...]]()
         for paragraph in re.split(r"\n\s*\n", text):
-            words = " ".join(re.findall(r"\w+", paragraph.lower()))
-            if words and words not in seen and not words.startswith("copyright"):
-                seen.add(words)
+            words = re.findall(r"\w+", paragraph.lower())
+            runs = {tuple(words[i : i + RUN]) for i in range(max(1, len(words) - RUN + 1))}
+            if words and words[0] != "copyright" and not runs & seen:
+                said |= runs
                 fresh.append(paragraph.strip("\n"))
+        seen |= said
         if sum(map(len, fresh)) > 200:
             documents.append("\n\n".join(fresh))
     return _embedded("law", documents)

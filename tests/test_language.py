@@ -226,6 +226,17 @@ def test_weights_that_are_pickles_are_refused(transformers, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_lacks_weights_is_refused_and_nothing_is_drawn_in_their_place(transformers, tmp_path):
+    config = transformers.GPT2Config(n_embd=4, n_layer=1, n_head=1, n_positions=64, vocab_size=256)
+    net = transformers.AutoModelForCausalLM.from_config(config)
+    stream = data.domains({"math": data.texts("math", limit=2, test_limit=2)})
+    net.save_pretrained(tmp_path)
+    models.huggingface(stream, tmp_path)
+    net.save_pretrained(tmp_path, state_dict={n: t for n, t in net.state_dict().items() if "ln_f" not in n})
+    with pytest.raises(ValueError, match=r"it lacks 2 weights, \['transformer.ln_f.bias', 'transformer.ln_f.weight'\]"):
+        models.huggingface(stream, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def tokens(folder):
     return {n: data.texts(n, context=24, limit=60, test_limit=12, tokenizer=folder) for n in ("math", "law")}

@@ -215,17 +215,19 @@ def huggingface(stream: Stream, path: Path | str, *, seed: int = 0) -> nn.Module
     """A causal language model from a folder that `save_pretrained` of transformers wrote, in float32.
 
     The stream's tokens are those of the model's own tokenizer: `data.texts(..., tokenizer=path)`. Nothing is
-    downloaded. Dropout is what the folder's configuration says. `seed` draws weights that the folder lacks. Tied
+    downloaded. Dropout is what the folder's configuration says. All weights are the folder's, whatever the `seed`. Tied
     weights stay tied, and `get_weights` has them once. For `run`: `partial(models.huggingface, path=path)`.
 
-    Raises ImportError without transformers. Raises ValueError for a folder without a model, for tokens that the model
-    does not have and for windows that are longer than its context.
+    Raises ImportError without transformers. Raises ValueError for a folder without a model or without some of its
+    weights, for tokens that the model does not have and for windows that are longer than its context.
     """
     transformers, folder = local_only("path", path)
     context = context_length(stream)
     local: dict[str, Any] = {**LOCAL, "use_safetensors": True, "dtype": torch.float32}
     with foreign(f"path: {path} has no causal language model"), seeded(seed), _quiet(transformers):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **local)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **local)
+        if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+            raise ValueError(f"it lacks {len(lacking)} weights, {lacking[:3]} for example")
     sizes, classes = model.config.get_text_config(), len(stream.classes)
     if sizes.vocab_size < classes:
         remedy = "use data.texts(..., tokenizer=path) with the model's own"

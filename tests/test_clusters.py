@@ -160,6 +160,7 @@ CELLS = [
     from clkit import Training, experiments
     from clkit.consolidation import CLeWI, Merged, Merging
     from clkit.learners import ER, Learner
+    from clkit.store import describe, digest
     from clkit.weights import lerp
 
     sys.path.append(tests)
@@ -198,8 +199,16 @@ CELLS = [
             x = super().forward(x)
             return F.relu(x) if self.act is Act.RELU else torch.tanh(x)
 
+    class Marks(enum.Flag):
+        A = enum.auto()
+        B = enum.auto()
+
+    @functools.cache
+    def sized(count: int) -> int:
+        return sized(count - 1) + 1 if count else WIDTH
+
     def width(stream) -> int:
-        return WIDTH + len(stream.classes)
+        return sized(len(stream.classes))
 
     def factory(stream: "toys.Stream", *, seed: int = 0, net: Net = Net()) -> nn.Module:
         torch.manual_seed(seed)
@@ -214,9 +223,14 @@ CELLS = [
         def loss(self, model, batch):
             return super().loss(model, batch) + self.strength * sum((p**2).sum() for p in model.parameters())
 
-    class Harder(Pulled):
-        def loss(self, model, batch):
-            return 2 * super().loss(model, batch)
+    class Rules:
+        class Harder(Pulled):
+            @functools.cached_property
+            def factor(self):
+                return 2.0
+
+            def loss(self, model, batch):
+                return self.factor * super().loss(model, batch)
 
     @dataclass(frozen=True)
     class Halved:
@@ -240,10 +254,13 @@ CELLS = [
         def total(weights: dict[str, Tensor]) -> float:
             return scale * sum(float(w.double().sum()) for w in weights.values())
 
-        return {**mine.weigh(result), "all": [total(weights) for weights in result.weights]}
+        sums = [total(weights) for weights in result.weights]
+        return {**mine.weigh(result), "sums": sums, "rule": result.config["learner"]}
 
-    methods = {"pulled": Pulled(), "harder": (Harder(0.2), Halved()), "merged": (ER(5), Merging(scaled(0.9)))}
+    methods = {"pulled": Pulled(), "harder": (Rules.Harder(0.2), Halved()), "merged": (ER(5), Merging(scaled(0.9)))}
     nets = {"here": factory, "relu": functools.partial(factory, net=Net(Shape(3, Act.RELU))), "file": mine.network}
+    nets["as it is"] = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+    parts = [Net(), Halved(), Rules.Harder(), scaled(0.9), Marks.A | Marks.B, b"a", nets["as it is"]]
     fixed = {"training": Training(epochs=1, batch=8), "device": "cpu", "progress": False}
 
     def table(**options):
@@ -252,7 +269,8 @@ CELLS = [
 
     def noisy(seed: int, make, act) -> dict[str, float]:
         outputs = make(toys.stream(2), seed=seed)(torch.ones(1, 6)).detach()
-        return {"norm": float(ops.aten.norm(outputs)), "name": act.name, "named": len(classes.__name__)}
+        described = digest(describe([parts, Marks.A]))
+        return {"norm": float(ops.aten.norm(outputs)), "name": act.name, "named": str(classes), "known": described}
 
     def studied(**options):
         plan = experiments.study(noisy, range(2), make={"here": factory, "file": mine.network}, act={"relu": Act.RELU})
@@ -322,7 +340,7 @@ class TestNotebook:
     def test_its_definitions_reach_the_workers(self, results, what):
         tables = dict(results[what])
         alone = tables.pop("one")
-        assert len(alone.splitlines()) == 1 + {"sweep": 9, "study": 4, "edited": 3}[what]
+        assert len(alone.splitlines()) == 1 + {"sweep": 12, "study": 4, "edited": 3}[what]
         assert tables and {engine: table for engine, table in tables.items() if table != alone} == {}
 
     def test_a_reload_reaches_workers_that_go_on(self, results):

@@ -5,6 +5,7 @@ became of each: `Found`, or the exception that tells how its worker died. A call
 when all others have finished, alone, so that one that kills its worker harms none but itself.
 """
 
+import copyreg
 import functools
 import io
 import pickle
@@ -22,7 +23,8 @@ import cloudpickle
 import joblib
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from clkit.modules import TURN
 from clkit.store import local_modules, source_digest
@@ -169,11 +171,32 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
         return len(self.arrays) - 1
 
     def reducer_override(self, obj: Any) -> Any:
-        """Modules of a kind of their own go by name: `torch.classes`, which comes along with a name such as classes."""
+        """What cloudpickle cannot pack, or not as it was.
+
+        Modules of a kind of their own go by name: `torch.classes`, which comes along with a name such as classes.
+        Cached functions and properties go with their function, parametrised networks with their attributes. Code keeps
+        the name of its file and classes the whole of theirs: a description is then the same on both sides.
+        """
         if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
             if (name := getattr(obj, "__name__", "")) in sys.modules:
                 return import_module, (name,)
-        return super().reducer_override(obj)
+        if isinstance(obj, functools._lru_cache_wrapper) and (obj.__module__ == "__main__" or "." in obj.__qualname__):
+            return _cached, (obj.__wrapped__, obj.cache_parameters())
+        if type(obj) is functools.cached_property:
+            return functools.cached_property, (obj.func,), {"attrname": obj.attrname}
+        if isinstance(obj, types.CodeType):
+            make, parts = cast(Any, self.dispatch_table[types.CodeType](obj))
+            return make, tuple(obj.co_filename if part == "<dynamic-code>" else part for part in parts)
+        if type(obj).__module__ == parametrize.__name__ and isinstance(obj, nn.Module):
+            return copyreg.__newobj__, (type(obj),), vars(obj)  # type: ignore[attr-defined]
+        made = super().reducer_override(obj)
+        if isinstance(obj, type) and isinstance(made, tuple) and len(made) == 6:
+            made[2][0]["__qualname__"] = obj.__qualname__
+        return made
+
+
+def _cached(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    return functools.lru_cache(**options)(function)
 
 
 class _Unpacker(pickle.Unpickler):

@@ -94,7 +94,7 @@ class _Walk:
             return {"method": self.of(value.__func__, place), "of": self.of(value.__self__, place)}
         if _known(value):
             return _name(value)
-        if id(value) in self.seen:
+        if id(value) in self.seen and not isinstance(value, bytes):  # of the short ones Python keeps one
             return {"again": self.seen[id(value)][0]}
         self.seen[id(value)] = len(self.seen), value  # kept alive, lest another get its id
         if isinstance(value, types.FunctionType):
@@ -143,12 +143,12 @@ class _Walk:
         reduce = copyreg.dispatch_table.get(type(value))
         try:
             parts = reduce(value) if reduce else value.__reduce_ex__(4)
+            if isinstance(parts, str):  # a thing with a name, a cached function for example
+                parts = getattr, (value.__module__, parts), getattr(value, "__wrapped__", None)
         except Exception as error:
             if not isinstance(value, nn.Module):
                 raise _refused(value, place) from error
             parts = None, (), vars(value)  # a parametrised module, which deepcopy alone can copy
-        if isinstance(parts, str):  # a thing with a name, a cached function for example
-            parts = getattr, (value.__module__, parts), getattr(value, "__wrapped__", None)
         make, args, state, items, entries = cast(Any, (*parts, None, None, None)[:5])
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             make, args = None, args[1:]
@@ -182,7 +182,7 @@ class _Walk:
             parts = [value] if value.__code__.co_filename != "<string>" else []
         else:
             slot = isinstance(value, types.MemberDescriptorType | types.GetSetDescriptorType)
-            parts = [] if slot or name.startswith(("__", "_abc_")) else [value]
+            parts = [] if slot or name.startswith(("__", "_abc_", "_value2member_map_")) else [value]
         return [self.of(part, f"{place}.{name}") for part in parts]
 
     def function(self, value: types.FunctionType, place: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import io
+import json
 import re
 import sys
 import textwrap
@@ -113,7 +114,7 @@ class TestPage:
         assert "#SBATCH -t 04:00:00" in asked[0] and "--nthreads 1 " in asked[0] and asked[1] == 20
 
     def test_dask_on_gpus(self, here, alone, home):
-        here["client"].write_scheduler_file(str(home / "scheduler.json"))
+        (home / "scheduler.json").write_text(json.dumps({"address": here["cluster"].scheduler_address}))
         space = here | {"table": None}
         assert executed(GPUS, space).equals(alone)
         space["client"].close()

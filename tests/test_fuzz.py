@@ -544,7 +544,8 @@ def pickled(draw: Draw, file: Path) -> None:
     if draw.random() < 0.5:
         file.write_bytes(pickle.dumps(canary))
     else:
-        torch.save({"w": canary}, file)
+        with file.open("wb") as out:  # torch refuses to write some names itself
+            torch.save({"w": canary}, out)
 
 
 def rezipped(draw: Draw, file: Path) -> None:

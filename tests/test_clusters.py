@@ -1,6 +1,7 @@
 """Sweeps on clusters as people write them: the page's examples, and what a notebook and the files beside it define."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import io
@@ -22,6 +23,7 @@ from nbclient import NotebookClient
 import toys
 from clkit import experiments, models
 from clkit.consolidation import CLeWI
+from clkit.experiments import engines
 from clkit.learners import ER
 from clkit.store import local_modules
 
@@ -359,3 +361,11 @@ def test_what_a_script_is_to_its_children_is_no_module_of_ones_own(tmp_path, mon
     assert "mine" in local_modules()
     monkeypatch.setitem(sys.modules, "__mp_main__", script)
     assert "__mp_main__" not in local_modules()
+
+
+def test_a_module_that_a_call_does_not_need_may_be_another(monkeypatch):
+    """It was edited after a worker met it, and what is sent now does not import it."""
+    packed = engines.Post().pack(dict).parcel
+    parcel = dataclasses.replace(packed, origin="elsewhere", versions=packed.versions | {"gone": "new"})
+    monkeypatch.setattr(engines, "MET", {"gone": "old"})
+    assert parcel.open([]) is dict

@@ -129,6 +129,7 @@ class Parcel:
         sys.path += [folder for folder in self.folders if folder not in sys.path]
         if any(MET.get(name, version) != version for name, version in self.versions.items()):
             for name in MET.keys() & self.versions.keys() - {"torch", "clkit"}:
+                del MET[name]
                 sys.modules.pop(name, None)
         call = _Unpacker(io.BytesIO(self.content), arrays).load()
         MET.update({name: version for name, version in _versions().items() if name in self.versions})

@@ -282,7 +282,8 @@ def _sources(names: Iterable[str]) -> str:
         if _LOADED.get(name, (None,))[0] is not spec:
             _LOADED[name] = spec, found[name]
         elif spec is not None and _LOADED[name][1] != found[name]:
-            raise TypeError(f"{name}: {file} was edited after it was imported; restart, or importlib.reload the module")
+            remedy = "restart, importlib.reload the module, or have it done by %autoreload 2 --full"
+            raise TypeError(f"{name}: {file} was edited after it was imported; {remedy}")
     return digest(found) if found else ""
 
 

@@ -17,6 +17,7 @@ import joblib
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from clkit import data, models
 from clkit.consolidation import SFA, CLeWI, Drift, Merging, NoConsolidation
@@ -523,6 +524,22 @@ def test_lock_is_exclusive_and_leaves_nothing(tmp_path):
     thread.join()
     assert order == ["first", "second"]
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_as_soon_as_a_lock_is_had_frees_it(tmp_path, monkeypatch):
+    """Its traceback is kept, as notebooks do, and with it all that was at hand."""
+    acquire = FileLock.acquire
+
+    def interrupted(lock):
+        acquire(lock)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileLock, "acquire", interrupted)
+        with pytest.raises(KeyboardInterrupt) as kept, Records(tmp_path).lock("key"):
+            pass
+    with Records(tmp_path).lock("key"):
+        assert kept.traceback
 
 
 def key(value) -> str:

@@ -377,7 +377,9 @@ def unusual_stride(tensor: Tensor) -> list[int] | None:
 
 def _hold(path: Path, held: ExitStack) -> None:
     with explained(f"{path} cannot be locked", "free its disk or give another place", of=OSError, kind=OSError):
-        held.enter_context(FileLock(path))
+        lock = FileLock(path)
+        held.callback(lock.release, force=True)  # beforehand: an interrupt may come as soon as it is had
+        lock.acquire()
 
 
 class Records:

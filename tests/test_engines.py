@@ -132,6 +132,12 @@ def test_a_run_that_exits_fails_alone(jobs, tmp_path):
         study(lambda seed: {"twice": exits(seed)["seed_again"] * 2}, range(3)).run(store=tmp_path, jobs=jobs)
 
 
+def test_multiprocessing_gives_way_to_processes_whose_death_is_told(tmp_path):
+    runs = study(lambda seed: {"loky": any("loky" in word for word in sys.orig_argv)}, range(2))
+    with joblib.parallel_config("multiprocessing", n_jobs=2):
+        assert runs.run(store=tmp_path).loky.all()
+
+
 def by_hand(packed):
     """An engine that opens what was sent, here."""
     yield from ((number, engines._opened(parcel, *arrays)) for number, (parcel, arrays) in packed.items())

@@ -250,13 +250,15 @@ def _processes(backend: Any, count: int, calls: Mapping[int, Packed]) -> Ended:
     """joblib's configured backend, with `count` workers; when one dies, all that are at work come back as dead.
 
     These are the first that have no result, since workers take calls in turn. The others are not begun and not told of.
+    In place of "multiprocessing", which waits for ever for a call whose worker died, stands loky.
     """
-    ready = "generator_unordered" if backend.supports_return_generator else "list"
+    instead = {"backend": "loky"} if type(backend).__name__ == "MultiprocessingBackend" else {}
+    ready = "generator_unordered" if instead or backend.supports_return_generator else "list"
     options: dict[str, Any] = {"n_jobs": max(2, count), "batch_size": 1, "return_as": ready, "mmap_mode": "c"}
     work = (joblib.delayed(_numbered)(number, parcel, *arrays) for number, (parcel, arrays) in calls.items())
     waiting = list(calls)
     try:
-        for number, found in cast(Any, joblib.Parallel(**options)(work)):
+        for number, found in cast(Any, joblib.Parallel(**options, **instead)(work)):
             waiting.remove(number)
             yield number, found
     except Exception as error:

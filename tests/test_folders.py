@@ -488,3 +488,17 @@ def test_any_tree_is_read_as_drawn_or_refused_by_name(tmp_path_factory: pytest.T
     assert whole == set().union(*inside.values())
     if "{p}" in layout:
         assert set(seen(dataset.test, dataset.classes)) == set().union(*(v for k, v in inside.items() if k[0] == test))
+
+
+@pytest.mark.parametrize("field", ["comment", "name", "hidden"])
+def test_no_entry_of_a_zip_is_lost_by_a_flipped_bit(field, tmp_path):
+    """In the directory at its end: an entry reaches over the next, has the name of another, or is hidden."""
+    place = zipped(plant(tmp_path / "tree", "n/0.png", "n/1.png", "b/0.png", "b/1.png"), tmp_path / "tree.zip")
+    assert data.folder(place).classes == ("b", "n")
+    whole = bytearray(place.read_bytes())
+    entry = whole.rindex(b"PK\1\2", 0, whole.rindex(b"n/1.png"))
+    at, bit = {"comment": (entry + 33, 1), "name": (entry + 46 + 2, 1), "hidden": (entry + 46, 64)}[field]
+    whole[at] ^= bit
+    place.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"path: .*tree.zip"):
+        data.folder(place)

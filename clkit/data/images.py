@@ -33,6 +33,7 @@ T = TypeVar("T")
 FILES = 20_000_000  # that a folder or a zip may have; ImageNet-21k has 14 million
 PIXELS = 2**30 // 12  # that an image may have, of the size of which Pillow warns: 9459 x 9459
 SMALL, RATIO = 2**30, 200  # a zip or a folder of images may unpack to SMALL bytes, and to RATIO times its own size more
+ENDING = 2**16 + 21  # bytes at the end of a zip in which the record lies that counts its entries
 SLOW = 20.0  # seconds of decoding that are worth a file
 THREADS_PAY = 20_000  # bytes per image from which threads gain; below, they wait for the interpreter
 SUFFIXES = (
@@ -263,6 +264,8 @@ def files(path: str | Path) -> dict[str, File]:
         for inside, file in _below(place) if directory else _zipped(place):
             if len(found) == FILES:
                 raise ValueError(f"it has more than {FILES:,} files")
+            if inside in found and inside[-1:] not in ("", "/"):
+                raise ValueError(f"it has {inside!r} twice")
             found[inside] = file
     except Exception as error:  # whatever zips raise
         place = str(getattr(error, "filename", None) or path)
@@ -292,6 +295,11 @@ def _below(folder: Path | str, inside: str = "", above: tuple[tuple[int, int], .
 
 def _zipped(path: Path) -> Iterator[tuple[str, File]]:
     archive = ZipFile(path)
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - ENDING))
+        said = int.from_bytes(file.read().rpartition(b"PK\5\6")[2][6:8], "little")
+    if said not in (len(archive.infolist()), 2**16 - 1):  # one that reads too far would swallow those behind it
+        raise ValueError(f"its directory says {said} entries and has {len(archive.infolist())}")
     total, most = sum(info.file_size for info in archive.infolist()), _most(path.stat().st_size)
     if total > most:
         raise ValueError(f"it unpacks to {total:,} bytes, the limit for a zip of its size is {most:,}")
@@ -304,11 +312,12 @@ def _zipped(path: Path) -> Iterator[tuple[str, File]]:
             return file.read(info.file_size + 1)  # what unpacks to more than is said is cut, and has another checksum
 
     for info in archive.infolist():
-        if not info.filename.lower().endswith((*SUFFIXES, "/")):
-            archive.open(info).close()  # an image by a damaged name would pass for a file to leave out
         names = [name for name in info.filename.replace("\\", "/").split("/") if name not in ("", ".")]
         shown = list(takewhile(_shown, names))
-        if info.is_dir() or len(shown) < len(names):
+        hidden = len(shown) < len(names)
+        if not info.is_dir() and (hidden or not info.filename.lower().endswith(SUFFIXES)):
+            archive.open(info).close()  # an image by a damaged name would pass for a file to leave out
+        if info.is_dir() or hidden:
             yield "/".join([*shown, ""]), File()
         else:
             yield "/".join(shown), File(info.file_size, float(info.CRC), partial(read, info))

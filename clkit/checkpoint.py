@@ -24,11 +24,14 @@ DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeEr
 
 
 def write(path: Path | str, result: Mapping[str, Any]) -> None:
-    """Writes what a result has, by rename, and with what code it was made. TypeError: what a file cannot hold."""
+    """Writes what a result has, by rename, and with what code it was made.
+
+    Raises TypeError on what a file cannot hold, OSError where it cannot be written.
+    """
     state = result["state"]
     made = {"identity": _versions() | state["identity"]} if state else {}
     kept = {name: part for name, part in result.items() if name not in LIVE}
-    store.write_tree(store.writable(path), {**kept, "state": {**state, **made}})
+    store.write_tree(path, {**kept, "state": {**state, **made}})
 
 
 def read(path: Path | str) -> dict[str, Any]:

@@ -466,6 +466,18 @@ class TestRefusals:
             quick(toys.stream(2), checkpoint=tmp_path / "run")
         assert sorted(tmp_path.rglob("*")) == before
 
+    def test_a_disk_that_fills_in_the_midst_costs_no_task(self, tmp_path, monkeypatch, caplog):
+        def full(*arguments, **named):
+            raise OSError(28, "No space left on device")
+
+        undisturbed = quick(toys.stream(3))
+        monkeypatch.setattr("clkit.store.files.save_file", full)
+        result = quick(toys.stream(3), checkpoint=tmp_path / "run")
+        assert same(result.weights, undisturbed.weights) and not list(tmp_path.iterdir())
+        assert [str(tmp_path / "run") in record.message for record in caplog.records] == [True], "not said once"
+        monkeypatch.undo()
+        assert same(quick(toys.stream(3), checkpoint=tmp_path / "run").weights, undisturbed.weights)
+
 
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_goes_on(tmp_path):

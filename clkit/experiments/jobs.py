@@ -97,7 +97,8 @@ def tabulate(
     if waiting:
         records.check()
     bar = tqdm(total=len(queue), initial=len(queue) - len(waiting), disable=not progress, unit="run")
-    with bar, tempfile.NamedTemporaryFile(dir=records.folder) if cluster and waiting else nullcontext() as token:
+    here = tempfile.NamedTemporaryFile(dir=records.folder, prefix=".here-") if cluster and waiting else nullcontext()
+    with bar, here as token:
         calls = [functools.partial(job, Path(token.name).name if token else None) for job in waiting]
         for number, (outcome, error) in engines.compute(calls, jobs, place):
             key = digest(waiting[number].configuration)

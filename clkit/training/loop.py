@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit import alignment, checks, store, weights
-from clkit.checkpoint import check_same, identify, restore, snapshot, widened
+from clkit.checkpoint import check_same, identify, restore, snapshot, widened, write
 from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation, Progress
 from clkit.data import Batch, Stream, Task, cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
@@ -91,7 +91,8 @@ def run(
 
     `checkpoint` names a file for the whole state of the run, written after every task. If it is there already, the run
     goes on after the last task in it: an interruption costs the steps of one task and changes no bit of the result,
-    whose `seconds` add up; of a finished run the result comes back.
+    whose `seconds` add up; of a finished run the result comes back. Where it cannot be written later, the disk being
+    full, the log says so once and the run goes on.
 
     `resume` is a result, or the file of one (`Result.save`) or of a checkpoint, which the run goes on from: with its
     memory, generators and weights, and without changing it. The stream may have more tasks, and is else the same: cut
@@ -221,7 +222,7 @@ class _Loop:
                 result.seconds = time.perf_counter() - self.started
                 if path is not None:
                     result.state = self.state()
-                    result.save(path)
+                    store.attempt(functools.partial(write, path, vars(result)), path.parent)
         if not result.state:  # a checkpoint has just had it
             with suppress(TypeError):  # a learner's state that no file can hold
                 result.state = self.state()

@@ -142,7 +142,7 @@ class Result:
         With `result.state = {}` before, the file is smaller and can only be read.
         Raises ValueError if the path cannot be written, TypeError on reports that a file cannot hold.
         """
-        checkpoint.write(path, vars(self))
+        checkpoint.write(store.writable(path), vars(self))
 
     @classmethod
     def load(cls, path: Path | str) -> "Result":

@@ -5,13 +5,16 @@ import dataclasses
 import functools
 import importlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,10 +24,12 @@ from clkit import run
 from clkit.experiments import SweepError, engines, stored_weights, study, sweep
 from clkit.experiments.engines import Post
 from clkit.learners import ER, Learner
-from clkit.training import Training
+from clkit.store import describe
+from clkit.training import Training, computing
 from test_experiments import toy_stream
 
 SHORT = Training(epochs=2, batch=16)
+WIDTH = 32
 CLUSTERS = ("dask", "ray")
 DASK = {
     "distributed.scheduler.allowed-failures": 0,  # a worker's death tells at once
@@ -44,7 +49,7 @@ def noisy(stream, *, seed=0):
     """A network that draws from torch's own generators, in training too."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(16, 32), nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, len(stream.classes))
+        nn.Flatten(), nn.Linear(16, WIDTH), nn.Dropout(0.5), nn.ReLU(), nn.Linear(WIDTH, len(stream.classes))
     )
 
 
@@ -196,19 +201,123 @@ def test_a_tensor_travels_once_whoever_holds_it():
     post = Post()
     first, second = (post.pack(functools.partial(print, stream, net, number)).arrays for number in range(2))
     assert [id(array) for array in first] == [id(array) for array in second]
-    assert len(first) == len(set(map(id, first))) and any(array.shape == (300, 300) for array in first)
+    assert len(first) == len(set(map(id, first))) and any(array.nbytes == net.weight.nbytes for array in first)
 
 
-def test_a_worker_with_other_versions_refuses_and_names_them(monkeypatch):
-    parcel = Post().pack(dict).parcel
-    elsewhere = dataclasses.replace(parcel, origin="another process")
-    monkeypatch.setattr(engines, "MET", {})
-    assert elsewhere.open([]) is dict
-    for name in ("torch", "clkit", "test_engines"):
-        other = dataclasses.replace(elsewhere, versions=parcel.versions | {name: "another"})
-        monkeypatch.setattr(engines, "MET", {})
-        with pytest.raises(RuntimeError, match=f"a worker has another version of {name}; give it this one"):
-            other.open([])
+@pytest.mark.parametrize("kind", ["torch", "clkit", "own", "state"])
+def test_what_is_another_job_on_a_worker_is_computed_by_the_caller(kind, monkeypatch, tmp_path, caplog):
+    """Where a worker has another torch, clkit, code of one's own or state of a module."""
+
+    def elsewhere(packed):
+        for number, (parcel, arrays) in packed.items():
+            job = parcel.open(arrays)
+            object.__setattr__(job.func, "origin", "another process")
+            with monkeypatch.context() as patch:
+                if kind == "torch":
+                    patch.setattr(torch, "__version__", "0.1")
+                elif kind == "clkit":
+                    patch.setattr("clkit.experiments.jobs.source_digest", lambda: "another")
+                elif kind == "own":
+                    patch.setattr(job.func.arguments["model"], "__code__", (lambda stream, *, seed=0: None).__code__)
+                else:
+                    patch.setitem(job.func.arguments["model"].__globals__, "WIDTH", 5)
+                yield number, engines.attempted(job)
+
+    monkeypatch.setattr(engines, "_processes", lambda backend, count, packed: elsewhere(packed))
+    monkeypatch.setattr(noisy, "__module__", "__main__")  # so that it is described by its content, and packed by it
+    found = table(tmp_path / "two", jobs=2, seeds=[0])
+    assert found.equals(table(tmp_path / "one", jobs=1, seeds=[0]))
+    said = [record for record in caplog.records if "it is computed here" in record.message]
+    assert len(said) == len(found)
+
+
+FLAGS = {
+    "dtype": lambda: torch.set_default_dtype(torch.float64),
+    "matmul": lambda: torch.set_float32_matmul_precision("medium"),
+    "deterministic": lambda: torch.use_deterministic_algorithms(True),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_of_torch_reach_workers_count_and_are_given_back(flag, tmp_path):
+    with computing.with_flags({}):
+        plain = table(tmp_path, jobs=1, seeds=[0])
+        FLAGS[flag]()
+        chosen = computing.flags()
+        one = table(tmp_path, jobs=1, seeds=[0])
+        two = table(tmp_path / "two", jobs=2, seeds=[0])
+        assert computing.flags() == chosen and list(chosen) == [flag]
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert not set(plain.hash) & set(one.hash) and computing.flags() == {}
+
+
+def careless(stream, *, seed=0):
+    """Sets all that a factory can set, and draws from what it does not seed."""
+    made = noisy(stream, seed=seed)
+    with torch.no_grad():
+        made[1].weight[0, 0] = random.random() + np.random.rand()  # noqa: NPY002
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    return made
+
+
+def test_what_a_factory_sets_or_draws_ends_with_its_run():
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    options = {"training": SHORT, "device": "cpu", "progress": False}
+    first, second = (run(toy_stream(rows=20), careless, ER(10), seed=3, **options) for _ in range(2))
+    assert computing.flags() == {}
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+    for name, weight in first.weights[-1].items():
+        assert torch.equal(weight, second.weights[-1][name])
+
+
+class Tied(nn.Module):
+    """Tensors that are views, lie in the same memory, are conjugate, have gradients, attributes or odd strides."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        rows = torch.arange(2.0 * size)
+        self.register_buffer("whole", rows)
+        self.register_buffer("part", rows[size:])
+        self.weight = nn.Parameter(torch.ones(size, 2).t())
+        self.z = torch.full((size,), 1 + 2j)
+        self.conjugate = self.z.conj()
+        self.trained = rows.detach()[:size].requires_grad_()
+        self.noted = torch.ones(size)
+        self.noted.scale = 3.0
+
+
+@pytest.mark.parametrize("size", [3, 3000])
+def test_tensors_arrive_as_they_were(size):
+    parcel, arrays = Post().pack(functools.partial(Tied(size).get_buffer, "whole"))
+    sent, made = Tied(size), dataclasses.replace(parcel, origin="another process").open(arrays).func.__self__
+    assert describe(made) == describe(sent)
+    made.whole.add_(1)
+    assert torch.equal(made.part, sent.part + 1) and torch.equal(made.trained, sent.trained + 1)
+    assert made.conjugate.is_conj() and made.trained.requires_grad and made.noted.scale == 3.0
+    assert made.weight.stride() == (1, 2) and len(arrays) == (4 if size > 100 else 0)
+
+
+def grows(seed: int, rows: torch.Tensor) -> dict[str, float]:
+    """Changes what others are given, too."""
+    return {"total": float(rows.add_(1).sum())}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_study_that_changes_its_argument_in_place_is_refused(jobs, tmp_path):
+    with pytest.raises(SweepError, match=r"(?s)2 of 2 runs failed.*rows: it was changed in place"):
+        study(grows, range(2), rows=torch.ones(4)).run(store=tmp_path, jobs=jobs)
+
+
+def threaded(seed: int) -> dict[str, float]:
+    """Two runs in threads of its own."""
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(run, toy_stream(), noisy, seed=s, device="cpu", progress=False) for s in (seed, seed + 1)]
+    return {"acc": sum(future.result().accuracy[-1].mean() for future in made)}
+
+
+def test_a_study_may_run_in_threads_of_its_own(tmp_path):
+    assert len(study(threaded, range(2)).run(store=tmp_path, jobs=1)) == 2
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])

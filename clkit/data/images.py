@@ -15,7 +15,7 @@ from operator import contains
 from pathlib import Path
 from statistics import multimode
 from time import perf_counter
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from unicodedata import normalize
 from zipfile import ZipFile, ZipInfo
 
@@ -32,6 +32,7 @@ from clkit.data.core import Dataset, Examples
 T = TypeVar("T")
 FILES = 20_000_000  # that a folder or a zip may have; ImageNet-21k has 14 million
 PIXELS = 2**30 // 12  # that an image may have, of the size of which Pillow warns: 9459 x 9459
+Side = Annotated[int, checks.Range(1, math.isqrt(PIXELS))]
 SMALL, RATIO = 2**30, 200  # a zip or a folder of images may unpack to SMALL bytes, and to RATIO times its own size more
 ENDING = 2**16 + 21  # bytes at the end of a zip in which the record lies that counts its entries
 SLOW = 20.0  # seconds of decoding that are worth a file
@@ -106,7 +107,7 @@ def load(
     name: str,
     root: str | Path | None = None,
     *,
-    size: checks.Count | None = None,
+    size: Side | None = None,
     limit: checks.Count | None = None,
     augment: Augment | None = None,
     download: bool = True,
@@ -157,7 +158,7 @@ def folder(
     path: str | Path,
     *,
     domain: str | None = None,
-    size: checks.Count | None = None,
+    size: Side | None = None,
     limit: checks.Count | None = None,
     grey: bool | None = None,
     ground: Ground = "white",

@@ -10,6 +10,7 @@ import functools
 import io
 import pickle
 import sys
+import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +24,10 @@ import cloudpickle
 import joblib
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
-from clkit.modules import TURN
-from clkit.store import local_modules, source_digest
+from clkit.store import local_modules
 
 LARGE = 2**12  # bytes of a tensor that travels by itself, once to each worker
 CONTEXT = 2**30  # bytes of a GPU that a process takes for itself
@@ -82,10 +82,12 @@ def on_cluster() -> Callable[..., Ended] | None:
 
 
 def attempted(call: Call) -> Found:
-    """What a call gives; an error as text."""
+    """What a call gives; an error as text, whatever it is, unless someone stops the work."""
     try:
         return Found(call())
-    except (Exception, SystemExit):
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # what ends one call must not end the others
         return Found(None, traceback.format_exc())
 
 
@@ -93,13 +95,14 @@ class Post:
     """Packs calls for the way to other processes, which may not find their modules by themselves; never as a file.
 
     Functions of notebooks and scripts go along whole; of modules the folders do, of all that this process imports from.
-    Large plain tensors on the CPU travel beside a call as arrays that cannot be written to, one for a place in memory.
+    The memory of tensors on the CPU goes along once, whatever views it has; where it is large, beside the call, as an
+    array that cannot be written to.
     """
 
     def __init__(self) -> None:
         self.folders = [str(Path(folder).absolute()) for folder in sys.path]  # "" is the working folder
-        self.versions = _versions()
-        self.seen: dict[tuple, tuple[Tensor, np.ndarray]] = {}
+        self.versions = local_modules()
+        self.seen: dict[tuple[int, int], Memory] = {}
 
     def pack(self, call: Call) -> "Packed":
         """A call's parcel and the arrays that go with it."""
@@ -111,7 +114,7 @@ class Post:
 
 @dataclass(frozen=True, eq=False)
 class Parcel:
-    """A packed call, where it came from, and the versions there of torch, of clkit and of all modules of one's own."""
+    """A packed call, where it came from, and the versions there of all modules of one's own."""
 
     content: bytes
     folders: list[str]
@@ -121,20 +124,17 @@ class Parcel:
     def open(self, arrays: Sequence[np.ndarray]) -> Call:
         """The call again, in any process; its tensors share the arrays' memory where that may be written to.
 
-        What this process imported for an earlier parcel, and is another version now, is imported anew. Raises
-        RuntimeError where versions differ all the same.
+        What this process imported for an earlier parcel, and is another version now, is imported anew.
         """
-        if self.origin == HERE:
-            return _Unpacker(io.BytesIO(self.content), arrays).load()
-        sys.path += [folder for folder in self.folders if folder not in sys.path]
-        if any(MET.get(name, version) != version for name, version in self.versions.items()):
-            for name in MET.keys() & self.versions.keys() - {"torch", "clkit"}:
-                del MET[name]
-                sys.modules.pop(name, None)
+        if self.origin != HERE:
+            sys.path += [folder for folder in self.folders if folder not in sys.path]
+            if any(MET.get(name, version) != version for name, version in self.versions.items()):
+                for name in MET.keys() & self.versions.keys():
+                    del MET[name]
+                    sys.modules.pop(name, None)
         call = _Unpacker(io.BytesIO(self.content), arrays).load()
-        MET.update({name: version for name, version in _versions().items() if name in self.versions})
-        if other := sorted(name for name, version in self.versions.items() if MET.get(name, version) != version):
-            raise RuntimeError(f"a worker has another version of {', '.join(other)}; give it this one, start it anew")
+        if self.origin != HERE:
+            MET.update({name: version for name, version in local_modules().items() if name in self.versions})
         return call
 
 
@@ -145,31 +145,40 @@ class Packed(NamedTuple):
     arrays: Sequence[np.ndarray]
 
 
+WORK = threading.RLock()  # held by the thread of a worker that computes; a call may have threads that run something
 MET: dict[str, str] = {}  # versions of modules as they were when a parcel made this process import them
 
 
-def _versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "clkit": source_digest(), **local_modules()}
+class Memory(NamedTuple):
+    """What tensors lie in, kept alive, and its bytes."""
+
+    storage: torch.UntypedStorage
+    array: np.ndarray
 
 
 class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO, seen: dict[tuple, tuple[Tensor, np.ndarray]]) -> None:
+    def __init__(self, file: io.BytesIO, seen: dict[tuple[int, int], Memory]) -> None:
         super().__init__(file)
         self.seen = seen
+        self.numbers: dict[tuple[int, int], int] = {}
         self.arrays: list[np.ndarray] = []
 
-    def persistent_id(self, obj: Any) -> int | None:
-        if type(obj) is not Tensor or obj.layout != torch.strided or obj.nbytes < LARGE:
+    def persistent_id(self, obj: Any) -> Any:
+        """Of a tensor's memory: its number in this parcel, its dtype, and its bytes or the number of its array."""
+        storage = obj._untyped_storage if isinstance(obj, torch.storage.TypedStorage) else obj
+        if not isinstance(storage, torch.UntypedStorage) or storage.device.type != "cpu" or not storage.nbytes():
             return None
-        place = obj.data_ptr(), obj.dtype, obj.shape, obj.stride()
-        try:
-            if place not in self.seen:
-                self.seen[place] = obj, obj.numpy()
-                self.seen[place][1].flags.writeable = False  # workers may share what arrives
-        except (TypeError, RuntimeError):  # on a GPU, of a type that numpy does not have, or with a gradient
-            return None
-        self.arrays.append(self.seen[place][1])
-        return len(self.arrays) - 1
+        place, dtype = (storage.data_ptr(), storage.nbytes()), getattr(obj, "dtype", None)
+        if place not in self.seen:
+            array = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            array.flags.writeable = False  # workers may share what arrives
+            self.seen[place] = Memory(storage, array)
+        content = None
+        if place not in self.numbers:
+            self.numbers[place], array = len(self.numbers), self.seen[place].array
+            content = array.tobytes() if len(array) < LARGE else len(self.arrays)
+            self.arrays += [array] if len(array) >= LARGE else []
+        return self.numbers[place], dtype, content
 
     def reducer_override(self, obj: Any) -> Any:
         """What cloudpickle cannot pack, or not as it was.
@@ -204,14 +213,22 @@ class _Unpacker(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, arrays: Sequence[np.ndarray]) -> None:
         super().__init__(file)
         self.arrays = arrays
+        self.storages: dict[int, torch.UntypedStorage] = {}
 
-    def persistent_load(self, pid: int) -> Tensor:
-        return torch.from_numpy(np.require(np.asarray(self.arrays[pid]), requirements="W"))
+    def persistent_load(self, pid: tuple[int, torch.dtype | None, Any]) -> torch.storage.TypedStorage:
+        number, dtype, content = pid
+        if number not in self.storages:
+            rows = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else self.arrays[content]
+            array = np.require(np.asarray(rows), requirements="W")
+            self.storages[number] = torch.from_numpy(array).untyped_storage()
+        return torch.storage.TypedStorage(
+            wrap_storage=self.storages[number], dtype=dtype or torch.uint8, _internal=True
+        )
 
 
 def _opened(parcel: Parcel, *arrays: np.ndarray) -> Found:
     """What the call in a parcel gives, on a worker, whose threads take turns."""
-    with TURN:
+    with WORK:
         return attempted(lambda: parcel.open(arrays)())
 
 

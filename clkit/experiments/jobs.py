@@ -1,6 +1,8 @@
 """Jobs of a sweep or a study: several at once, each stored as soon as it is computed and never computed twice."""
 
 import functools
+import logging
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -9,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from clkit.experiments import engines
-from clkit.modules import TURN
 from clkit.store import Records, cache_root, describe, digest, expand, plain, source_digest
-from clkit.training import find_device
+from clkit.training import computing, find_device
 
+log = logging.getLogger("clkit.experiments")
+DATA = (torch.Tensor, np.ndarray, list, dict)  # arguments of a study that it might change
 Record = dict[str, Any]
 Compute = Callable[..., tuple[Record, Any]]
 
@@ -27,10 +31,16 @@ class SweepError(RuntimeError):
 
     def __init__(self, failures: Sequence[tuple[str, str]], table: pd.DataFrame) -> None:
         self.failures, self.table = list(failures), table
-        lines = [f"{setting}: {trace.strip().splitlines()[-1]}" for setting, trace in failures]
+        lines = [f"{setting}: {_last(trace):.300}" for setting, trace in failures]
         super().__init__(
             f"{len(failures)} of {len(failures) + len(table)} runs failed; the others are stored\n" + "\n".join(lines)
         )
+
+
+def _last(trace: str) -> str:
+    """The last line of a traceback that begins with the name of an exception."""
+    lines = trace.strip().splitlines()
+    return next((line for line in reversed(lines) if re.match(r"(  \| )?[A-Za-z_][\w.]*(:|$)", line)), lines[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,24 +52,51 @@ class Job:
     """
 
     configuration: Record
+    what: Any
     compute: Compute
     arguments: Mapping[str, Any]
     records: Records
     keep: bool
+    flags: Mapping[str, Any]
+    origin: str = engines.HERE
 
-    def __call__(self, token: str | None) -> tuple[Record, Any, bool]:
+    def __call__(self, token: str | None) -> tuple[Record, Any, bool] | None:
         """Computes the job where it is called: its record, its tensors unless they are stored, and whether they are.
 
-        With a token, the name of a file, the store is used only where it has that file: where it is the caller's.
+        With a token, the name of a file, the store is used only where it has that file: where it is the caller's. None
+        where the same job is another one, for other code or state of modules, another torch or clkit.
         """
         from threadpoolctl import threadpool_limits
 
-        compute = functools.partial(self.compute, **self.arguments)
-        with TURN, joblib.parallel_config("sequential"), threadpool_limits(1):
+        with computing.with_flags(self.flags), joblib.parallel_config("sequential"), threadpool_limits(1):
+            if self.origin != engines.HERE and not self._same():
+                return None
             if token is None or (self.records.folder / token).exists():
-                return self.records.remember(self.configuration, compute, tensors=self.keep), None, True
-            record, tensors = compute()
+                return self.records.remember(self.configuration, self._computed, tensors=self.keep), None, True
+            record, tensors = self._computed()
             return plain({"configuration": self.configuration, **record}), tensors, False
+
+    def _same(self) -> bool:
+        try:
+            arguments = {name: describe(value, name) for name, value in self.arguments.items()}
+            here = _common(self.what, self.configuration["device"], self.flags)
+        except Exception:  # a module that was edited after its import, for example
+            return False
+        return digest(here | {"arguments": arguments}) == digest(self.configuration)
+
+    def _computed(self) -> tuple[Record, Any]:
+        made = self.compute(**self.arguments)
+        for name, value in self.arguments.items():
+            data = isinstance(value, DATA)
+            if data and digest(describe(value, name)) != digest(self.configuration["arguments"][name]):
+                raise RuntimeError(f"{name}: it was changed in place, for others too; let the function copy it")
+        return made
+
+
+def _common(what: Any, device: str, flags: Mapping[str, Any]) -> Record:
+    """What all configurations of a table have."""
+    found = {"what": describe(what, "what"), "device": device, "code": source_digest(), "torch": torch.__version__}
+    return found | ({"flags": {name: str(value) for name, value in flags.items()}} if flags else {})
 
 
 def tabulate(
@@ -84,14 +121,15 @@ def tabulate(
 
     records, cluster = opened(store), engines.on_cluster() is not None
     place = find_device(device, here=not cluster)
-    common = {"what": describe(what, "what"), "device": place.type, "code": source_digest(), "torch": torch.__version__}
+    flags = computing.flags()
+    common = _common(what, place.type, flags)
     values = {id(value): (value, name) for _, arguments in points for name, value in arguments.items()}
     known = {key: describe(*named) for key, named in values.items()}  # once each: streams and models recur
     keyed, queue = [], dict[str, Job]()
     for axes, arguments in points:
         configuration = common | {"arguments": {name: known[id(value)] for name, value in arguments.items()}}
         keyed.append((digest(configuration), axes))
-        queue.setdefault(keyed[-1][0], Job(configuration, compute, arguments, records, keep))
+        queue.setdefault(keyed[-1][0], Job(configuration, what, compute, arguments, records, keep, flags))
     found = {key: record for key in queue if (record := records.read(key, tensors=keep)) is not None}
     waiting, failed = [job for key, job in queue.items() if key not in found], dict[str, str]()
     if waiting:
@@ -102,7 +140,10 @@ def tabulate(
         calls = [functools.partial(job, Path(token.name).name if token else None) for job in waiting]
         for number, (outcome, error) in engines.compute(calls, jobs, place):
             key = digest(waiting[number].configuration)
-            if error:
+            if outcome is None and not error:
+                log.warning("a worker has other code or other state of what a run uses; it is computed here")
+                outcome, error = engines.attempted(calls[number])
+            if outcome is None:
                 failed[key] = error
                 bar.set_postfix(failed=len(failed))
             else:

@@ -165,7 +165,7 @@ class Study:
             for labels, values in combinations(self.axes)
             for seed in _seeds(self.seeds)
         ]
-        compute = partial(_point, self.one_seed, {*swept, "seed"}, find_device("auto").type)
+        compute = partial(_point, self.one_seed, {*swept, "seed", "hash"}, find_device("auto").type)
         options: dict[str, Any] = {"store": store, "jobs": jobs, "progress": progress}
         return tabulate(compute, points, ["study", self.one_seed], lambda t: t.drop(columns="hash"), **options)
 
@@ -249,8 +249,9 @@ def _point(one_seed: Callable[..., Any], axes: set[str], kind: str, /, **argumen
     if hasattr(made, "columns"):
         made = made.to_dict(orient="records")
     rows = [dict(row) for row in ([made] if isinstance(made, Mapping) else made)]
-    if clash := {name for row in rows for name in row} & axes:
-        raise ValueError(f"{word(one_seed)}: {sorted(clash)} are axes of the study; return other names")
+    names = {name for row in rows for name in row}
+    if clash := sorted({name for name in names if name in axes or not isinstance(name, str)}, key=repr):
+        raise ValueError(f"{word(one_seed)}: {clash} are axes of the study or no texts; return other names")
     return {"rows": rows, "seconds": time.perf_counter() - begun}, None
 
 

@@ -332,13 +332,14 @@ class _Packer:
         self.tensors: dict[str, Tensor] = {}
         self.names: dict[tuple, str] = {}
         self.storages: set[int] = set()
+        self.alive: list[Tensor] = []
 
     def pack(self, node: Any, place: str) -> Any:
         """The tree with a reference in place of every tensor. Raises TypeError on what it cannot hold."""
         if isinstance(node, np.ndarray):
             return self.reference(torch.from_numpy(node), place) | {"array": True}
         if isinstance(node, Tensor):
-            return self.reference(node.detach(), place)
+            return self.reference(node.detach().resolve_conj().resolve_neg(), place)
         if isinstance(node, Mapping) and all(isinstance(key, str) for key in node) and MARK not in node:
             return {key: self.pack(item, f"{place}/{key}") for key, item in node.items()}
         if isinstance(node, list | tuple):
@@ -355,6 +356,7 @@ class _Packer:
         found = (tensor.device, tensor.data_ptr() or place, tensor.dtype, tensor.shape, tensor.stride())
         if found not in self.names:
             self.names[found] = name = f"{len(self.tensors)}{place}"
+            self.alive.append(tensor)  # lest another lie in its place
             rows = tensor.cpu().contiguous()
             storage = rows.untyped_storage().data_ptr()
             self.tensors[name] = rows.clone() if storage in self.storages else rows  # two views of one storage

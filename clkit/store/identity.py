@@ -94,7 +94,7 @@ class _Walk:
             return {"method": self.of(value.__func__, place), "of": self.of(value.__self__, place)}
         if _known(value):
             return _name(value)
-        if id(value) in self.seen and not isinstance(value, bytes):  # of the short ones Python keeps one
+        if id(value) in self.seen and not issubclass(type(value), bytes):  # of short ones Python keeps one
             return {"again": self.seen[id(value)][0]}
         self.seen[id(value)] = len(self.seen), value  # kept alive, lest another get its id
         if isinstance(value, types.FunctionType):

@@ -2,15 +2,19 @@
 
 import functools
 import inspect
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from clkit import checks
 from clkit.data import Stream
+from clkit.modules import TURN
 from clkit.training.capture import CAPTURES
 
 
@@ -28,15 +32,54 @@ def find_device(device: torch.device | str, here: bool = True) -> torch.device:
     return place
 
 
+FLAGS = {  # of torch, on which numbers depend: how each is asked for and set, and what it is by default
+    "dtype": (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+    "matmul": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    "deterministic": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0),
+    "grad": (torch.is_grad_enabled, torch.set_grad_enabled, True),
+    "device": (torch.get_default_device, torch.set_default_device, torch.device("cpu")),
+}
+
+
+def flags() -> dict[str, Any]:
+    """Those of torch's flags that are not at their default."""
+    return {name: ask() for name, (ask, _, default) in FLAGS.items() if ask() != default}
+
+
 @contextmanager
-def with_threads(count: int) -> Iterator[None]:
-    """Lets torch compute with so many threads, and gives their number back as it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def with_flags(chosen: Mapping[str, Any]) -> Iterator[None]:
+    """Sets torch's flags to those chosen and the default, and gives them back as they were, whatever was set within."""
+    before = flags()
+    _set(chosen)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _set(before)
+
+
+def _set(chosen: Mapping[str, Any]) -> None:
+    for name, (ask, put, default) in FLAGS.items():
+        if ask() != (value := chosen.get(name, default)):
+            put(value)
+
+
+@contextmanager
+def alone(threads: int, seed: int) -> Iterator[None]:
+    """Lets no other run compute in this process, seeds numpy's and Python's generators, and sets torch's threads.
+
+    All that, and torch's flags, are given back as they were.
+    """
+    with TURN, with_flags(flags()):
+        before = torch.get_num_threads(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        torch.set_num_threads(threads)
+        np.random.seed(seed % 2**32)  # noqa: NPY002  # a factory or a learner of one's own may draw from it
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+            random.setstate(before[2])
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from clkit.consolidation import Consolidation, Context, Merged, NoConsolidation,
 from clkit.data import Batch, Stream, Task, cuts
 from clkit.evaluation import Evaluation, Score, evaluate, score
 from clkit.learners import Criterion, Learner, Setting
-from clkit.modules import TURN, dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
+from clkit.modules import dtype_of, frozen_modules, frozen_tensors, scratch_copy, training_mode, unwrapped
 from clkit.training import computing, trial
 from clkit.training.capture import CAPTURES, Captured, capturable, on_gpu
 from clkit.training.settings import Result, Training
@@ -121,7 +121,7 @@ def run(
     rule: Consolidation = consolidation if consolidation is not None else NoConsolidation()
     training = training if training is not None else Training()
     started = time.perf_counter()
-    with TURN, computing.with_threads(threads):
+    with computing.alone(threads, seed):
         trial.check_arguments(model, learner, rule, training)
         trial.check_inputs(stream)
         place, model = computing.find_device(device), unwrapped(model) if isinstance(model, nn.Module) else model

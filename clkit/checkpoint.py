@@ -18,6 +18,7 @@ from clkit.data import Stream
 from clkit.learners.base import PLAIN, Learner
 
 LIVE = {"model", "learner"}  # of a result, what no file can hold
+BARE = vars(nn.Module()).keys()  # what every module has
 KEPT = {"weights": dict, "trained": dict, "inputs": Tensor}  # of each task, or of none
 LISTS = KEPT | {"reports": dict, "training_loss": np.ndarray}
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)  # what it leads to
@@ -115,7 +116,8 @@ def snapshot(model: nn.Module, learner: Learner, *generators: torch.Generator) -
     """A copy of the state of a model, a learner, generators, and torch's own generators on the CPU and their device.
 
     Of a model: parameters and all buffers, which parameters are frozen, and its modules' numbers, texts, flags and
-    Nones, such as whether one is in evaluation mode, and BatchNorm's momentum.
+    Nones, such as whether one is in evaluation mode, and BatchNorm's momentum. Of their other attributes that are data
+    it has the hashes alone.
     """
     device = generators[0].device
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -127,6 +129,7 @@ def snapshot(model: nn.Module, learner: Learner, *generators: torch.Generator) -
             part: {name: value for name, value in vars(module).items() if value is None or type(value) in PLAIN}
             for part, module in model.named_modules()
         },
+        "other": _other(model),
         "learner": learner.state_dict(),
         "random": {"own": [g.get_state() for g in generators], "cpu": torch.get_rng_state(), "cuda": cuda},
     }
@@ -137,7 +140,10 @@ def snapshot(model: nn.Module, learner: Learner, *generators: torch.Generator) -
 def restore(
     kept: Mapping[str, Any], model: nn.Module, learner: Learner, *generators: torch.Generator
 ) -> dict[str, Any]:
-    """Puts everything to what `snapshot` found, in place; returns a copy of the state, its tensors on their device."""
+    """Puts everything to what `snapshot` found, in place; returns a copy of the state, its tensors on their device.
+
+    Raises ValueError where a module's attribute is a tensor, an array or a list of its own that training changed.
+    """
     device = generators[0].device
     state = _copied(kept, device)
     model.load_state_dict(state["model"])
@@ -147,6 +153,8 @@ def restore(
         parameter.requires_grad_(name not in state["frozen"])
     for part, module in model.named_modules():
         vars(module).update(state["plain"][part])
+    if changed := [name for name, found in _other(model).items() if state["other"].get(name) != found]:
+        raise ValueError(f"model: {changed[:3]} changed in training and are not kept; make them buffers or numbers")
     learner.load_state_dict(state["learner"])
     for generator, own in zip(generators, state["random"]["own"], strict=True):
         generator.set_state(own)
@@ -154,6 +162,25 @@ def restore(
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["random"]["cuda"], device)
     return state
+
+
+def _other(model: nn.Module) -> dict[str, str]:
+    """The hash of every attribute of a model's modules that is data of its own and no plain value, by name."""
+    return {
+        f"{part}.{name}".lstrip("."): store.digest(store.describe(value, name))
+        for part, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name not in BARE and type(value) not in PLAIN and _is_data(value)
+    }
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return _is_data([*value.values()])
+    if isinstance(value, list | tuple | set):
+        return all(_is_data(item) for item in value)
+    own = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.layout == torch.strided
+    return own or value is None or isinstance(value, (*PLAIN, np.ndarray, np.generic))
 
 
 def _copied(tree: Any, device: torch.device) -> Any:

@@ -272,6 +272,7 @@ def _fit(given: Any, hint: Any) -> Any:
 
 def _plain(given: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
+        given = str(given) if isinstance(given, str) else given  # of numpy, or a member of a StrEnum
         return next((word for word in get_args(kind) if type(word) is type(given) and word == given), _NO)
     if get_origin(kind) in _MANY:
         return _tuple(given, get_args(kind) + (...,) * (get_origin(kind) is not tuple))
@@ -322,7 +323,7 @@ def _tuple(given: Any, kinds: tuple[Any, ...]) -> Any:
         return _NO
     found = tuple(_fit(item, kind) for item, kind in zip(given, inner, strict=True))
     same = isinstance(given, tuple) and all(a is b for a, b in zip(found, given, strict=True))
-    return _NO if _NO in found else given if same else found
+    return _NO if any(item is _NO for item in found) else given if same else found
 
 
 def _words(hint: Any, ranges: tuple[Range, ...]) -> str:

@@ -466,6 +466,30 @@ class TestRefusals:
             quick(toys.stream(2), checkpoint=tmp_path / "run")
         assert sorted(tmp_path.rglob("*")) == before
 
+    @pytest.mark.parametrize("kind", ["tensor", "array", "list", "dict", "tuple", "number of numpy"])
+    def test_a_module_whose_own_data_training_changes_is_not_gone_on_with(self, kind, tmp_path):
+        class Counts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = models.mlp(stream)
+                kinds = {"tensor": torch.zeros(()), "array": np.zeros(2), "list": [], "dict": {"n": 0}, "tuple": (0,)}
+                self.seen = kinds.get(kind, np.int64(0))
+
+            def forward(self, x):
+                if self.training and isinstance(self.seen, list):
+                    self.seen.append(1)
+                elif self.training:
+                    more = {"dict": lambda s: {"n": s["n"] + 1}, "tuple": lambda s: (*s, 1)}.get(kind, lambda s: s + 1)
+                    self.seen = more(self.seen)
+                return self.net(x)
+
+        stream = toys.stream(3)
+        first = quick(replace(stream, tasks=stream.tasks[:2]), model=Counts())
+        with pytest.raises(
+            ValueError, match=r"model: \['seen'\] changed in training and are not kept; make them buffers"
+        ):
+            quick(stream, model=Counts(), resume=first)
+
     def test_a_disk_that_fills_in_the_midst_costs_no_task(self, tmp_path, monkeypatch, caplog):
         def full(*arguments, **named):
             raise OSError(28, "No space left on device")

@@ -386,8 +386,8 @@ def _survey(path: Path, tree: Mapping[str, File]) -> dict[str | None, dict[str, 
 
 def _natural(text: str) -> tuple[list[tuple[int, str]], str]:
     """Build a sorting key that compares runs of digits as numbers, and texts that are equal so as they are written."""
-    pieces = [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split("([0-9]+)", text)]
-    return pieces, text
+    parts = ((piece.lstrip("0"), piece) for piece in re.split("([0-9]+)", text))
+    return [(len(short), short) if piece.isdecimal() else (-1, piece) for short, piece in parts], text
 
 
 def decode(

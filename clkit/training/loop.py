@@ -273,7 +273,7 @@ class _Loop:
     def restore(self, start: Result, owner: str) -> None:
         """Puts everything to where it was at the end of a result, and tests that on tasks that it did not know."""
         result, known = self.result, len(start.initial)
-        with checks.explained(f"{owner} has a damaged state", "begin anew without it"):
+        with checks.explained(f"{owner} has a state that does not fit", "begin anew without it"):
             vars(result).update(widened(vars(start), result.initial))
             self.criterion.begin_task(self.stream[len(result.accuracy) - 1])
             state = restore(start.state, self.model, self.learner, self.order, self.augmenter)

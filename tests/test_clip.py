@@ -305,11 +305,11 @@ class TestErrors:
             ({"name": "timm"}, "image tower of timm is no transformer"),
             ({"weights": "theirs"}, "weights: 'theirs' is unknown; choose one of mine or a file"),
             ({"weights": "/no/such.pt"}, "'/no/such.pt' is unknown; .* or a file"),
-            ({"templates": "a {}"}, "templates: 'a {}'; give a list of prompts"),
+            ({"templates": "a {}"}, "templates: 'a {}'; give several, each a text"),
             ({"templates": ()}, r"templates: \(\)"),
             ({"templates": ("a {}", "photo")}, "templates: .*'photo'"),
-            ({"classes": ["a", "b"]}, r"classes: \['a', 'b'\] for 4 classes"),
-            ({"classes": "abcd"}, "classes: 'abcd' for 4"),
+            ({"classes": ["a", "b"]}, r"classes: \('a', 'b'\) for 4 classes"),
+            ({"classes": "abcd"}, "classes: 'abcd'; give several, each a text"),
         ],
     )
     def test_bad_input_names_itself_and_the_remedy(self, package, change, message, monkeypatch):

@@ -263,7 +263,7 @@ def test_bad_folders_are_refused(tmp_path: Path):
     )
     good = plant(tmp_path / "good", *PLAIN)
     refuses("domain: 'photo' is unknown; choose one of None", good, domain="photo")
-    refuses("size: 0; give a whole number, at least 1", good, size=0)
+    refuses("size: 0; give a whole number in", good, size=0)
     refuses("limit: 0; give a whole number, at least 1", good, limit=0)
     with pytest.raises(ValueError, match="use folder"):
         data.folders(good)

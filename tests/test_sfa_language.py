@@ -34,7 +34,7 @@ def test_orders_are_kept_and_real_texts_wait_for_the_run(small, monkeypatch, tmp
     assert stream.scenario == "domain" and len(stream.classes) == 256
     monkeypatch.undo()
     monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=r"text\.zip"):
+    with pytest.raises(FileNotFoundError, match=r"text\.zip"):
         sfa.texts(0, real=True)
 
 

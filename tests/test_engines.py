@@ -106,13 +106,16 @@ def undisturbed(tmp_path_factory) -> pd.DataFrame:
     return table(tmp_path_factory.mktemp("runs"), jobs=1)
 
 
-@pytest.mark.parametrize("engine", ["processes", "threads", "dask 2x1", "dask 1x2", "ray"])
+ONE_BY_TWO = pytest.param("dask 1x2", marks=pytest.mark.slow)  # starting a cluster takes seconds
+
+
+@pytest.mark.parametrize("engine", ["processes", "threads", "dask 2x1", ONE_BY_TWO, "ray"])
 def test_the_table_is_the_same_to_the_bit_whatever_the_engine(engine, undisturbed, request, tmp_path):
     with configured(engine, request) as jobs:
         pd.testing.assert_frame_equal(table(tmp_path, jobs=jobs), undisturbed, check_exact=True)
 
 
-@pytest.mark.parametrize("engine", ["processes", "dask 2x1", "ray"])
+@pytest.mark.parametrize("engine", ["processes", pytest.param("dask 2x1", marks=pytest.mark.slow), "ray"])
 def test_a_run_that_kills_its_worker_is_named_and_all_others_finish(engine, undisturbed, request, tmp_path):
     """It is the first, so that all others would wait for it."""
     methods = {"killer": Killer(), "ft": Learner(), "ER": ER(10)}
@@ -178,7 +181,7 @@ def nested(seed: int, place: str) -> list[dict[str, float]]:
     return rows[["acc", "weights"]].to_dict(orient="records")
 
 
-@pytest.mark.parametrize("engine", ["processes", "threads", "dask 1x2"])
+@pytest.mark.parametrize("engine", ["processes", "threads", ONE_BY_TWO])
 def test_a_sweep_within_a_run_neither_waits_for_itself_nor_differs(engine, undisturbed, request, tmp_path):
     with configured(engine, request) as jobs:
         found = study(nested, range(2), place=str(tmp_path / "inner")).run(store=tmp_path / "outer", jobs=jobs)

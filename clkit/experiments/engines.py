@@ -323,9 +323,7 @@ def _itself(array: np.ndarray) -> np.ndarray:
 
 def _ray(backend: Any, calls: Mapping[int, Packed]) -> Ended:
     """The Ray cluster: a task a call, an object a large array; not by joblib's pool, which gives all at the end."""
-    import ray
-    from ray.exceptions import RayError
-
+    ray: Any = import_module("ray")
     remote = ray.remote(max_retries=0, **(backend.ray_remote_args or {}))(_opened)
     sent, numbers = dict[int, Any](), dict[Any, int]()
     try:
@@ -338,7 +336,7 @@ def _ray(backend: Any, calls: Mapping[int, Packed]) -> Ended:
             [done], _ = ray.wait(list(numbers))
             try:
                 found = ray.get(done)
-            except RayError as error:
+            except ray.exceptions.RayError as error:
                 found = error
             yield numbers.pop(done), found
     finally:

@@ -207,6 +207,14 @@ def test_a_tensor_travels_once_whoever_holds_it():
     assert len(first) == len(set(map(id, first))) and any(array.nbytes == net.weight.nbytes for array in first)
 
 
+def test_a_cluster_is_sent_each_array_once():
+    sent = []
+    place = engines._once(lambda array: sent.append(array) or f"place {len(sent)}")
+    first, second = np.zeros(3), np.zeros(3)
+    assert [place(array) for array in (first, second, first)] == ["place 1", "place 2", "place 1"]
+    assert len(sent) == 2 and sent[0] is first and sent[1] is second
+
+
 @pytest.mark.parametrize("kind", ["torch", "clkit", "own", "state"])
 def test_what_is_another_job_on_a_worker_is_computed_by_the_caller(kind, monkeypatch, tmp_path, caplog):
     """Where a worker has another torch, clkit, code of one's own or state of a module."""

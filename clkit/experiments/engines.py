@@ -294,16 +294,13 @@ def _dask(backend: Any, calls: Mapping[int, Packed]) -> Ended:
     from dask import config
     from distributed import as_completed
 
-    client, sent, numbers = backend.client, dict[int, Any](), dict[Any, int]()
+    client, numbers = backend.client, dict[Any, int]()
+    place = _once(lambda array: client.submit(_itself, array, key=f"array-{uuid4().hex}"))
     try:
         with config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}):
             for number, (parcel, arrays) in calls.items():
-                for array in arrays:
-                    if id(array) not in sent:
-                        sent[id(array)] = client.submit(_itself, array, key=f"array-{uuid4().hex}")
-                places = [sent[id(array)] for array in arrays]
                 options = {"key": f"run-{number}-{uuid4().hex}", **backend.submit_kwargs}
-                numbers[client.submit(_opened, parcel, *places, **options)] = number
+                numbers[client.submit(_opened, parcel, *map(place, arrays), **options)] = number
         for future in as_completed(list(numbers)):
             try:
                 found = future.result()
@@ -321,17 +318,26 @@ def _itself(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def _once(send: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:
+    """Sends an array when it is first met; gives where it is every time."""
+    sent: dict[int, Any] = {}
+
+    def place(array: np.ndarray) -> Any:
+        if id(array) not in sent:
+            sent[id(array)] = send(array)
+        return sent[id(array)]
+
+    return place
+
+
 def _ray(backend: Any, calls: Mapping[int, Packed]) -> Ended:
     """The Ray cluster: a task a call, an object a large array; not by joblib's pool, which gives all at the end."""
     ray: Any = import_module("ray")
     remote = ray.remote(max_retries=0, **(backend.ray_remote_args or {}))(_opened)
-    sent, numbers = dict[int, Any](), dict[Any, int]()
+    place, numbers = _once(ray.put), dict[Any, int]()
     try:
         for number, (parcel, arrays) in calls.items():
-            for array in arrays:
-                if id(array) not in sent:
-                    sent[id(array)] = ray.put(array)
-            numbers[remote.remote(parcel, *(sent[id(array)] for array in arrays))] = number
+            numbers[remote.remote(parcel, *map(place, arrays))] = number
         while numbers:
             [done], _ = ray.wait(list(numbers))
             try:

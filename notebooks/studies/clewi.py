@@ -108,6 +108,27 @@ def main(profile: str = "fast", dataset: str | None = None) -> Comparison:
     return replace(small("fast", methods), streams=stream(dataset or "digits"), measure=plasticity)
 
 
+def real(part: str = "pair") -> Comparison:
+    """CIFAR-10 in five tasks, ResNet-18 of width 16 with augmentation, memory 500, at the paper's alphas and rates.
+
+    The seed orders the classes, draws the images and starts the network. `part`: "pair", ER with and without CLeWI,
+    2,000 images a class and ten epochs, five seeds. On half the images and eight epochs: "alphas", ER beside CLeWI at
+    alpha 0.1 to 0.5, two seeds; "learners", ER-ACE and DER++ with and without CLeWI, three.
+    """
+    full = main("paper", "cifar10")
+    images, epochs, seeds = {"pair": (2000, 10, 5), "alphas": (1000, 8, 2), "learners": (1000, 8, 3)}[part]
+    names = ("ER-ACE", "ER-ACE + CLeWI", "DER++", "DER++ + CLeWI") if part == "learners" else ("ER", "ER + CLeWI")
+    methods = {name: full.methods[name] for name in names}
+    if part == "alphas":
+        both = methods.pop("ER + CLeWI")
+        methods |= {f"CLeWI {a}": replace(both, consolidation=CLeWI(a)) for a in (0.1, 0.2, 0.3, 0.4, 0.5)}
+    short = {"epochs": epochs, "precision": "bfloat16"}
+    methods = {n: replace(m, training=replace(m.training or full.training, **short)) for n, m in methods.items()}
+    nets = {"resnet18, width 16": partial(models.resnet18, width=16)}
+    training, streams = replace(full.training, **short), stream("cifar10", limit=images)
+    return Comparison(streams, nets, methods, training, range(seeds), plasticity)
+
+
 def joint(
     profile: str = "fast", dataset: str | None = None, *, whole: Comparison | None = None, limit: int | None = None
 ) -> Comparison:

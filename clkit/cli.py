@@ -19,6 +19,7 @@ from pandas import DataFrame
 
 from clkit import benchmarks, checks, data, experiments, models, training
 from clkit.consolidation import CONSOLIDATIONS
+from clkit.experiments.pages import PROFILES
 from clkit.learners import LEARNERS
 from clkit.modulation import RULES, modulated
 
@@ -71,18 +72,18 @@ def figures(argv: Sequence[str]) -> int:
         "they are, unless --write is given.",
     )
     parser.add_argument("names", nargs="*", help="paths, or how names in the repository begin (03); default: all there")
-    parser.add_argument("--profile", choices=("fast", "paper"), default="fast", help="scale; default: %(default)s")
+    parser.add_argument("--profile", choices=PROFILES, default="fast", help="scale; default: %(default)s")
     place = {"dest": "figures", "type": Path, "metavar": "FOLDER"}
     parser.add_argument("--out", **place, help="where figures go; default: figures/")
     parser.add_argument("--write", action="store_true", help="store outputs and parameters, normalised")
     parser.add_argument(
         "--check", action="store_true", help="keep nothing; fail where claims and laws print other than what is stored"
     )
-    parser.add_argument("--jobs", type=_count, help="notebooks at once; default: one a core (fast), one (paper)")
+    parser.add_argument("--jobs", type=_count, help="notebooks at once; default: one a core (fast), else one")
     parser.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
     chosen = vars(parser.parse_all(argv))
     try:
-        if chosen["write"] and chosen["profile"] != "fast":
+        if chosen["write"] and chosen["profile"] == "paper":
             raise ValueError("--write: notebooks are committed as the fast profile leaves them; leave out --profile")
         outcomes = experiments.execute(experiments.find(chosen.pop("names")), **chosen)
     except (ValueError, OSError) as error:

@@ -170,7 +170,7 @@ def test_profile_comes_from_the_environment(place, monkeypatch):
     monkeypatch.setenv("CLKIT_PROFILE", "paper")
     assert page("03-x").profile == "paper" and page("03-x").root == place
     monkeypatch.setenv("CLKIT_PROFILE", "papers")
-    with pytest.raises(ValueError, match="choose one of fast, paper"):
+    with pytest.raises(ValueError, match="choose one of fast, real, paper"):
         page("03-x")
     with pytest.raises(ValueError, match="file name"):
         page("../x", "fast")
@@ -268,6 +268,29 @@ def test_a_study_is_kept_as_it_is(place):
         **made.config,
         "p": [0.1, 0.2],
     }
+
+
+def test_a_real_table_is_computed_under_its_profile_alone_and_read_under_the_others(place, monkeypatch):
+    def halved(seed, p):
+        return {"half": seed / 2}
+
+    made = study(halved, range(2), p=(0.1, 0.2))
+    with pytest.raises(ValueError, match=r"03-x-main-real.json is not there; .* clkit figures --profile real 03-x"):
+        page("03-x").real(made, "main")
+    monkeypatch.delenv("CLKIT_DATA", raising=False)
+    with pytest.raises(ValueError, match="CLKIT_DATA: it names no folder"):
+        page("03-x", "real").real(made, "main")
+    monkeypatch.setenv("CLKIT_DATA", str(place))
+    table = page("03-x", "real").real(made, "main")
+    pd.testing.assert_frame_equal(page("03-x").real(made, "main"), table)
+    pd.testing.assert_frame_equal(page("03-x", "paper").real(made, "main"), table)
+    other = study(halved, range(3), p=(0.1, 0.2))
+    with pytest.raises(ValueError, match="has another configuration"):
+        page("03-x").real(other, "main")
+    assert len(page("03-x", "real").real(other, "main")) == 6
+    page("03-x", "real").table(made, "halves")
+    assert {path.name for path in (place / "figures").iterdir()} == {"03-x-main-real.json", "03-x-halves-runs.json"}
+    assert page("03-x", "real").choose(fast=1, paper=2) == 1
 
 
 def test_results_that_were_cut_off_are_computed_again(place):

@@ -75,7 +75,7 @@ def execute(
     The notebooks on disk stay as they are, unless `write` stores the outputs of those that ran through, without what
     changes from run to run, and records their parameters. With `check` nothing is kept,
     and the cells tagged nbval-check-output must print what is stored in them. `jobs` notebooks run at once, by
-    default as many as there are cores ("fast") or one ("paper"), and share the cores among them.
+    default as many as there are cores ("fast") or one ("real", "paper"), and share the cores among them.
 
     Raises ValueError for `check` with `write` or `figures`, for what is no notebook, and for `figures` that cannot be
     written, FileNotFoundError for a missing notebook. What a notebook raises is in its outcome.
@@ -92,7 +92,7 @@ def execute(
     cells = sum(cell.cell_type == "code" for book in books for cell in book.cells)
     scratch = tempfile.TemporaryDirectory() if check else nullcontext(figures)
     with scratch as folder, tqdm(total=cells, disable=not progress, unit="cell") as bar:
-        threads = "1" if profile == "fast" else str(max(1, cores // jobs))  # small networks lose by more
+        threads = "1" if profile != "paper" else str(max(1, cores // jobs))  # small networks lose by more
         env = os.environ | {"CLKIT_PROFILE": profile, "OMP_NUM_THREADS": threads, "LOKY_MAX_CPU_COUNT": str(cores)}
         if write:
             env["CLKIT_RECORD"] = "1"

@@ -20,7 +20,7 @@ from clkit.experiments.sweep import Comparison, Study
 from clkit.store import Records, cache_root, digest, plain, source_digest, write_atomically, write_json, write_text
 from clkit.training.loop import label
 
-PROFILES = ("fast", "paper")
+PROFILES = ("fast", "real", "paper")
 T = TypeVar("T")
 DPI = 200
 log = logging.getLogger("clkit.experiments")
@@ -34,7 +34,8 @@ def page(name: str, profile: str | None = None, /, **parameters: Any) -> "Page":
     SEEDS, ALPHAS = page.parameters.values()
     ```
 
-    `profile` is "fast" (the laptop) or "paper" (the paper's own scale), by default $CLKIT_PROFILE, else "fast".
+    `profile` is "fast" (the laptop), "real" (the same page, and its tables of real data are computed) or "paper" (the
+    paper's own scale), by default $CLKIT_PROFILE, else "fast".
     Figures go to the figures folder of the repository around the working folder, of the working folder itself outside
     of any, or to $CLKIT_FIGURES.
 
@@ -56,7 +57,7 @@ def repository(start: Path | None = None) -> Path:
 
 
 def suffix(profile: str) -> str:
-    """What the names of a profile's files end in: nothing for the fast one, "-paper" for the paper's."""
+    """What the names of a profile's files end in: "-paper" for the paper's; the real one's page is the fast one's."""
     return "-paper" if profile == "paper" else ""
 
 
@@ -86,7 +87,7 @@ class Page:
         return f"Page({self.name!r}, profile={self.profile!r})"
 
     def choose(self, *, fast: T, paper: T) -> T:
-        """The value for this page's profile."""
+        """The value for this page's profile; the real one takes the fast value."""
         return paper if self.profile == "paper" else fast
 
     def claims(self) -> "Claims":
@@ -148,13 +149,7 @@ class Page:
         if not (self.profile == "paper" if commit is None else commit):
             record = Records(cache_root() / "pages").remember(facts, lambda: ({"data": _packed(compute())}, None))
             return _unpacked(record["data"])
-        file = f"{self.name}-{name}{suffix(self.profile)}.json"
-        if not self._read(file, key=key):
-            place = store.writable(self.figures / file)  # before hours of computing
-            write_json(place, {**facts, "profile": self.profile, "data": _packed(compute())})
-        remedy = "delete it, and its results are computed again"
-        with checks.explained(f"path: {self.figures / file} is damaged", remedy):
-            return _unpacked(self._read(file, key=key)["data"])
+        return self._kept(f"{self.name}-{name}{suffix(self.profile)}.json", facts, compute)
 
     def table(
         self, whole: Comparison | Study, name: str, compute: Callable[[], pd.DataFrame] | None = None
@@ -170,15 +165,32 @@ class Page:
         under the name `<name>-runs`, to be committed, and computed again when `whole.config` has changed.
         """
 
-        def bare() -> pd.DataFrame:
-            found = (compute or whole.run)()
-            return found.drop(columns=found.attrs.get("settings", []))
+        rows = self.results(partial(_bare, compute or whole.run), whole.config, f"{name}-runs", commit=True)
+        return self._complete(whole, rows, f"{name}-runs")
 
-        rows = self.results(bare, whole.config, f"{name}-runs", commit=True)
-        with checks.explained(f"{name}-runs of {self.figures} are damaged", "delete them to compute them again"):
-            if not isinstance(rows, pd.DataFrame):
-                raise TypeError(f"{rows!r:.60} is no table")
-            return whole.complete(rows)
+    def real(
+        self, whole: Comparison | Study, name: str, compute: Callable[[], pd.DataFrame] | None = None
+    ) -> pd.DataFrame:
+        """The table of a comparison or a study on real data, from `<notebook>-<name>-real.json` among the figures.
+
+        It is computed under the profile "real" alone, where it is missing or of another configuration, and only read
+        under the others: hours of computing are asked for, never met. Data are the packs of $CLKIT_DATA. `whole` should
+        not depend on the notebook's parameters, or a changed one stops it. Arguments are those of `table`.
+
+        Raises ValueError where there is no such table to read, and where $CLKIT_DATA is no folder to compute from.
+        """
+        _check_name("name", name)
+        config, file = _legible(whole.config), f"{self.name}-{name}-real.json"
+        facts = {"results": f"{self.name}-{name}", "config": config, "hash": digest([self.name, name, config])}
+        if not self._read(file, key=facts["hash"]):
+            have = "has another configuration" if self._read(file) else "is not there"
+            if self.profile != "real":
+                remedy = f"compute it with: clkit figures --profile real {self.name}"
+                raise ValueError(f"name: {self.committed / file} {have}; {remedy}")
+            if not store.expand(os.environ.get("CLKIT_DATA") or "/dev/null").is_dir():
+                raise ValueError("CLKIT_DATA: it names no folder; give that of the packs")
+        rows = self._kept(file, facts | {"code": source_digest()}, partial(_bare, compute or whole.run))
+        return self._complete(whole, rows, f"{name}-real")
 
     def show(self, thing: Any) -> None:
         """Displays the library's own source of a class or function."""
@@ -190,6 +202,22 @@ class Page:
     def check(self, text: str, right: Any) -> None:
         """Prints of the answer to an exercise whether it is right yet."""
         print(f"{'right' if right else 'not yet'}: {text}")
+
+    def _kept(self, file: str, facts: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """What a file among the figures holds under a hash; computed and written where there is none such."""
+        if not self._read(file, key=facts["hash"]):
+            place = store.writable(self.figures / file)  # before hours of computing
+            write_json(place, {**facts, "profile": self.profile, "data": _packed(compute())})
+        remedy = "delete it, and its results are computed again"
+        with checks.explained(f"path: {self.figures / file} is damaged", remedy):
+            return _unpacked(self._read(file, key=facts["hash"])["data"])
+
+    def _complete(self, whole: Comparison | Study, rows: Any, name: str) -> pd.DataFrame:
+        """Stored rows with the settings of what they are rows of."""
+        with checks.explained(f"{name} of {self.figures} are damaged", "delete them to compute them again"):
+            if not isinstance(rows, pd.DataFrame):
+                raise TypeError(f"{rows!r:.60} is no table")
+            return whole.complete(rows)
 
     def _read(self, file: str, key: str | None = None) -> dict[str, Any]:
         """What a JSON file holds where figures go, else among those committed; of one with `key` as hash, if given.
@@ -307,6 +335,12 @@ def _legible(value: Any) -> Any:
         return text
 
     return plain(value, told)
+
+
+def _bare(compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """A table without its settings, which `complete` puts back."""
+    found = compute()
+    return found.drop(columns=found.attrs.get("settings", []))
 
 
 def _packed(value: Any) -> Any:

@@ -89,14 +89,14 @@ def figures(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         return _complain(error)
     rows = [
-        (o.notebook, f"{o.seconds:.1f}", o.figures, o.holds, o.does_not_hold, o.failed, "failed" if o.error else "ok")
+        (o.notebook, f"{o.seconds:.1f}", o.figures, o.holds, o.does_not_hold, o.open, "failed" if o.error else "ok")
         for o in outcomes
     ]
-    _print_table(("seconds", "figures", "hold", "do not hold", "differ", ""), rows)
+    _print_table(("seconds", "figures", "hold", "do not hold", "open", ""), rows)
     for outcome in outcomes:
         if outcome.error:
             _complain(f"{outcome.notebook}: {outcome.error}")
-    return int(any(o.error or o.failed for o in outcomes))
+    return int(any(o.error for o in outcomes))
 
 
 def run(argv: Sequence[str]) -> int:

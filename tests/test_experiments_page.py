@@ -301,37 +301,17 @@ def test_results_that_were_cut_off_are_computed_again(place):
     assert opened.results(lambda: {"x": 2}, 1) == {"x": 2}
 
 
-def test_claims_print_lines_without_numbers_and_are_written_down(place, capsys):
-    claims = page("03-x").claims()
-    claims.check("merging helps", np.bool_(True))
-    claims.expect_not("EWC helps", False)
-    claims.done()
-    assert capsys.readouterr().out == "holds: merging helps\ndoes not hold: EWC helps\n"
-    written = json.loads((place / "figures" / "03-x-claims.json").read_text())
-    assert [(c["recorded"], c["holds"]) for c in written["claims"]] == [(True, True), (False, False)]
-
-
-def test_a_claim_that_differs_from_its_record_raises(place, capsys):
-    for record in ("check", "expect_not"):
-        claims = page("03-x").claims()
-        getattr(claims, record)("merging helps", record == "expect_not")
-        with pytest.raises(AssertionError, match=r"1 of 1 differ .*'merging helps'"):
-            claims.done()
-    assert capsys.readouterr().out.splitlines() == ["does not hold: merging helps", "holds: merging helps"]
-    assert json.loads((place / "figures" / "03-x-claims.json").read_text())["claims"][0]["recorded"] is False
-
-
 def small_page(profile=None, **parameters):
     """A page with all that a page can write, as a notebook's cells make it."""
     opened = page("03-x", profile, **parameters)
     table = pd.DataFrame({"seed": opened.parameters["SEEDS"], "acc": opened.parameters["SHARE"]})
     opened.save(drawing(), "fig1", table, seeds=opened.parameters["SEEDS"])
     opened.results(lambda: opened.parameters["SHARE"], {"share": opened.parameters["SHARE"]}, "found", commit=True)
-    laws, claims = opened.laws(), opened.claims()
+    laws, checks = opened.laws(), opened.checks()
     laws.check("a share is a share", 0 <= opened.parameters["SHARE"] <= 1)
     laws.done()
-    claims.check("three seeds", len(opened.parameters["SEEDS"]) == 3)
-    claims.done()
+    checks.check("three seeds", len(opened.parameters["SEEDS"]) == 3)
+    checks.done()
     return opened
 
 
@@ -350,13 +330,13 @@ USUAL = {"SEEDS": [0, 1, 2], "SHARE": 0.5}
 def test_changed_parameters_stop_nothing_and_overwrite_nothing(place, capsys, monkeypatch, changed):
     small_page(**USUAL)
     before = contents(place / "figures")
-    assert capsys.readouterr().out == "laws: 1 of 1\nholds: three seeds\n"
+    assert capsys.readouterr().out == "laws: 1 of 1\nchecks: 1 of 1\n"
     other = small_page(**USUAL | changed)
     out = capsys.readouterr().out
     assert contents(place / "figures") == before
     assert other.figures.is_relative_to(place / "cache" / "pages") and str(other.figures) in out
     assert all(f"{name}: {value!r}, recorded {USUAL[name]!r}" in out for name, value in changed.items())
-    assert ("1 of 1 differ" in out) == ("SEEDS" in changed or changed["SHARE"] > 1)
+    assert ("1 of 1 wrong" in out) == ("SEEDS" in changed or changed["SHARE"] > 1)
     assert {"03-x-fig1.png", "03-x-fig1.csv", "03-x-claims.json"} <= contents(other.figures).keys()
     assert ("03-x-found.json" in contents(other.figures)) == ("SHARE" in changed)  # else it is read where it lies
     assert small_page(**USUAL).figures == place / "figures" and contents(place / "figures") == before
@@ -404,27 +384,27 @@ def test_changed_parameters_keep_to_a_folder_that_was_asked_for(place, monkeypat
     assert page("03-x").changed == [] and page("04-y", **USUAL).changed == []
 
 
-def test_in_the_paper_profile_claims_report_and_laws_still_hold(place, capsys):
+def test_in_the_paper_profile_checks_report_and_laws_still_hold(place, capsys):
     small_page(**USUAL)
     before = contents(place / "figures")
     opened = page("03-x", "paper", **USUAL)
-    opened.claims().check("three seeds", False)
-    opened._claims.done()
-    assert "1 of 1 differ from what is recorded: 'three seeds' does not hold" in capsys.readouterr().out
-    opened.laws().check("a share is a share", False)
+    checks, laws = opened.checks(), opened.laws()
+    checks.check("three seeds", False)
+    checks.done()
+    assert "checks: 1 of 1 wrong: 'three seeds'" in capsys.readouterr().out
+    laws.check("a share is a share", False)
     with pytest.raises(AssertionError, match="a share is a share"):
-        opened._laws.done()
+        laws.done()
     assert before.items() <= contents(place / "figures").items()
 
 
 def test_an_edited_notebook_runs_through_and_leaves_the_figures(notebooks):
     path, cell = notebooks / "03-x.ipynb", CELLS["01-good"]
     code = ["SEEDS = [0, 1]", cell[0].replace("'01-good'", "'03-x', SEEDS=SEEDS"), cell[2]]
-    code += ["claims = page.claims(); claims.check('two', len(SEEDS) == 2); claims.done()"]
+    code += ["checks = page.checks(); checks.check('two', len(SEEDS) == 2); checks.done()"]
     recorded = page("03-x", SEEDS=[0, 1])
     recorded.save(drawing(), "one")
-    recorded.claims().check("two", True)
-    recorded._claims.done()
+    recorded.checks().done()
     before = contents(notebooks.parent / "figures")
     write_notebook(path, ["SEEDS = [0, 1]", "SEEDS = [7]", *code[1:]])  # as papermill injects it
     (outcome,) = execute([path], progress=False)
@@ -439,30 +419,31 @@ def test_an_exercise_is_right_or_not_yet(place, capsys):
     assert capsys.readouterr().out == "right: the first task is kept\nnot yet: the first task is kept\n"
 
 
-def test_claims_take_one_truth_value_each(place):
-    claims = page("03-x").claims()
+def test_checks_take_one_truth_value_each(place):
+    checks = page("03-x").checks()
     for value in (np.array([True, True]), 1.0, None):
         with pytest.raises(TypeError, match="give True or False"):
-            claims.check("x", value)
-    claims.check("x", True)
+            checks.check("x", value)
+    checks.check("x", np.bool_(True))
     with pytest.raises(ValueError, match="twice"):
-        claims.expect_not("x", True)
+        checks.check("x", True)
 
 
-def test_laws_are_counted_and_kept_beside_the_claims(place, capsys):
+def test_laws_and_checks_are_counted_and_kept_side_by_side(place, capsys):
     opened = page("03-x")
-    laws, claims = opened.laws(), opened.claims()
-    laws.check("the function is kept", True)
-    laws.check("ends are the parents", True)
+    laws, checks = opened.laws(), opened.checks()
+    for text in ("the function is kept", "ends are the parents"):
+        laws.check(text, True)
     laws.done()
-    claims.check("merging helps", True)
-    claims.done()
-    assert capsys.readouterr().out.startswith("laws: 2 of 2\n")
+    checks.check("the text says two", True)
+    checks.done()
+    assert capsys.readouterr().out == "laws: 2 of 2\nchecks: 1 of 1\n"
     written = json.loads((place / "figures" / "03-x-claims.json").read_text())
-    assert len(written["laws"]) == 2 and len(written["claims"]) == 1
-    laws.check("broken", False)
-    with pytest.raises(AssertionError, match="'broken' does not hold"):
-        laws.done()
+    assert len(written["laws"]) == 2 and written["checks"] == [{"text": "the text says two", "holds": True}]
+    for lines in (laws, checks):
+        lines.check("broken", False)
+        with pytest.raises(AssertionError, match=r"1 of . wrong: 'broken'"):
+            lines.done()
 
 
 def test_show_displays_the_source(place, capsys):
@@ -475,7 +456,12 @@ CELLS = {
         "from clkit.experiments import page\npage = page('01-good')",
         "import sys; print('noise', file=sys.stderr)",
         "from matplotlib.figure import Figure\npage.save(Figure(), 'one', {'x': 1}); page.profile",
-        "claims = page.claims(); claims.check('a', True); claims.expect_not('b', False); claims.done()",
+        "import pandas as pd; n = range(5)",
+        "a, b = ([{'seed': s, 'method': m, 'acc': s % 3 + up} for s in n] for m, up in {'a': 0, 'b': 9}.items())",
+        "for i, row in enumerate(b): row['acc'] += i / 9",
+        "claims, rows = page.claims(), pd.DataFrame(a + b)",
+        "claims.claim('gain', 'b gains', rows, ('b', 'a')); claims.claim('loss', 'a gains', rows, ('a', 'b'))",
+        "claims.done()",
     ],
     "02-bad": ["1 / 0"],
 }
@@ -506,7 +492,7 @@ def test_notebooks_are_found_by_how_their_names_begin(notebooks):
 def test_execution_reports_figures_claims_and_errors(notebooks):
     before = {path: path.read_bytes() for path in notebooks.iterdir()}
     good, bad = execute(find(), progress=False, jobs=2)
-    assert (good.notebook, good.figures, good.holds, good.does_not_hold, good.failed, good.error) == (
+    assert (good.notebook, good.figures, good.holds, good.does_not_hold, good.open, good.error) == (
         "01-good", 1, 1, 1, 0, "",
     )  # fmt: skip
     assert bad.error == "ZeroDivisionError: division by zero" and bad.figures == 0

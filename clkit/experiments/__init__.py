@@ -16,9 +16,10 @@ jumps = page.table(study(one_seed, range(5), p=(0.1, 0.25)), "jumps")   # any fu
 ```
 """
 
+from clkit.experiments.claims import Checks, Claims, Laws
 from clkit.experiments.jobs import SweepError
 from clkit.experiments.methods import Method, grid
 from clkit.experiments.notebooks import Outcome, execute, find
-from clkit.experiments.pages import Claims, Laws, Page, page, repository
+from clkit.experiments.pages import Page, page, repository
 from clkit.experiments.statistics import Difference, contrasts, difference, paired_difference, summarise
 from clkit.experiments.sweep import Comparison, Study, accuracies, stored_weights, study, sweep

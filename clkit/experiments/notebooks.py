@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import joblib
 
 from clkit.checks import explained, unknown
 from clkit.experiments.pages import repository, suffix
+from clkit.experiments.statistics import Verdict
 from clkit.store import content, expand, writable, write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -26,14 +27,14 @@ COMPARED = "nbval-check-output"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a notebook's execution gave: its figures, how its claims and laws came out, and the error, "" if none."""
+    """What a notebook's execution gave: its figures, how many of its claims came out how, and the error, "" if none."""
 
     notebook: str
     seconds: float
     figures: int
     holds: int
     does_not_hold: int
-    failed: int
+    open: int
     error: str
 
 
@@ -144,9 +145,11 @@ def _execute(path: Path, book: Any, env: dict[str, str], write: bool, check: boo
         error = f"cells {changed} print other than what is stored" if changed else ""
     if write and not error:
         write_text(path, nbformat.writes(normalise(book)) + "\n")
-    holds, does_not_hold, failed = _claims(folder / f"{path.stem}-claims{suffix(env['CLKIT_PROFILE'])}.json", begun)
+    holds, does_not_hold, undecided = _verdicts(
+        folder / f"{path.stem}-claims{suffix(env['CLKIT_PROFILE'])}.json", begun
+    )
     figures = [file for file in folder.glob(f"{path.stem}-*.png") if file.stat().st_mtime >= begun - 1]
-    return Outcome(path.stem, seconds, len(figures), holds, does_not_hold, failed, error)
+    return Outcome(path.stem, seconds, len(figures), holds, does_not_hold, undecided, error)
 
 
 def normalise(book: Any) -> Any:
@@ -192,12 +195,8 @@ def _printed(cell: Any) -> str:
     return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs if not _passing(o))
 
 
-def _claims(path: Path, since: float) -> tuple[int, int, int]:
-    """How many claims and laws hold, do not hold as recorded, and differ from their record, if written since then."""
-    if not path.is_file() or path.stat().st_mtime < since - 1:
-        return 0, 0, 0
-    record = json.loads(path.read_text(encoding="utf-8"))
-    checked = record["claims"] + record["laws"]
-    failed = sum(c["holds"] != c["recorded"] for c in checked)
-    holds = sum(c["holds"] and c["recorded"] for c in checked)
-    return holds, len(checked) - holds - failed, failed
+def _verdicts(path: Path, since: float) -> list[int]:
+    """How many claims hold, do not hold and are open, by the record if it was written since then."""
+    fresh = path.is_file() and path.stat().st_mtime >= since - 1
+    claims = json.loads(path.read_text(encoding="utf-8"))["claims"] if fresh else []
+    return [sum(claim["verdict"] == verdict for claim in claims) for verdict in get_args(Verdict)]

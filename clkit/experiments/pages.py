@@ -1,4 +1,4 @@
-"""A notebook's page: its profile, its results and figures with the numbers beside them, its claims and laws."""
+"""A notebook's page: its profile, its results and figures with the numbers beside them, its claims, checks and laws."""
 
 import inspect
 import json
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from clkit import checks, store
+from clkit.experiments.claims import Checks, Claims, Laws
 from clkit.experiments.sweep import Comparison, Study
 from clkit.store import Records, cache_root, digest, plain, source_digest, write_atomically, write_json, write_text
 from clkit.training.loop import label
@@ -70,11 +70,12 @@ class Page:
     def __init__(self, name: str, profile: str, root: Path, parameters: Mapping[str, Any]) -> None:
         self.name, self.profile, self.root = name, profile, root
         self.committed = self.figures = root / "figures"
-        self._claims, self._laws = Claims(self), Laws(self)
-        recorded = None if os.environ.get("CLKIT_RECORD") else self._read(f"{name}-claims.json").get("parameters")
+        self.recorded = {} if os.environ.get("CLKIT_RECORD") else self._read(f"{name}-claims.json")
+        recorded = self.recorded.get("parameters")
         recorded = recorded if isinstance(recorded, dict) else {}
         self.parameters = {n: _fitting(value, recorded.get(n, value)) for n, value in parameters.items()}
         self.changed = [n for n in recorded if n in parameters and _legible(self.parameters[n]) != recorded[n]]
+        self._done = dict(self.recorded) if profile == "fast" and not self.changed else {}
         for n, value in parameters.items():
             if n in recorded and _legible(value) != recorded[n]:
                 print(f"{n}: {value!r}, recorded {recorded[n]!r}; taken as {self.parameters[n]!r}")
@@ -90,15 +91,17 @@ class Page:
         """The value for this page's profile; the real one takes the fast value."""
         return paper if self.profile == "paper" else fast
 
-    def claims(self) -> "Claims":
+    def claims(self) -> Claims:
         """The page's claims, begun afresh."""
-        self._claims = Claims(self)
-        return self._claims
+        return Claims(self)
 
-    def laws(self) -> "Laws":
+    def checks(self) -> Checks:
+        """What keeps the page's text in step with its numbers, begun afresh."""
+        return Checks(self)
+
+    def laws(self) -> Laws:
         """The page's laws, begun afresh."""
-        self._laws = Laws(self)
-        return self._laws
+        return Laws(self)
 
     def save(
         self,
@@ -239,66 +242,12 @@ class Page:
         """Writes a JSON file; NaN and infinities as null, which every reader of JSON knows."""
         write_json(self.figures / file, json.loads(json.dumps(content), parse_constant=lambda _: None))
 
-    def _record(self) -> None:
-        """Writes down the parameters, and the claims and laws checked so far."""
-        parts = {"claims": self._claims.checked, "laws": self._laws.checked}
-        facts = {"profile": self.profile, "parameters": _legible(self.parameters), **parts}
+    def _record(self, part: str, rows: list[dict[str, Any]]) -> None:
+        """Writes down the parameters, and the claims, checks or laws that are done beside the others."""
+        self._done[part] = rows
+        facts = {"profile": self.profile, "parameters": _legible(self.parameters)}
+        facts |= {part: self._done.get(part, []) for part in ("claims", "checks", "laws")}
         self._write(f"{self.name}-claims{suffix(self.profile)}.json", facts)
-
-
-class Claims:
-    """What a paper claims, beside what was found here; a claim that does not hold is recorded and explained.
-
-    What is recorded is what the fast profile finds, with the notebook's own parameters.
-    """
-
-    profiles: tuple[str, ...] = ("fast",)  # where a difference from the record raises
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        self.checked: list[dict[str, Any]] = []
-
-    def check(self, text: str, holds: Any) -> None:
-        """Records that the claim holds; `holds` is what was found."""
-        self._add(text, holds, recorded=True)
-
-    def expect_not(self, text: str, holds: Any) -> None:
-        """Records that the claim, which a paper makes, does not hold here; `holds` is what was found."""
-        self._add(text, holds, recorded=False)
-
-    def done(self) -> None:
-        """Prints a line for each claim, writes them beside the figures, raises where one differs from its record.
-
-        With changed parameters, and in the paper profile, it prints which differ, and goes on.
-        """
-        print(self._report())
-        self.page._record()
-        wrong = [claim for claim in self.checked if claim["holds"] != claim["recorded"]]
-        if wrong:
-            found = "; ".join(f"{c['text']!r} {'holds' if c['holds'] else 'does not hold'}" for c in wrong)
-            report = f"{len(wrong)} of {len(self.checked)} differ from what is recorded: {found}"
-            if self.page.profile in self.profiles and not self.page.changed:
-                raise AssertionError(report)
-            print(report)
-
-    def _report(self) -> str:
-        return "\n".join(f"{'holds' if c['holds'] else 'does not hold'}: {c['text']}" for c in self.checked)
-
-    def _add(self, text: str, holds: Any, *, recorded: bool) -> None:
-        if not isinstance(holds, bool | np.bool_):
-            raise TypeError(f"holds: {text!r} got a {type(holds).__name__}; give True or False, of an array .all()")
-        if any(claim["text"] == text for claim in self.checked):
-            raise ValueError(f"text: {text!r} is checked twice; give each its own sentence")
-        self.checked.append({"text": text, "recorded": recorded, "holds": bool(holds)})
-
-
-class Laws(Claims):
-    """What must hold in any profile and on any machine; of these `done` prints how many do."""
-
-    profiles = PROFILES
-
-    def _report(self) -> str:
-        return f"laws: {sum(law['holds'] for law in self.checked)} of {len(self.checked)}"
 
 
 def _check_name(argument: str, name: str) -> None:

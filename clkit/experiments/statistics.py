@@ -1,4 +1,4 @@
-"""Means, spreads and paired differences over the rows of a table of runs, with Student's confidence interval."""
+"""Means, spreads and paired differences over rows of a table of runs, with Student's intervals, and verdicts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from clkit import checks
 
+Verdict = Literal["holds", "does not hold", "open"]
 AXES = ("stream", "model", "training", "method", "seed")
 
 
@@ -45,6 +46,38 @@ def difference(gaps: ArrayLike, level: float = 0.95) -> Difference:
     if n > 1:
         lower, upper = mean + stats.sem(values) * np.array(stats.t.interval(level, n - 1))
     return Difference(float(mean), float(lower), float(upper), n)
+
+
+def p_value(gaps: ArrayLike, low: float = 0.0, high: float = np.inf) -> float:
+    """The two-sided p of Student's paired t test of the mean gap against `low` or `high`, whichever is nearer to it.
+
+    NaN where nothing can be tested: for fewer than two gaps, and for gaps that are all the same. These have no spread
+    to compare their mean with, and come from a floor or a ceiling, or from what the seed does not move.
+    """
+    from scipy import stats
+
+    values = np.asarray(gaps, dtype=float)
+    if len(values) < 2 or np.ptp(values) <= 1e-9 * abs(values).max():
+        return float("nan")
+    distance = min(abs(values.mean() - end) for end in (low, high) if np.isfinite(end))
+    error = values.std(ddof=1) / len(values) ** 0.5
+    return float(2 * stats.t.sf(distance / error, len(values) - 1))
+
+
+def holm(p: ArrayLike) -> np.ndarray:
+    """p values corrected for being several (Holm 1979): the smallest of m times m, the next times m - 1, and so on.
+
+    None comes out lower than a smaller one, or above 1. NaN, what was not tested, stays and does not count.
+    """
+    found = np.array(p, dtype=float)
+    order = np.argsort(found, kind="stable")[: np.isfinite(found).sum()]
+    found[order] = np.minimum(1, np.maximum.accumulate(found[order] * np.arange(len(order), 0, -1)))
+    return found
+
+
+def verdict(mean: float, p: float, low: float = 0.0, high: float = np.inf, level: float = 0.05) -> Verdict:
+    """Whether a mean effect lies between `low` and `high`: "open" unless p, against the nearer, is below `level`."""
+    return "open" if not p < level else "holds" if low < mean < high else "does not hold"
 
 
 @checks.arguments

@@ -174,11 +174,10 @@ class Claims(_Lines):
             self._complain(ValueError(f"claims: {forced} hold on shuffled tables, too; they cannot fail"))
         parts = (rows, self.page.recorded.get("claims", rows))  # of a new notebook nothing is recorded
         found, known = ({row["key"]: row["verdict"] for row in part if "key" in row} for part in parts)
-        if other := [
-            f"{k!r} {found.get(k)}, not {known.get(k)}" for k in known | found if found.get(k) != known.get(k)
-        ]:
-            remedy = "clkit figures --write records them anew"
-            self._complain(AssertionError(f"claims: {'; '.join(other)} as recorded; {remedy}"))
+        other = [key for key in known | found if found.get(key) != known.get(key)]
+        if other:
+            told = "; ".join(f"{key!r} was {known.get(key)}, is {found.get(key)}" for key in other)
+            self._complain(AssertionError(f"claims: {told}; clkit figures --write records what is"))
         self.page._record(self.kind, rows + self._old)
         if wrong := [row["text"] for row in self._old if row["holds"] != row["recorded"]]:
             self._complain(AssertionError(f"{len(wrong)} of {len(self._old)} differ: {'; '.join(wrong)}"))

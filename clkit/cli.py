@@ -19,6 +19,7 @@ from pandas import DataFrame
 
 from clkit import benchmarks, checks, data, experiments, models, training
 from clkit.consolidation import CONSOLIDATIONS
+from clkit.experiments import provenance
 from clkit.experiments.pages import PROFILES
 from clkit.learners import LEARNERS
 from clkit.modulation import RULES, modulated
@@ -79,10 +80,18 @@ def figures(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--check", action="store_true", help="keep nothing; fail where claims and laws print other than what is stored"
     )
+    stale = "execute nothing; list stored results that code or data no longer match, and which; fail if there are any"
+    parser.add_argument("--stale", action="store_true", help=stale)
+    parser.add_argument("--all", action="store_true", help="with --stale: list other versions and devices, too")
+    keep = "keep stale results named so as they are, and write down why"
+    parser.add_argument("--keep", metavar="REASON", help=keep)
     parser.add_argument("--jobs", type=_count, help="notebooks at once; default: one a core (fast), else one")
     parser.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
     chosen = vars(parser.parse_all(argv))
+    stale, environments, reason = (chosen.pop(option) for option in ("stale", "all", "keep"))
     try:
+        if stale or reason is not None:
+            return _stale(chosen["names"], reason, environments)
         if chosen["write"] and chosen["profile"] == "paper":
             raise ValueError("--write: notebooks are committed as the fast profile leaves them; leave out --profile")
         outcomes = experiments.execute(experiments.find(chosen.pop("names")), **chosen)
@@ -97,6 +106,20 @@ def figures(argv: Sequence[str]) -> int:
         if outcome.error:
             _complain(f"{outcome.notebook}: {outcome.error}")
     return int(any(o.error for o in outcomes))
+
+
+def _stale(names: Sequence[str], reason: str | None, environments: bool) -> int:
+    """Lists stale results, or keeps them for a reason; 1 if some are listed."""
+    root = experiments.repository()
+    if reason is not None:
+        print("\n".join(provenance.keep(reason, names, root)) or "nothing is stale")
+        return 0
+    found = provenance.stale(names, root, environments=environments)
+    width = max(map(len, found), default=0)
+    for name, reasons in found.items():
+        more = f" and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+        print(f"{name:<{width}}  {', '.join(reasons[:4])}{more}")
+    return int(bool(found))
 
 
 def run(argv: Sequence[str]) -> int:

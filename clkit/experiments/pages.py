@@ -15,7 +15,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from clkit import checks, store
+from clkit.experiments import provenance
 from clkit.experiments.claims import Checks, Claims, Laws
+from clkit.experiments.provenance import Code
 from clkit.experiments.sweep import Comparison, Study
 from clkit.store import Records, cache_root, digest, plain, source_digest, write_atomically, write_json, write_text
 from clkit.training.loop import label
@@ -23,6 +25,7 @@ from clkit.training.loop import label
 PROFILES = ("fast", "real", "paper")
 T = TypeVar("T")
 DPI = 200
+SHORT = 20.0  # seconds of a run that are worth a look at whether a stored table is still what it was
 log = logging.getLogger("clkit.experiments")
 
 
@@ -142,16 +145,14 @@ class Page:
         """What `compute()` gives, a table or a JSON value; computed once for a configuration, then read.
 
         With `commit`, the default for the paper profile, the results lie with the figures, to be committed. They are
-        computed again when `config` is not the one they were made with. Without it they are a cache outside of the
-        repository, and changed code of clkit makes them stale too.
+        computed again when `config` is not the one they were made with, and under `clkit figures --write` where they
+        are stale, too. Without it they are a cache outside of the repository, and changed code of clkit makes them
+        stale.
         """
-        _check_name("name", name)
-        config = _legible(config)
-        key = digest([self.name, name, config])
-        facts = {"results": f"{self.name}-{name}", "config": config, "hash": key, "code": source_digest()}
+        facts = self._facts(name, config)
         if not (self.profile == "paper" if commit is None else commit):
-            record = Records(cache_root() / "pages").remember(facts, lambda: ({"data": _packed(compute())}, None))
-            return _unpacked(record["data"])
+            facts, packed = facts | {"code": source_digest()}, lambda: ({"data": _packed(compute())}, None)
+            return _unpacked(Records(cache_root() / "pages").remember(facts, packed)["data"])
         return self._kept(f"{self.name}-{name}{suffix(self.profile)}.json", facts, compute)
 
     def table(
@@ -166,10 +167,13 @@ class Page:
 
         It is `whole.run()`, or what `compute` gives: `whole.matrices`, for example. It is stored with the figures
         under the name `<name>-runs`, to be committed, and computed again when `whole.config` has changed.
-        """
 
-        rows = self.results(partial(_bare, compute or whole.run), whole.config, f"{name}-runs", commit=True)
-        return self._complete(whole, rows, f"{name}-runs")
+        A table that is stale, `clkit figures --write` puts to the test: some of its runs, one for all code that
+        changed, are computed. Where these are what is stored, to the digit, the table stays. Else, and where a run
+        takes longer than `SHORT` seconds, all of it is computed again.
+        """
+        facts = self._facts(f"{name}-runs", whole.config)
+        return self._kept(f"{self.name}-{name}-runs{suffix(self.profile)}.json", facts, compute or whole.run, whole)
 
     def real(
         self, whole: Comparison | Study, name: str, compute: Callable[[], pd.DataFrame] | None = None
@@ -182,9 +186,7 @@ class Page:
 
         Raises ValueError where there is no such table to read, and where $CLKIT_DATA is no folder to compute from.
         """
-        _check_name("name", name)
-        config, file = _legible(whole.config), f"{self.name}-{name}-real.json"
-        facts = {"results": f"{self.name}-{name}", "config": config, "hash": digest([self.name, name, config])}
+        facts, file = self._facts(name, whole.config), f"{self.name}-{name}-real.json"
         if not self._read(file, key=facts["hash"]):
             have = "has another configuration" if self._read(file) else "is not there"
             if self.profile != "real":
@@ -192,8 +194,7 @@ class Page:
                 raise ValueError(f"name: {self.committed / file} {have}; {remedy}")
             if not store.expand(os.environ.get("CLKIT_DATA") or "/dev/null").is_dir():
                 raise ValueError("CLKIT_DATA: it names no folder; give that of the packs")
-        rows = self._kept(file, facts | {"code": source_digest()}, partial(_bare, compute or whole.run))
-        return self._complete(whole, rows, f"{name}-real")
+        return self._kept(file, facts, compute or whole.run, whole, real=True)
 
     def show(self, thing: Any) -> None:
         """Displays the library's own source of a class or function."""
@@ -206,21 +207,55 @@ class Page:
         """Prints of the answer to an exercise whether it is right yet."""
         print(f"{'right' if right else 'not yet'}: {text}")
 
-    def _kept(self, file: str, facts: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        """What a file among the figures holds under a hash; computed and written where there is none such."""
-        if not self._read(file, key=facts["hash"]):
-            place = store.writable(self.figures / file)  # before hours of computing
-            write_json(place, {**facts, "profile": self.profile, "data": _packed(compute())})
-        remedy = "delete it, and its results are computed again"
-        with checks.explained(f"path: {self.figures / file} is damaged", remedy):
-            return _unpacked(self._read(file, key=facts["hash"])["data"])
+    def _facts(self, name: str, config: Any) -> dict[str, Any]:
+        """What results of a configuration are known by."""
+        _check_name("name", name)
+        config = _legible(config)
+        return {"results": f"{self.name}-{name}", "config": config, "hash": digest([self.name, name, config])}
 
-    def _complete(self, whole: Comparison | Study, rows: Any, name: str) -> pd.DataFrame:
-        """Stored rows with the settings of what they are rows of."""
-        with checks.explained(f"{name} of {self.figures} are damaged", "delete them to compute them again"):
-            if not isinstance(rows, pd.DataFrame):
-                raise TypeError(f"{rows!r:.60} is no table")
-            return whole.complete(rows)
+    def _kept(
+        self, file: str, facts: Any, compute: Callable[[], Any], whole: Comparison | Study | None = None, **real: bool
+    ) -> Any:
+        """What a file among the figures holds under a hash, of a `whole` as its table; computed where there is none."""
+        known, place = self._read(file, key=facts["hash"]), self.figures / file
+        before = known.get("provenance")
+        if os.environ.get("CLKIT_RECORD") and known and not self._fresh(known, compute, whole, **real):
+            known = {}
+        if not known:
+            store.writable(place)  # before hours of computing
+            data = compute()
+            seconds = max([0.0, *getattr(data, "attrs", {}).get("seconds", {}).values()])
+            origin = provenance.record([compute], Code(self.root), self.name) | {"seconds": round(seconds, 1)}
+            profile = "paper" if self.profile == "paper" else "real" if real else "fast"
+            known = {**facts, "profile": profile, "provenance": origin, "data": _packed(data)}
+        if known.get("provenance") != before:
+            write_json(place, known)
+        with checks.explained(f"path: {place} is damaged", "delete it, and it is computed again"):
+            rows = _unpacked(known["data"])
+            return rows if whole is None else whole.complete(_table(rows))
+
+    def _fresh(
+        self, known: Any, compute: Callable[[], Any], whole: Comparison | Study | None, real: bool = False
+    ) -> bool:
+        """Whether stored results may stay: nothing changed, or some runs come out alike, which renews their record."""
+        before = known.get("provenance") or {}
+        code = Code(self.root)
+        changed = provenance.changes(before, code)
+        if real and not before:
+            known["provenance"] = provenance.record([compute], code, self.name) | {"code": None}
+        if real or not changed:
+            return True
+        if whole is None or before.get("seconds", 0) > SHORT:
+            return False
+        rows = _rows(known["data"])
+        way = getattr(compute, "__name__", "")
+        for part in provenance.samples(whole, changed, code, self.name, int(known["hash"], 16)):
+            again = getattr(part, way, None)
+            if again is None or any(row not in rows for row in _rows(_packed(again()))):
+                return False
+        origin = provenance.record([compute], code, self.name)
+        known["provenance"] = origin | {"seconds": before.get("seconds", 0.0)}
+        return True
 
     def _read(self, file: str, key: str | None = None) -> dict[str, Any]:
         """What a JSON file holds where figures go, else among those committed; of one with `key` as hash, if given.
@@ -286,16 +321,25 @@ def _legible(value: Any) -> Any:
     return plain(value, told)
 
 
-def _bare(compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """A table without its settings, which `complete` puts back."""
-    found = compute()
-    return found.drop(columns=found.attrs.get("settings", []))
-
-
 def _packed(value: Any) -> Any:
+    """Results as JSON; a table goes without its settings, which `complete` puts back."""
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
-        return {"table": plain(value.to_dict(orient="split", index=False))}
+        bare = value.drop(columns=value.attrs.get("settings", []))
+        return {"table": plain(bare.to_dict(orient="split", index=False))}
     return plain(value)
+
+
+def _rows(packed: Any) -> list[dict[str, Any]]:
+    """The rows of a stored table but for what is no number of theirs, hashes and seconds, and for blanks."""
+    table = json.loads(json.dumps(packed), parse_constant=lambda _: None)["table"]
+    pairs = [zip(table["columns"], row, strict=True) for row in table["data"]]
+    return [{n: value for n, value in row if n not in ("hash", "seconds") and value is not None} for row in pairs]
+
+
+def _table(rows: Any) -> pd.DataFrame:
+    if not isinstance(rows, pd.DataFrame):
+        raise TypeError(f"{rows!r:.60} is no table")
+    return rows
 
 
 def _unpacked(value: Any) -> Any:

@@ -1,0 +1,329 @@
+"""What a stored result depends on: its code, definition by definition, its data, and the environment it was made in.
+
+A record of this lies with every stored table. `stale` compares the records with what is here now, without executing
+anything, and `keep` writes down why a result stays as it is.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+from clkit import store
+from clkit.data import FONTS
+from clkit.experiments.methods import SWEPT, combinations
+from clkit.experiments.sweep import Comparison, Study
+from clkit.store import digest
+from clkit.training import find_device
+
+NO_MATTER = ("checks", "store", "experiments", "plotting", "interact", "cli", "benchmarks")  # of clkit, to a number
+PACKAGES = ("torch", "numpy", "scikit-learn", "matplotlib")
+MISSING = "no record of what it depends on"
+Place = tuple[str, str]  # a module and a name that it defines
+
+DIGITS, GLYPHS = ("clkit.data.images", "digits"), ("clkit.data.characters", "glyphs")
+SHIPPED = {  # what makes data of files of an installed package
+    DIGITS: ("scikit-learn's digits", "sklearn", ["datasets/data/digits.csv.gz"]),
+    GLYPHS: ("matplotlib's fonts", "matplotlib", [f"mpl-data/fonts/ttf/{face}.ttf" for face in FONTS.values()]),
+}
+READERS = {("clkit.data.images", "files"), ("clkit.data.text", "_real")}  # of packs
+
+
+@dataclass
+class _Module:
+    """A file's top-level definitions by name, where its imported names come from, and its other statements."""
+
+    file: Path
+    defined: dict[str, list[ast.AST]] = field(default_factory=dict)
+    imported: dict[str, str] = field(default_factory=dict)
+    loose: list[ast.AST] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        text = self.file.read_text(encoding="utf-8")
+        if script := self.file.suffix == ".ipynb":
+            cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+            text = "\n".join(line for cell in cells for line in cell.splitlines() if line[:1] not in ("%", "!"))
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+                continue
+            for part in ast.walk(node):
+                if isinstance(part, ast.ImportFrom | ast.Import):
+                    before = f"{part.module}." if isinstance(part, ast.ImportFrom) else ""
+                    self.imported |= {a.asname or a.name: before + a.name for a in part.names}
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                self.defined.setdefault(node.name, []).append(node)
+            elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+                for part in ast.walk(node):
+                    if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                        self.defined.setdefault(part.id, []).append(node)
+            elif not (script or isinstance(node, ast.Import | ast.ImportFrom) or _is_text(node)):
+                self.loose.append(node)
+
+
+class Code:
+    """The code of clkit and of a repository, as definitions that use each other; none of it is run.
+
+    A notebook is a module under its own name.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.folders = root / "notebooks", root, Path(__file__).parents[2]
+        self.module = functools.cache(self._module)
+        self.read = functools.cache(self._read)
+
+    def _module(self, name: str) -> _Module | None:
+        """A local module, None if it is none or does not matter to any number."""
+        if not any(f"{name}.".startswith(f"clkit.{part}.") for part in NO_MATTER):
+            for folder in self.folders:
+                for end in (".py", "/__init__.py", ".ipynb"):
+                    if (file := folder / f"{name.replace('.', '/')}{end}").is_file():
+                        return _Module(file)
+        return None
+
+    def places(self, dotted: str) -> list[Place]:
+        """Where a name is defined, followed through the packages that hand it on; of a module all that it defines."""
+        parts = dotted.split(".")
+        for cut in range(len(parts), 0, -1):
+            name, rest = ".".join(parts[:cut]), parts[cut:]
+            if module := self.module(name):
+                if not rest or rest[0] in module.defined:
+                    return [(name, each) for each in rest[:1] or module.defined]
+                origin = module.imported.get(rest[0])
+                return self.places(".".join([origin, *rest[1:]])) if origin else []
+        return []
+
+    def _read(self, place: Place) -> tuple[list[ast.AST], str, list[Place]]:
+        """The statements of a definition, their digest, and what they use."""
+        module = self.module(place[0])
+        assert module is not None  # or it would be no place
+        nodes, used = module.defined[place[1]] + module.loose, []
+        for name in {name for node in nodes for name in _uses(node)}:
+            first, _, rest = name.partition(".")
+            if first in module.defined:
+                used.append((place[0], first))
+            elif first in module.imported:
+                used += self.places(f"{module.imported[first]}.{rest}".rstrip("."))
+        return nodes, digest([_spelled(node) for node in nodes]), used
+
+    def reached(self, roots: Iterable[str]) -> set[Place]:
+        """All definitions that code with these dotted names uses, and those that these use."""
+        waiting, found = [place for root in roots for place in self.places(root)], set[Place]()
+        while waiting:
+            place = waiting.pop()
+            if place not in found:
+                found.add(place)
+                waiting += self.read(place)[2]
+        return found
+
+    def digests(self, found: Iterable[Place]) -> dict[str, str]:
+        """A digest of what is used of each file, by its path; comments, docstrings and layout do not count."""
+        files: dict[str, list[Any]] = {}
+        for place in sorted(found):
+            file = getattr(self.module(place[0]), "file", Path())
+            folder = next(folder for folder in self.folders[1:] if file.is_relative_to(folder))
+            files.setdefault(file.relative_to(folder).as_posix(), []).append([place[1], self.read(place)[1]])
+        return {file: digest(parts)[:8] for file, parts in sorted(files.items())}
+
+    def facts(self, roots: Iterable[str], words: Iterable[str] = ()) -> dict[str, dict[str, str]]:
+        """Digests of code by file, and of data by source: what is shipped, and packs at hand that words name."""
+        found = self.reached(roots)
+        shipped = [SHIPPED[place] for place in sorted(found & SHIPPED.keys())]
+        data = {
+            name: digest([_hashed(file) for file in _files(package, files)])[:8] for name, package, files in shipped
+        }
+        packs = os.environ.get("CLKIT_DATA") if found & READERS else None
+        for name in sorted({word.removeprefix("pack ").partition("/")[0].removesuffix(".zip") for word in words}):
+            for end in (".zip", "") if packs and name.replace("-", "_").isidentifier() else ():
+                if (path := store.expand(packs or "") / f"{name}{end}").exists():
+                    data.setdefault(f"pack {name}", _hashed(path))
+        return {"code": self.digests(found), "data": data}
+
+
+def record(values: Iterable[Any], code: Code, notebook: str) -> dict[str, Any]:
+    """What a result depends on that is made of `values`, in a repository's code, by the name of its page.
+
+    `roots` are the names in code from which all the rest is found, `code` has digests by file, `data` by source,
+    `environment` versions and the kind of device.
+    """
+    roots, words = _roots(values, notebook)
+    roots |= {"clkit.training.run"} if "clkit.experiments.sweep.Comparison" in roots else set()
+    for place in code.reached(roots):
+        if not place[0].startswith("clkit."):
+            functions = [n for n in code.read(place)[0] if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+            texts = [part.value for n in functions for part in ast.walk(n) if isinstance(part, ast.Constant)]
+            words |= {text for text in texts if isinstance(text, str)}
+    return {"roots": sorted(roots), **code.facts(roots, words), "environment": environment()}
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on, and the kind of device."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions, "device": find_device("auto").type}
+
+
+def changes(known: Mapping[str, Any], code: Code) -> list[str]:
+    """What of a record no longer matches, by name, or `MISSING`; a pack that is not at hand counts as it was."""
+    if known.get("code") is None:
+        return [MISSING]
+    here = code.facts(known["roots"], known["data"])
+    pairs = (known["code"], here["code"]), (known["data"], known["data"] | here["data"])
+    return [name for there, now in pairs for name in {**there, **now} if there.get(name) != now.get(name)]
+
+
+def samples(whole: Comparison | Study, changed: Sequence[str], code: Code, notebook: str, number: int) -> list[Any]:
+    """Single runs of a comparison that together use all that changed, a single call of a study; `number` draws them."""
+    seed = [whole.seeds[number % len(whole.seeds)]]
+    if isinstance(whole, Study):
+        points = list(combinations(whole.axes))
+        labels, values = points[number % len(points)]
+        swept = {axis: {labels[axis]: values[axis]} for axis in labels if isinstance(whole.axes[axis], SWEPT)}
+        return [replace(whole, seeds=seed, axes={**whole.axes, **swept})]
+    streams, nets = (dict([next(iter(named.items()))]) for named in (whole.streams, whole.models))
+    runs, left = [], set(changed)
+    for name, method in whole.methods.items():
+        run = replace(whole, streams=streams, models=nets, methods={name: method}, seeds=seed)
+        used = left & {*record([run], code, notebook)["code"]} if left else left
+        runs += [run] if used or not runs else []
+        left -= used
+    return runs
+
+
+def stale(names: Sequence[str], root: Path, *, environments: bool = False) -> dict[str, list[str]]:
+    """What stored results no longer match, by their names: files of code, sources of data, or that no record is there.
+
+    Of results among the figures of a repository that begin with one of `names`, or all. With `environments` also what
+    versions and device they were made with, where others are here; that alone makes no result stale.
+    """
+    code, found = Code(root), {}
+    for file, content in _stored(names, root):
+        known = content.get("provenance") or {}
+        reasons = changes(known, code)
+        if environments and known:
+            here = environment()
+            reasons += [f"{n} {was} there, {here[n]} here" for n, was in known["environment"].items() if here[n] != was]
+        found |= {file.stem: reasons} if reasons else {}
+    return found
+
+
+def keep(reason: str, names: Sequence[str], root: Path) -> list[str]:
+    """Writes down why stale results stay as they are, and what is here now; returns their names.
+
+    Raises ValueError without a reason, and for results without a record, which only their page can make.
+    """
+    if not reason.strip():
+        raise ValueError("keep: say in a sentence why these results stay as they are")
+    code, kept = Code(root), []
+    for file, content in _stored(names, root):
+        known = content.get("provenance") or {}
+        if not known:
+            raise ValueError(f"names: {file.stem} has {MISSING}; execute its notebook with --write")
+        if changes(known, code):
+            here = code.facts(known["roots"], known["data"])
+            known |= {"code": here["code"], "data": known["data"] | here["data"], "kept": reason}
+            store.write_json(file, content)
+            kept.append(file.stem)
+    return kept
+
+
+def _stored(names: Sequence[str], root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files of results and what they hold."""
+    for file in sorted((root / "figures").glob("*.json")):
+        if file.name.startswith(tuple(names) or ""):
+            content = store.read_json(file)
+            if isinstance(content, dict) and "results" in content:
+                yield file, content
+
+
+def _roots(values: Iterable[Any], notebook: str) -> tuple[set[str], set[str]]:
+    """The dotted names of the functions and classes in values, however deep, and the words among the values."""
+    roots, words, seen, waiting = set[str](), set[str](), dict[int, Any](), list(values)
+    while waiting:
+        value = waiting.pop()
+        module, name = (getattr(value, part, None) for part in ("__module__", "__qualname__"))
+        if isinstance(value, str):
+            words.add(value)
+        elif id(value) in seen:
+            continue
+        elif isinstance(value, partial):
+            waiting += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, MethodType):
+            waiting += [value.__func__, value.__self__]
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+        elif isinstance(module, str) and isinstance(name, str):
+            roots.add(f"{notebook if module == '__main__' else module}.{name.partition('.')[0]}")
+            waiting += _captured(inspect.unwrap(value)) if callable(value) else []
+        elif type(value).__module__.partition(".")[0] not in ("builtins", "torch", "numpy"):
+            waiting += [type(value), *getattr(value, "__dict__", {}).values()]
+        seen[id(value)] = value
+    return roots, words
+
+
+def _captured(function: Any) -> list[Any]:
+    """What a function has by default and in its cells; one without a name of its own also what it uses."""
+    if not isinstance(function, FunctionType):
+        return []
+    found = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    found += [cell.cell_contents for cell in function.__closure__ or ()]
+    codes = [function.__code__] if "<" in function.__qualname__ else []
+    for code in codes:
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+        found += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    return found
+
+
+def _uses(node: ast.AST) -> Iterator[str]:
+    """The names that code uses, with the attributes that it takes of them: "models.resnet18"."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts, node = [node.attr, *parts], node.value
+    if isinstance(node, ast.Name):
+        yield ".".join([node.id, *parts])
+    for child in ast.iter_child_nodes(node):
+        yield from _uses(child)
+
+
+def _spelled(node: Any) -> Any:
+    """Code as a JSON value that is the same in all versions of Python."""
+    if isinstance(node, ast.AST):
+        parts = {name: _spelled(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
+        return [type(node).__name__, parts]
+    if isinstance(node, list):
+        return [_spelled(part) for part in node if not _is_text(part)]
+    return node if isinstance(node, str) else repr(node)
+
+
+def _is_text(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _files(package: str, inside: Sequence[str]) -> list[Path]:
+    """Files of an installed package, which is not imported."""
+    spec = find_spec(package)
+    return [Path(spec.origin).parent / name for name in inside] if spec and spec.origin else []
+
+
+def _hashed(path: Path) -> str:
+    """The digest of a file, of a folder that of the names and sizes of what is in it; each is read once."""
+    return _digest(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, changed: int) -> str:
+    if path.is_dir():
+        return digest(sorted((p.relative_to(path).as_posix(), p.stat().st_size) for p in path.rglob("*")))[:8]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]

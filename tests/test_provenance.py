@@ -1,0 +1,189 @@
+"""What stored results depend on: code by definition, data by source; which are stale, kept, or come out alike."""
+
+import importlib
+import json
+import sys
+
+import pandas as pd
+import pytest
+
+from clkit import models
+from clkit.cli import main
+from clkit.experiments import Comparison, Method, page, provenance, study
+from clkit.experiments.provenance import MISSING, Code
+from clkit.learners import ER, ERACE
+from clkit.training import Training
+
+STUDIED = '''
+"""A study."""
+from functools import partial
+from clkit import data
+from helping import shared, other
+
+SCALE = 2
+
+def half(seed, p=(1,)):
+    """Half of it."""
+    return {"half": shared(seed + 1) / SCALE, "one": 1}  # a comment
+
+def third(seed):
+    return {"third": other(seed) / 3}
+
+def digits(seed):
+    return data.split(data.digits(), 5, order=seed)
+'''
+HELPING = "def shared(x):\n    return x\n\ndef other(x):\n    return x\n"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A repository with two modules of its own, `studied` and `helping`, which can be edited and read anew."""
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.syspath_prepend(str(tmp_path / "notebooks"))
+    monkeypatch.setenv("CLKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    monkeypatch.delenv("CLKIT_PROFILE", raising=False)
+    monkeypatch.delenv("CLKIT_FIGURES", raising=False)
+    edit(tmp_path, "helping", HELPING)
+    edit(tmp_path, "studied", STUDIED)
+    yield tmp_path
+    for name in ("helping", "studied"):
+        sys.modules.pop(name, None)
+
+
+def edit(place, name, text, old="", new=""):
+    """Writes a module, with `new` for `old`, and imports it anew."""
+    assert old in text
+    (place / "notebooks" / f"{name}.py").write_text(text.replace(old, new))
+    for known in ("helping", "studied"):
+        sys.modules.pop(known, None)
+    importlib.invalidate_caches()
+
+
+def studied():
+    sys.dont_write_bytecode = True
+    return importlib.import_module("studied")
+
+
+def stale(place):
+    return provenance.stale((), place)
+
+
+def test_code_is_followed_by_definition_through_packages_that_hand_it_on(place):
+    found = Code(place).reached(["clkit.learners.ER", "studied.half"])
+    assert {("clkit.learners.rehearsal", "ER"), ("studied", "half"), ("studied", "SCALE")} <= found
+    assert ("helping", "shared") in found and ("helping", "other") not in found and ("studied", "third") not in found
+    assert not any(
+        module.startswith(("clkit.store", "clkit.experiments", "clkit.learners.exemplars")) for module, _ in found
+    )
+    assert Code(place).reached(["torch.nn.Linear", "studied.none"]) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "old", "new", "matters"),
+    [
+        ("studied", STUDIED, "Half of it", "A half", False),
+        ("studied", STUDIED, "# a comment", "", False),
+        ("studied", STUDIED, "/ SCALE,", "\\\n        / SCALE,", False),
+        ("studied", STUDIED, "/ 3", "/ 4", False),
+        ("helping", HELPING, "def other(x):\n    return x", "def other(x):\n    return 2 * x", False),
+        ("studied", STUDIED, "SCALE = 2", "SCALE = 4", True),
+        ("helping", HELPING, "def shared(x):\n    return x", "def shared(x):\n    return 2 * x", True),
+    ],
+)
+def test_a_result_is_stale_by_the_code_that_it_uses_alone(place, name, text, old, new, matters):
+    page("03-x").table(study(studied().half, range(2)), "halves")
+    assert stale(place) == {}
+    edit(place, name, text, old, new)
+    assert stale(place) == ({"03-x-halves-runs": [f"notebooks/{name}.py"]} if matters else {})
+
+
+def test_recording_keeps_a_stale_table_whose_run_comes_out_alike_and_computes_another_anew(place, monkeypatch):
+    table = page("03-x").table(study(studied().half, range(3), p=[1, 2]), "halves")
+    file = place / "figures" / "03-x-halves-runs.json"
+    marked = json.loads(file.read_text())
+    unmarked = json.loads(file.read_text())
+    edit(place, "studied", STUDIED, "shared(seed + 1) / SCALE", "shared(seed + 1) * (1 / SCALE)")
+    whole = study(studied().half, range(3), p=[1, 2])
+    pd.testing.assert_frame_equal(page("03-x").table(whole, "halves"), table)
+    assert stale(place)  # reading renews nothing
+    monkeypatch.setenv("CLKIT_RECORD", "1")
+    calls, whole_run = [], type(whole).run
+
+    def run(self):
+        calls.append(self)
+        return whole_run(self)
+
+    monkeypatch.setattr(type(whole), "run", run)
+    pd.testing.assert_frame_equal(page("03-x").table(whole, "halves"), table)
+    assert not stale(place) and [len(call.seeds) for call in calls] == [1] and len(calls[0].axes["p"]) == 1
+    edit(place, "studied", STUDIED, "SCALE = 2", "SCALE = 4")
+    whole = study(studied().half, range(3), p=[1, 2])
+    assert page("03-x").table(whole, "halves").half.tolist() == [0.25, 0.5, 0.75] * 2
+    assert not stale(place) and [len(call.seeds) for call in calls] == [1, 1, 3]
+    del unmarked["provenance"]  # as results were stored before
+    unmarked["data"] = json.loads(file.read_text())["data"]
+    file.write_text(json.dumps(unmarked))
+    assert stale(place) == {"03-x-halves-runs": [MISSING]}
+    page("03-x").table(whole, "halves")
+    assert not stale(place) and len(calls) == 4 and json.loads(file.read_text())["data"] != marked["data"]
+
+
+def test_one_run_is_computed_for_all_code_that_changed(place):
+    methods = {"ER": Method(ER(5)), "more": Method(ER(9)), "ER-ACE": Method(ERACE(5))}
+    whole = Comparison({"s": studied().digits}, {"mlp": models.mlp}, methods, Training(), range(3))
+    code = Code(place)
+    for changed, names in {"clkit/learners/rehearsal.py": ["ER"], "clkit/models/networks.py": ["ER"]}.items():
+        runs = provenance.samples(whole, [changed], code, "03-x", 5)
+        assert [list(run.methods) for run in runs] == [names] and runs[0].seeds == [2]
+    facts = provenance.record([whole], code, "03-x")
+    assert "notebooks/studied.py" in facts["code"] and "clkit/training/loop.py" in facts["code"]
+    assert list(facts["data"]) == ["scikit-learn's digits"] and "clkit/alignment/matching.py" not in facts["code"]
+
+
+def test_stale_results_are_listed_with_the_file_and_kept_with_a_reason(place, capsys):
+    page("03-x", "real").table(study(studied().half, range(2)), "halves")
+    page("03-x").results(lambda: studied().third(1), {}, "third", commit=True)
+    assert main(["figures", "--stale"]) == 0 and capsys.readouterr().out == ""
+    edit(place, "studied", STUDIED, "SCALE = 2", "SCALE = 4")
+    assert main(["figures", "--stale"]) == 1
+    assert capsys.readouterr().out == "03-x-halves-runs  notebooks/studied.py\n"
+    assert main(["figures", "--keep", " "]) == 2 and "say in a sentence" in capsys.readouterr().err
+    assert main(["figures", "--keep", "hours, and rounding alone", "03"]) == 0
+    assert capsys.readouterr().out == "03-x-halves-runs\n"
+    assert main(["figures", "--stale"]) == 0
+    kept = json.loads((place / "figures" / "03-x-halves-runs.json").read_text())
+    assert kept["provenance"]["kept"] == "hours, and rounding alone"
+    kept["provenance"]["environment"]["torch"] = "1.0"
+    (place / "figures" / "03-x-halves-runs.json").write_text(json.dumps(kept))
+    assert main(["figures", "--stale"]) == 0 and main(["figures", "--stale", "--all"]) == 1
+    assert "03-x-halves-runs  torch 1.0 there" in capsys.readouterr().out
+
+
+def test_a_pack_counts_by_its_bytes_where_it_is_at_hand(place, monkeypatch):
+    text = STUDIED + "\ndef read(seed):\n    return len(data.load('shapes/some').train)\n"
+    edit(place, "studied", text)
+    monkeypatch.setenv("CLKIT_DATA", str(place / "packs"))
+    (place / "packs" / "other").mkdir(parents=True)
+    (place / "packs" / "shapes.zip").write_bytes(b"a")
+    known = provenance.record([studied().read], Code(place), "03-x")
+    assert list(known["data"])[-1:] == ["pack shapes"]
+    assert provenance.changes(known, Code(place)) == []
+    (place / "packs" / "shapes.zip").unlink()
+    assert provenance.changes(known, Code(place)) == []
+    (place / "packs" / "shapes.zip").write_bytes(b"bc")
+    assert provenance.changes(known, Code(place)) == ["pack shapes"]
+
+
+def test_a_notebooks_own_functions_count_by_name(place):
+    cell = {"cell_type": "code", "source": ["%matplotlib inline\n", "def own(seed):\n", "    return {'x': seed}\n"]}
+    book = place / "notebooks" / "03-x.ipynb"
+    book.write_text(json.dumps({"cells": [cell]}))
+    before = Code(place).facts(["03-x.own"])["code"]
+    assert list(before) == ["notebooks/03-x.ipynb"]
+    book.write_text(json.dumps({"cells": [cell, {"cell_type": "code", "source": "x = 1"}]}))
+    assert Code(place).facts(["03-x.own"])["code"] == before
+    book.write_text(json.dumps({"cells": [cell | {"source": "def own(seed):\n    return {'x': 2}\n"}]}))
+    assert Code(place).facts(["03-x.own"])["code"] != before

@@ -8,13 +8,13 @@ Documents are parted into training and test ones as a whole, so that no window o
 
 import hashlib
 import json
+import lzma
 import re
-import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,9 +25,8 @@ from clkit import checks, store
 from clkit.data.core import IGNORED, Dataset, Examples
 from clkit.data.images import files, regular_files
 
-ENOUGH = 30_000  # bytes of embedded text that make a task
-CODE = 1_000_000  # bytes of embedded code
 RUN = 8  # words in a row that make a licence's paragraph another's
+SECTION = 2000  # characters of a licence after which the next paragraph begins a section
 HELD_OUT = 0.1  # the share of documents to test on where a text has no test part of its own
 SUMS_HELD_OUT = 256  # of the 4,095 pairs of numbers whose sums are embedded
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # what transformers is told about a folder
@@ -101,11 +100,11 @@ def texts(
 ) -> Text:
     """Give "math", "law" or "code" as windows of `context` tokens: embedded stand-ins, or real texts below `path`.
 
-    Embedded, without `path` and without any download:
+    Embedded, without `path` and without any download, the same on every machine:
     - math: all sums of two numbers from 10 to 99 with their steps, as in "47+38:7+8=15,4+3+1=8#85"; those of 256 pairs
-      are held out, in both orders, and are the problems; the same on every machine
-    - law: the licences of Python and of the installed packages, each paragraph once; they differ with the packages
-    - code: modules of the standard library, up to 1 MB; they differ with the version of Python
+      are held out, in both orders, and are the problems
+    - law: sections of licences of free software, each paragraph once
+    - code: modules of Python's standard library, a quarter of a megabyte
 
     Real, from JSON lines anywhere in a folder or a zip:
     - math: GSM8K, gsm8k_train.jsonl and gsm8k_test.jsonl: question, newline, answer without its calculator notes
@@ -118,8 +117,8 @@ def texts(
     tokenizer of transformers; None takes bytes, 256 classes. The stream of all three is `domains({"math":
     texts("math"), "law": texts("law"), "code": texts("code")})`.
 
-    Raises FileNotFoundError for a missing path. Raises ValueError for an unknown name, a path without the files, files
-    that are damaged, and where a machine has too little to embed.
+    Raises FileNotFoundError for a missing path. Raises ValueError for an unknown name, a path without the files, and
+    files that are damaged.
     """
     embedded, marker, train, test = TEXTS[checks.choice("name", name, TEXTS)]
     corpus = embedded() if path is None else _real(path, marker, train, test)
@@ -351,59 +350,37 @@ def _sum(a: int, b: int) -> Problem:
 
 @lru_cache(maxsize=1)
 def _licences() -> Corpus:
-    """Licence texts without what an earlier one says: a paragraph goes if it has `RUN` words in a row of another's.
+    """Sections of licences without what an earlier one says: a paragraph goes if it has `RUN` words of another's.
 
-    Many packages share a licence but for its copyright line, or for a name in the midst of it.
+    Many licences share paragraphs but for a copyright line, or for a name in the midst of them.
     """
-    wanted = re.compile(r"(licen[cs]e|copying|notice)[^/]*?(\.txt|\.md|\.rst)?", re.IGNORECASE)
-    places = {Path(sysconfig.get_path("stdlib"), "LICENSE.txt")}
-    for package in metadata.distributions():
-        named = (file for file in package.files or () if wanted.fullmatch(file.name))
-        places |= {Path(str(package.locate_file(file))) for file in named}
-    found = sorted({text for place in places if (text := _read(place))})
     seen: set[tuple[str, ...]] = set()
-    documents = []
-    for text in found:
-        fresh, said = [], set[tuple[str, ...]]()
+    sections = []
+    for text in _embedded("law"):
+        fresh, said = [""], set[tuple[str, ...]]()
         for paragraph in re.split(r"\n\s*\n", text):
             words = re.findall(r"\w+", paragraph.lower())
             runs = {tuple(words[i : i + RUN]) for i in range(max(1, len(words) - RUN + 1))}
             if words and words[0] != "copyright" and not runs & seen:
                 said |= runs
-                fresh.append(paragraph.strip("\n"))
+                fresh += [""] if len(fresh[-1]) > SECTION else []
+                fresh[-1] += paragraph.strip("\n") + "\n\n"
         seen |= said
-        if sum(map(len, fresh)) > 200:
-            documents.append("\n\n".join(fresh))
-    return _embedded("law", documents)
+        sections += fresh
+    return _parted(filter(None, sections), "law")
+
+
+def _modules() -> Corpus:
+    """Modules of Python's standard library."""
+    return _parted(_embedded("code"), "code")
 
 
 @lru_cache(maxsize=1)
-def _modules() -> Corpus:
-    """Modules of the standard library, in the order of their names' hashes, as many as fit `CODE`."""
-    documents, total = [], 0
-    for place in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda place: _digest(place.name)):
-        text = _read(place)
-        if text and total + len(text) <= CODE:
-            documents.append(text)
-            total += len(text)
-    return _embedded("code", documents)
-
-
-def _read(place: Path) -> str:
-    """A file's text, or nothing where it cannot be read."""
-    try:
-        return place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _embedded(name: str, documents: list[str]) -> Corpus:
-    """Part documents found on this machine, if they are enough for a task."""
-    size = sum(map(len, documents))
-    if size < ENOUGH:
-        remedy = "give a folder or a zip of real texts as path=, or a file of your own to text_file()"
-        raise ValueError(f"name: {name!r} has {size} bytes of text here and a task needs {ENOUGH}; {remedy}")
-    return _parted(documents, name)
+def _embedded(part: str) -> list[str]:
+    """Texts that come with clkit: licences by name, and modules of Python 3.11.7, whose licence is among these."""
+    with lzma.open(Path(__file__).with_name("texts.jsonl.xz"), "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row["text"] for row in sorted(rows, key=itemgetter("name")) if row["part"] == part]
 
 
 _GSM8K = ("{question}\n", "{answer}\n")

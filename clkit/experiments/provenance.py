@@ -33,9 +33,10 @@ MISSING = "no record of what it depends on"
 Place = tuple[str, str]  # a module and a name that it defines
 
 DIGITS, GLYPHS = ("clkit.data.images", "digits"), ("clkit.data.characters", "glyphs")
-SHIPPED = {  # what makes data of files of an installed package
+SHIPPED = {  # what makes data of files of a package
     DIGITS: ("scikit-learn's digits", "sklearn", ["datasets/data/digits.csv.gz"]),
     GLYPHS: ("matplotlib's fonts", "matplotlib", [f"mpl-data/fonts/ttf/{face}.ttf" for face in FONTS.values()]),
+    ("clkit.data.text", "_embedded"): ("clkit's texts", "clkit", ["data/texts.jsonl.xz"]),
 }
 READERS = {("clkit.data.images", "files"), ("clkit.data.text", "_real")}  # of packs
 

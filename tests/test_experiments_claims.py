@@ -230,6 +230,7 @@ def test_with_changed_parameters_claims_take_fewer_seeds_and_only_report(claims,
         opened = page("03-x", SEEDS=seeds).claims()
         opened.claim("gain", "it gains", rows_of(LEVELS, len(seeds)), ("b", "a"))
         opened.done()
+    opened.claim("same", "what is left of the grid", rows_of(LEVELS, 1), ("b", "b"))
     assert capsys.readouterr().out.endswith(
         "open: it gains (fewer than five seeds)\n"
         "claims: 'gain' was holds, is open; clkit figures --write records what is\n"

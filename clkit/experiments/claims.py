@@ -143,13 +143,14 @@ class Claims(_Lines):
         if n < LEAST and scale != "real" and not self.page.changed:
             raise ValueError(f"{key}: {n} seeds; claim from five at least, or at scale='real'")
         nulls = [_measured(measure, rows, f"{key}, shuffled") for rows in _shuffled(table, shuffle, within)]
-        if all(np.array_equal(null, found) for null in nulls):
+        if not self.page.changed and all(np.array_equal(null, found) for null in nulls):
             raise ValueError(f"shuffle: {shuffle} changes nothing of {key!r}; name what its effect compares")
         chance = np.mean([verdict(null.mean(), p_value(null, low, high), low, high) == "holds" for null in nulls])
         p = p_value(found, low, high)
+        scale = "paper" if scale == "fast" and self.page.profile == "paper" else scale
         note = "fewer than five seeds" if n < LEAST else "every seed gives the same" if math.isnan(p) else ""
         self.rows.append(
-            {"key": key, "text": text, "paper": paper, "scale": self.page.profile if scale == "fast" else scale}
+            {"key": key, "text": text, "paper": paper, "scale": scale}
             | {"claimed": [low, high], "effect": mean, "lower": lower, "upper": upper, "n": n, "p": p}
             | {"null": float(chance), "gaps": found.tolist(), "note": note}
         )

@@ -8,24 +8,15 @@ experiments.study(averages, range(5)).run()
 from collections.abc import Callable
 from typing import Any
 
-import torch
+import pandas as pd
 from torch import nn
 
 from clkit import alignment, data, models, normalization, weights
-from clkit.data import Dataset, Examples, Normalize
 from clkit.evaluation import evaluate
 from clkit.training import Training, run
+from studies import named
 
 TRAINING = Training(epochs=6, batch=32, lr=0.1, schedule="cosine")
-
-
-def drawn_digits(seed: int) -> Dataset:
-    """The digits with a test quarter that the seed draws."""
-    known = data.digits()
-    x, y = (torch.cat([getattr(part, name) for part in (known.train, known.test)]) for name in "xy")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    test, train = (Examples(x[rows], y[rows]) for rows in order.tensor_split([len(x) // 4]))
-    return Dataset("digits", train, test, known.classes, Normalize.of(train.x))
 
 
 def averages(seed: int, networks: int = 3, model: Callable[..., nn.Module] = models.convnet) -> list[dict[str, Any]]:
@@ -34,7 +25,7 @@ def averages(seed: int, networks: int = 3, model: Callable[..., nn.Module] = mod
     Its barrier is its test loss, BatchNorm re-estimated on 500 training images, over the mean loss of the networks,
     which are treated alike. The seed draws the data and the beginnings.
     """
-    stream = data.split(drawn_digits(seed), tasks=1)
+    stream = data.split(named.drawn("digits", seed), tasks=1)
     starts = range(100 * seed, 100 * seed + networks)
     runs = [run(stream, model, training=TRAINING, seed=start, progress=False) for start in starts]
     net, ends, x = runs[0].model.eval(), [r.weights[0] for r in runs], runs[0].inputs[0][:500]
@@ -57,3 +48,21 @@ def averages(seed: int, networks: int = 3, model: Callable[..., nn.Module] = mod
         loss, accuracy = tested(weights.combine(moved, [1 / networks] * networks))
         rows.append({"order": name, "barrier": round(loss - parents, 5), "acc": round(accuracy, 5)})
     return rows
+
+
+def left_aligned(rows: pd.DataFrame) -> Any:
+    """The barrier that the permutation alone leaves, by seed."""
+    return rows[rows.variant == "aligned"].set_index("seed").barrier
+
+
+def repaired(rows: pd.DataFrame) -> Any:
+    """The share of the barrier left by the permutation that re-estimation takes away, by seed."""
+    barrier = rows.pivot(index="seed", columns="variant", values="barrier")
+    return 1 - barrier["aligned, re-estimated"] / barrier["aligned"]
+
+
+def saved_between(rows: pd.DataFrame) -> Any:
+    """How much more accuracy the permutation gains between independent networks than along a stream, by seed."""
+    acc = rows.pivot(index="seed", columns=["kind", "variant"], values="acc")
+    gain = acc.xs("aligned, re-estimated", axis=1, level=1) - acc.xs("plain, re-estimated", axis=1, level=1)
+    return gain["independent"] - gain["along"]

@@ -5,26 +5,27 @@ and gives a row for each thing measured. The other functions read tables and pic
 
 ```python
 table = page.table(study(representations.merging, range(5), network=representations.NETWORKS), "merging")
-representations.by_variant(table)
+table.groupby(["network", "kind", "variant", "layer"]).ratio.mean()
 ```
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit import alignment, checks, data, models, normalization, representation, weights
+from clkit import alignment, data, models, normalization, representation, weights
 from clkit.data import Stream
 from clkit.experiments import Method
 from clkit.learners import ER, Learner
 from clkit.training import ModelFactory, Result, Training, evaluate, run
 from clkit.weights import Weights
+from studies.named import drawn
 from studies.pretraining import Recipe, restored
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ NETWORKS = {
     ),
 }
 LAYERS = ("conv1", "relu1", "conv2", "relu2", "conv3", "relu3", "pool", "linear")
+STAGES = ("relu1", "relu2", "relu3", "linear")
 ENCODING = Training(10, 64, 3e-3, optimizer="adamw", schedule="cosine", warmup=0.1, weight_decay=0.01)
 TUNING = Training(5, 64, 1e-3, optimizer="adamw", schedule="cosine", warmup=0.1, clip=1.0, labels="task")
 PLAIN = Method(Learner())
@@ -85,15 +87,15 @@ class Pair:
 
 def pair(seed: int = 0, network: Network = CONVNET) -> Pair:
     """Trains two networks of a seed on the ten digits at once, from initialisations of their own, on the CPU."""
-    stream, seeds = data.split(data.digits(), 1), (2 * seed, 2 * seed + 1)
+    stream, seeds = data.split(drawn("digits", seed), 1), (2 * seed, 2 * seed + 1)
     one, other = (_run(stream, network.model, PLAIN, network.training, s) for s in seeds)
     first, second = (weights.get_weights(network.model(stream, seed=s)) for s in seeds)
-    return _pair(one.model, stream, one.weights[0], other.weights[0], (first, second))
+    return _pair(one.model, seed, one.weights[0], other.weights[0], (first, second))
 
 
 def five_tasks(seed: int = 0) -> Stream:
-    """The ten digits in five tasks of two, in an order that the seed draws."""
-    return data.split(data.digits(), 5, order=seed)
+    """The ten digits in five tasks of two: the seed draws their order and the test quarter of the images."""
+    return data.split(drawn("digits", seed), 5, order=seed)
 
 
 def learned(method: Method, seed: int = 0, network: Network = CONVNET) -> Result:
@@ -120,20 +122,16 @@ def latin_encoder(stream: Stream, per_class: int = 40, training: Training = ENCO
 
 
 def likeness(seed: int, network: Network = CONVNET, layers: tuple[str, ...] = LAYERS) -> list[dict[str, Any]]:
-    """CKA of every layer with every layer: of two trained networks, of two untrained ones, before and after training.
+    """Linear CKA of every layer with every layer, of two trained networks and of the two before their training.
 
-    Columns: pair, layer (of the first network), other (of the second), linear, rbf.
+    Columns: pair, layer (of the first network), other (of the second), cka.
     """
     two, rows = pair(seed, network), []
-    pairs = {"both trained": (two.a, two.b), "neither trained": two.before}
-    pairs["before and after training"] = (two.before[0], two.a)
-    for name, ends in pairs.items():
+    for name, ends in {"both trained": (two.a, two.b), "neither trained": two.before}.items():
         first, second = (representation.with_weights(two.model, w) for w in ends)
-        tables = [representation.cka_by_layer(first, second, two.x, layers, kernel=k) for k in ("linear", "rbf")]
-        linear, rbf = (table.to_numpy(float).round(5) for table in tables)
-        for (i, layer), (j, other) in product(enumerate(layers), repeat=2):
-            alike = {"linear": float(linear[i, j]), "rbf": float(rbf[i, j])}
-            rows.append({"pair": name, "layer": layer, "other": other} | alike)
+        found = representation.cka_by_layer(first, second, two.x, layers).to_numpy(float).round(5).ravel().tolist()
+        for (layer, other), value in zip(product(layers, repeat=2), found, strict=True):
+            rows.append({"pair": name, "layer": layer, "other": other, "cka": value})
     return rows
 
 
@@ -173,8 +171,8 @@ def merging(seed: int, network: Network = CONVNET) -> list[dict[str, Any]]:
     """What the mean of two networks keeps of their units, layer by layer, and what alignment and repair give back.
 
     - kind: "independent", two initialisations; "sequential", before and after the last of five tasks, with ER
-    - ends: "plain", or "aligned", the second permuted to look like the first
-    - variant: "merged", "refreshed", "repaired"
+    - variant: "plain"; "aligned", the second permuted to look like the first; and both with ", restored": BatchNorm
+      re-estimated, or, where there is none, REPAIR
     - layer; ratio: of variance, as `variance_ratio` has it
     - correlation: the mean over units i of those of the two ends
     - accuracy: of the merged network, on all classes; parents: the mean of the two ends'
@@ -183,7 +181,7 @@ def merging(seed: int, network: Network = CONVNET) -> list[dict[str, Any]]:
     if network.on_tasks:
         result = learned(Method(ER(memory=50)), seed, network)
         a, b = result.weights[-2:]
-        pairs["sequential"] = _pair(result.model, five_tasks(seed), a, b, (a, a))
+        pairs["sequential"] = _pair(result.model, seed, a, b, (a, a))
     return [{"kind": kind} | row for kind, two in pairs.items() for row in _merged(two, network.layers)]
 
 
@@ -210,34 +208,31 @@ def correction(
     return rows
 
 
-def few_examples(a: Tensor, b: Tensor, sizes: Iterable[int], draws: int = 20, seed: int = 0) -> "pd.DataFrame":
-    """CKA of two networks' features (N, F) of the same examples, on few of them: biased and unbiased.
+def few_examples(a: Tensor, b: Tensor, sizes: Iterable[int], draws: int = 20) -> "pd.DataFrame":
+    """CKA of two networks' features (N, F) of unrelated examples, on few of them.
 
-    Columns: n, images ("the same"; "shuffled", where nothing connects the two), estimate ("biased", "unbiased"), cka. A
-    row for each of the `draws` of n examples.
+    Columns: n, estimate ("biased", "unbiased"), cka. A row for each of the `draws` of n examples.
     """
     import pandas as pd
 
-    generator, rows = torch.Generator().manual_seed(seed), []
-    for n in [n for n in sizes for _ in range(draws)]:
-        chosen = torch.randperm(len(a), generator=generator)[:n]
-        shuffled = chosen[torch.randperm(n, generator=generator)]
-        for images, other in (("the same", chosen), ("shuffled", shuffled)):
-            for estimate in ("biased", "unbiased"):
-                found = representation.cka(a[chosen], b[other], unbiased=estimate == "unbiased")
-                rows.append({"n": n, "images": images, "estimate": estimate, "cka": found})
+    generator, rows = torch.Generator().manual_seed(0), []
+    for n, _ in product(sizes, range(draws)):
+        chosen, other = (torch.randperm(len(a), generator=generator)[:n] for _ in range(2))
+        for estimate in ("biased", "unbiased"):
+            found = representation.cka(a[chosen], b[other], unbiased=estimate == "unbiased")
+            rows.append({"n": n, "estimate": estimate, "cka": found})
     return pd.DataFrame(rows)
 
 
-def counterparts(table: "pd.DataFrame", layers: Iterable[str]) -> "pd.Series":
-    """How often a layer's most alike one of the other network is the same, by linear CKA, in a table of `likeness`.
+def counterparts(table: "pd.DataFrame") -> "pd.Series":
+    """By seed, how often the most alike of the other network's STAGES is the same one: trained less untrained networks.
 
-    A share for each pair; only these layers are looked at.
+    A share, from a table of `likeness`.
     """
-    names = list(layers)
-    rows: Any = table[table["layer"].isin(names) & table["other"].isin(names)]
-    top = rows.loc[rows.groupby(["pair", "seed", "layer"])["linear"].idxmax()]
-    return (top["layer"] == top["other"]).groupby(top["pair"]).mean()
+    rows: Any = table[table["layer"].isin(STAGES) & table["other"].isin(STAGES)]
+    top = rows.loc[rows.groupby(["pair", "seed", "layer"])["cka"].idxmax()]
+    share: Any = (top["layer"] == top["other"]).groupby([top["pair"], top["seed"]]).mean()
+    return share["both trained"] - share["neither trained"]
 
 
 def forgotten(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -256,16 +251,21 @@ def forgotten(table: "pd.DataFrame") -> "pd.DataFrame":
     return means.reset_index()
 
 
-def by_variant(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The rows of a table of `merging` without the repair that a network has no need of, ends and variant in one word.
+def farther(table: "pd.DataFrame", a: str, b: str, value: str) -> "pd.Series":
+    """By seed, `value` of `forgotten` of one method of a table of `drift` less that of another."""
+    found: Any = forgotten(table).pivot(index="seed", columns="method", values=value)
+    return found[a] - found[b]
 
-    `variant` becomes "plain", "plain, restored", "aligned" or "aligned, restored": with BatchNorm by re-estimation,
-    without it by REPAIR.
+
+def recovered(table: "pd.DataFrame") -> "pd.Series":
+    """By seed, the share of the accuracy lost in an aligned merge that its variance, restored, gives back.
+
+    The mean over the networks of a table of `merging`.
     """
-    network: Any = table["network"]
-    wanted = network.map({"convnet": "refreshed", "perceptron": "repaired"})
-    rows: Any = table[(table["variant"] == "merged") | (table["variant"] == wanted)]
-    return rows.assign(variant=rows["ends"] + rows["variant"].map(lambda v: "" if v == "merged" else ", restored"))
+    first: Any = table.groupby(["network", "seed", "variant"])[["accuracy", "parents"]].first()
+    merged, parents = first["accuracy"].unstack(), first["parents"].unstack()["aligned"]
+    gain: Any = (merged["aligned, restored"] - merged["aligned"]) / (parents - merged["aligned"])
+    return gain.groupby("seed").mean()
 
 
 def beside_none(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -280,58 +280,14 @@ def beside_none(table: "pd.DataFrame") -> "pd.DataFrame":
     return rows[rows["strength"] != "none"].merge(none, on="seed", suffixes=("", "_none"))
 
 
-def variance_along(two: Pair, ends: Mapping[str, Weights], layers: Iterable[str], points: int = 9) -> "pd.DataFrame":
-    """The variance ratio on the ways from a pair's first network to each of `ends`.
+def united(model: nn.Module, old: Weights, new: Weights, alpha: float, inputs: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Features (N, F) of inputs `x` (N, ...) in two networks, "old" and "new", and in their merge, "merged".
 
-    Columns: t, variant (the end's name and the layer), ratio.
+    That is alpha of old, with BatchNorm's statistics re-estimated on `inputs`.
     """
-    import pandas as pd
-
-    rows, names = [], list(layers)
-    for end, second in ends.items():
-        for t in np.linspace(0, 1, points).tolist():
-            merged = weights.lerp(two.a, second, t)
-            table = representation.variance_ratio(two.model, merged, (two.a, second), two.x[:200], names)
-            for layer, ratio in zip(table["layer"], table["ratio"], strict=True):
-                rows.append({"t": t, "variant": f"{end}, {layer}", "ratio": float(ratio)})
-    return pd.DataFrame(rows)
-
-
-def stations(result: Result, x: Tensor, alphas: Iterable[float]) -> dict[str, Tensor]:
-    """Features (N, F) of inputs (N, ...) before and after the last task, "old" and "new", and of networks between.
-
-    Those between are "α = ..." of old. BatchNorm's statistics are those of the two ends, and re-estimated between them
-    on what the run's consolidation saw.
-    """
-    old, new, inputs = result.weights[-2], result.trained[-1], result.inputs[-1]
-    between = {f"α = {a:g}": normalization.refresh(result.model, weights.lerp(new, old, a), inputs) for a in alphas}
-    networks = {"old": old, "new": new} | between
-    return {name: representation.features(result.model, x, weights=w) for name, w in networks.items()}
-
-
-def halfway(two: Pair, second: Weights, x: Tensor) -> dict[str, Tensor]:
-    """Features (N, F) of inputs (N, ...) in a pair's first network, "one", in `second`, "other", and in their mean.
-
-    The mean is "merged", its BatchNorm re-estimated.
-    """
-    middle = normalization.refresh(two.model, weights.lerp(two.a, second, 0.5), two.inputs)
-    networks = {"one": two.a, "other": second, "merged": middle}
-    return {name: representation.features(two.model, x, weights=w) for name, w in networks.items()}
-
-
-def cloud(
-    strength: Method, seed: int = 0, per_class: int = 40, earlier: Training = ENCODING, training: Training = TUNING
-) -> representation.Embedding:
-    """One Greek letter's images before and after HCMM's merge of the second task, embedded.
-
-    The letter is of the first task; "previous" is the network that has learned it.
-    """
-    stream = letters(seed, per_class=per_class)
-    model, first = latin_encoder(stream, per_class, earlier, seed=seed), stream[0]
-    result = _run(replace(stream, tasks=stream.tasks[:2]), model, strength, training, seed)
-    x, layer = first.prepare(first.train.x), "encoder.projection"
-    both = [representation.features(result.model, x, layer, weights=w) for w in result.weights]
-    return representation.embed({"previous": both[0], "merged": both[1]}, first.train.y, first.classes[:1])
+    merged = normalization.refresh(model, weights.lerp(new, old, alpha), inputs)
+    networks = {"old": old, "new": new, "merged": merged}
+    return {name: representation.features(model, x, weights=w) for name, w in networks.items()}
 
 
 def gap(points: "pd.DataFrame") -> float:
@@ -344,20 +300,16 @@ def gap(points: "pd.DataFrame") -> float:
     return float(np.linalg.norm(one.mean(0) - other.mean(0)) / radius)
 
 
-@checks.arguments
-def moved(
-    features: Tensor, size: float, by: Literal["shift", "noise"] = "shift", seed: int = 1, **options: Any
-) -> representation.Embedding:
+def moved(features: Tensor, size: float, noise: bool = False, **options: Any) -> representation.Embedding:
     """Features of one class (N, F) and a copy of them, moved, embedded together: a picture of a known distance.
 
-    `by` "shift" moves all alike, in a direction that `seed` draws; "noise" moves each in a direction of its own; both
-    by `size` times the root mean squared distance of an example to their centre. `options` go to `embed`. Raises
-    ValueError for another `by`.
+    All are moved alike, in one random direction, or, with `noise`, each in a direction of its own; both by `size` times
+    the root mean squared distance of an example to their centre. `options` go to `embed`.
     """
     spread = (features - features.mean(0)).square().mean(1).sqrt().mean()
-    count = 1 if by == "shift" else len(features)
-    drawn = torch.randn(count, features.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    way = size * spread * drawn / drawn.square().mean(1, keepdim=True).sqrt()
+    count = len(features) if noise else 1
+    way = torch.randn(count, features.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    way *= size * spread / way.square().mean(1, keepdim=True).sqrt()
     both = {"one": features, "moved": features + way.to(features.dtype)}
     return representation.embed(both, torch.zeros(len(features), dtype=torch.int64), **options)
 
@@ -371,11 +323,11 @@ def _latin(seed: int, per_class: int) -> Stream:
     return data.split(data.glyphs("latin", per_class=per_class, size=16, seed=seed), 1)
 
 
-def _pair(model: nn.Module, stream: Stream, a: Weights, b: Weights, before: tuple[Weights, Weights]) -> Pair:
+def _pair(model: nn.Module, seed: int, a: Weights, b: Weights, before: tuple[Weights, Weights]) -> Pair:
     """Two networks with the images of all ten digits."""
-    task = data.split(data.digits(), 1)[0]
-    inputs, x = task.prepare(task.train.x[:500]), task.prepare(task.test.x)
-    return Pair(model.eval(), stream, a, b, before, x, task.test.y, inputs)
+    stream = data.split(drawn("digits", seed), 1)
+    inputs, x = stream[0].prepare(stream[0].train.x[:500]), stream[0].prepare(stream[0].test.x)
+    return Pair(model.eval(), stream, a, b, before, x, stream[0].test.y, inputs)
 
 
 def _readout(net: nn.Module, stream: Stream, tasks: int) -> Any:
@@ -411,15 +363,15 @@ def _merged(two: Pair, layers: tuple[str, ...]) -> list[dict[str, Any]]:
             for layer in layers
         }
         merged = weights.lerp(two.a, b, 0.5)
-        networks = {
-            "merged": merged,
-            "refreshed": normalization.refresh(two.model, merged, two.inputs),
-            "repaired": normalization.repair(two.model, merged, ends=(two.a, b), t=0.5, inputs=two.inputs),
-        }
+        if normalization.batchnorms(two.model):
+            restored = normalization.refresh(two.model, merged, two.inputs)
+        else:
+            restored = normalization.repair(two.model, merged, ends=(two.a, b), t=0.5, inputs=two.inputs)
+        networks = {ends: merged, f"{ends}, restored": restored}
         for variant, w in networks.items():
             reached = {"accuracy": round(accuracy(w), 5), "parents": round(parents, 5)}
             table = representation.variance_ratio(two.model, w, (two.a, b), two.x, layers)
             for layer, ratio in zip(table["layer"], table["ratio"], strict=True):
-                row = {"ends": ends, "variant": variant, "layer": layer, "ratio": round(float(ratio), 5)}
+                row = {"variant": variant, "layer": layer, "ratio": round(float(ratio), 5)}
                 rows.append(row | {"correlation": round(alike[layer], 5)} | reached)
     return rows

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from clkit import alignment, checks, metrics, normalization, weights
 from clkit.data import Stream, Task
-from clkit.evaluation import EVALUATION_BATCH, evaluate
+from clkit.evaluation import EVALUATION_BATCH, evaluate, outputs
+from clkit.merging import task_arithmetic
 from clkit.weights import Weights
 
 Variant = Literal["plain", "plain, re-estimated", "aligned", "aligned, re-estimated"]
@@ -152,6 +153,30 @@ def merges(
         interpolation(model, deployed[t - 1], trained[t], stream, inputs[t], seen=t + 1, **options)
         for t in range(1, len(trained))
     ]
+
+
+@checks.arguments
+def disentanglement(
+    model: nn.Module, base: Weights, trained: Sequence[Weights], stream: Stream, alpha: float = 1.0
+) -> np.ndarray:
+    """How often another task's vector changes a task's predictions: (T, T), shares of its test data.
+
+    Entry [i, j], NaN where i = j, compares base + alpha tau_i with base + alpha (tau_i + tau_j) on task i, by the
+    largest logit among its classes; tau_k leads from `base` to trained[k]. At 0 weights are disentangled. A pair's
+    disentanglement error xi(alpha, alpha) is [i, j] + [j, i] (Ortiz-Jimenez et al. 2023, arXiv 2305.12827, section 4).
+    The model is not changed. Raises ValueError unless there are weights for every task.
+    """
+    if len(trained) != len(stream):
+        raise ValueError(f"trained: {len(trained)} weights for {len(stream)} tasks; give those trained on each")
+    base, *ends = (_on(next(model.parameters()).device, w) for w in (base, *trained))
+    found = np.full((len(ends), len(ends)), np.nan)
+    for i, task in enumerate(stream.to(next(model.parameters()).device)):
+        x, own = task.prepare(task.test.x), list(task.classes)
+        sums = [ends[i : i + 1], *([ends[i], end] for end in ends)]
+        points = (task_arithmetic(ws, base=base, scale=alpha) for ws in sums)
+        alone, *both = (outputs(model, point, x)[..., own].argmax(-1) for point in points)
+        found[i] = [np.nan if i == j else float((b != alone).double().mean()) for j, b in enumerate(both)]
+    return found
 
 
 @dataclass(frozen=True, eq=False)

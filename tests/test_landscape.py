@@ -215,3 +215,17 @@ def test_statistics_are_averaged_on_paths_and_planes_and_go_no_further_than_thei
 def test_bad_input_names_itself(stream, net, ends, call, message):
     with pytest.raises(ValueError, match=message):
         call(net, ends, stream)
+
+
+def test_disentanglement_is_how_often_another_tasks_vector_changes_an_answer(stream, net, ends):
+    """By hand for one pair, nothing for a vector of zero, and alpha scales both vectors."""
+    base, (a, b) = W.get_weights(net), ends
+    found = landscape.disentanglement(net, base, [a, base, b], stream, alpha=0.5)
+    assert np.isnan(np.diag(found)).all() and found[0, 1] == found[2, 1] == 0
+    x, own = stream[0].prepare(stream[0].test.x), list(stream[0].classes)
+    points = (W.lerp(base, a, 0.5), W.combine([a, b], [0.5, 0.5]))
+    one, both = (W.set_weights(net, w) or net.eval()(x)[:, own].argmax(1) for w in points)
+    W.set_weights(net, base)
+    assert found[0, 2] == pytest.approx(float((one != both).double().mean())) and found[0, 2] > 0
+    with pytest.raises(ValueError, match="trained: 2 weights for 3 tasks"):
+        landscape.disentanglement(net, base, [a, b], stream)

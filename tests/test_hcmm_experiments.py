@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,9 @@ from clkit import data, models
 from clkit.consolidation import HCMM, Merging
 from clkit.data import split
 from clkit.evaluation import evaluate
-from clkit.experiments import grid, study
+from clkit.experiments import Comparison, grid, study
 from clkit.tangent import Linearized
+from clkit.training import run
 from clkit.weights import equal, get_weights, lerp
 from studies import hcmm
 from studies import hcmm_streams as settings
@@ -119,35 +120,49 @@ class TestSettings:
 
     @pytest.fixture
     def real(self, packs, monkeypatch):
-        """The packs, with few images of the set that is only pretrained on."""
+        """The packs, few images of each, and no larger than ImageNet's network needs them."""
         monkeypatch.setenv("CLKIT_DATA", str(packs))
-        few = lambda seed=0: split(settings.images("cifar10", 5), 1)  # noqa: E731
-        monkeypatch.setattr(settings, "cifar10", few)
+        few = settings.Portions(32, 8, 2, 3, 2)
+        monkeypatch.setattr(settings, "PORTIONS", dict.fromkeys(settings.PORTIONS, few))
+        monkeypatch.setattr(settings, "seen", cache(settings.seen.__wrapped__))
 
-    @pytest.mark.packs("cifar100", "cifar10")
-    def test_cifar100_in_twenty_tasks(self, real):
-        stream = settings.cifar100(1)
-        assert (len(stream), len(stream.classes)) == (20, 100) and stream.shape == (3, 32, 32)
-        assert {tuple(t.train.y.bincount()[list(t.classes)].tolist()) for t in stream} == {(60,) * 5}
-        spare = settings.spare(stream, 0, "cifar100")
-        known = {row.numpy().tobytes() for task in stream for row in task.train.x}
-        assert (
-            len(spare) == 1000 and sum(row.numpy().tobytes() in known for row in spare.x) < 10
-        )  # a few are twice there
+    @pytest.mark.packs("pacs48")
+    def test_real_images_are_drawn_by_the_seed_and_apart_from_those_of_prototypes_and_validation(self, real):
+        rows = [list(map(bytes, part.x.numpy())) for part in (*_parts("pacs48/photo", 1), *_parts("pacs48/photo", 2))]
+        train, valid, support, other = rows[0], rows[1], rows[2], rows[3]
+        assert [len(part) for part in rows[:3]] == [21, 14, 14] and set(train) != set(other)
+        assert not set(train) & {*valid, *support} and not set(valid) & set(support)
 
-    @pytest.mark.packs("pacs48", "cifar10", "mnist", "usps")
-    def test_domains_of_real_images(self, real):
-        pacs, digits = settings.pacs(), settings.mnist_usps()
-        assert [task.name for task in pacs] == list(settings.DOMAINS) and pacs.shape == (3, 48, 48)
-        assert [task.name for task in digits] == ["mnist", "usps"] and digits.shape == (1, 28, 28)
-        assert len(settings.spare(pacs, 0, "pacs48/photo")) == 70
+    @pytest.mark.packs("pacs48")
+    def test_domains_of_real_images_are_in_the_seeds_order(self, real):
+        orders = {tuple(task.name for task in settings.pacs(seed)) for seed in range(5)}
+        assert len(orders) > 2 and all(set(order) == set(settings.DOMAINS) for order in orders)
+
+    @pytest.mark.packs("pacs48")
+    def test_what_is_trained_on_real_images_is_the_end_of_imagenets_network(self, real):
+        """Before it is trained it gives the features that the whole network gives of the images."""
+        stream = settings.pacs(0)
+        net = settings.model(stream, "pacs", "ordinary")
+        full = data.load("pacs48/photo", limit=60, augment=data.NO_AUGMENT)
+        whole = models.efficientnet_lite0(split(full, 1), size=32).eval()
+        shown = settings.seen("pacs48/photo").train.x[:4]
+        with torch.no_grad():
+            torch.testing.assert_close(net.encoder(shown), whole.encoder(full.normalize(full.train.x[:4])))
+        assert all(p.requires_grad for p in net.encoder.parameters())
+        assert not any(m.training for m in net.encoder.modules())
+
+
+def _parts(name: str, seed: int):
+    (drawn, support), (valid, _) = settings.drawn(name, seed), settings.drawn(name, seed, True)
+    return drawn.train, valid.test, support
 
 
 class TestComparisons:
     def test_every_comparison_is_plain_to_record_and_pairs_its_methods(self):
-        made = [hcmm.tuning(), hcmm.tuning("fonts"), hcmm.paper(), *hcmm.comparisons().values()]
+        made = [hcmm.tuning(), hcmm.tuning("fonts"), hcmm.paper(), *hcmm.comparisons().values(), *hcmm.real().values()]
         for one in made:
-            assert json.dumps(one.config) and len({repr(m) for m in one.methods.values()}) == len(one.methods)
+            methods = one.methods.values() if isinstance(one, Comparison) else ()
+            assert json.dumps(one.config) and len({repr(m) for m in methods}) == len(methods)
 
     def test_the_stages_are_all_eight_combinations_and_fine_tuning_itself(self):
         made = hcmm.stages()
@@ -165,7 +180,6 @@ class TestComparisons:
         [
             ("glyphs", "tangent + importance", 1e-3, 0.2),
             ("fonts", "tangent + importance", 3e-3, 0.5),
-            ("pacs", "tangent + linear", 1e-3, 0.35),
             ("glyphs", "LwF", 3e-4, 0.3),
             ("fonts", "EWC", 3e-3, 100.0),
             ("fonts", "TIES, independent", 3e-3, 1.0),
@@ -198,8 +212,10 @@ class TestComparisons:
         assert found.alpha[:4].tolist() == [0.1, 0.3, 0.1, 0.3] and found.lr[6:].tolist() == [1e-3, 1e-2]
 
     def test_tuning_has_seeds_of_its_own(self):
-        reported = {seed for one in (hcmm.paper(), *hcmm.comparisons().values()) for seed in one.seeds}
-        assert not reported & set(hcmm.tuning().seeds)
+        real = hcmm.real()
+        chosen = {*hcmm.tuning().seeds, *real.pop("pacs-tuning").seeds}
+        made = (hcmm.paper(), *hcmm.comparisons().values(), *real.values())
+        assert not chosen & {seed for one in made for seed in one.seeds}
 
     def test_the_published_numbers_are_percent(self):
         table = hcmm.listed().set_index(["dataset", "tasks", "method"]).acc
@@ -218,6 +234,24 @@ class TestComparisons:
             stream = settings.known(setting).stream(seed)
             before = evaluate(settings.model(stream, setting, seed=seed), stream).accuracy.mean()
             assert table[table.seed == seed].zero_shot.to_numpy() == approx([before] * 3, abs=1e-6)
+
+    def test_methods_at_the_papers_scale_run_on_a_few_images(self, monkeypatch):
+        network = settings.SETTINGS["glyphs"].network
+        monkeypatch.setitem(settings.SETTINGS, "cifar100, CLIP", settings.Setting(small, network))
+        monkeypatch.setattr(hcmm, "PAPER", replace(hcmm.PAPER, epochs=1, batch=16))
+        whole = hcmm.paper((0,))
+        few = {name: whole.methods[name] for name in (f"{hcmm.FULL}, L1", "RandMix, sequential", "EWC")}
+        assert replace(whole, methods=few).run(jobs=1).acc.between(0, 1).all()
+
+    @pytest.mark.packs("pacs48")
+    def test_the_grid_on_real_images_runs_on_a_few(self, packs, monkeypatch):
+        monkeypatch.setenv("CLKIT_DATA", str(packs))
+        monkeypatch.setattr(settings, "PORTIONS", {"pacs48": settings.Portions(32, 3, 1, 1, 1)})
+        monkeypatch.setattr(settings, "seen", cache(settings.seen.__wrapped__))
+        monkeypatch.setattr(hcmm, "FEW", replace(hcmm.FEW, epochs=1))
+        whole = hcmm.real()["pacs"]
+        few = {name: whole.methods[name] for name in (hcmm.FULL, "MagMax, sequential")}
+        assert replace(whole, methods=few, seeds=(0,)).run(jobs=1).acc.between(0, 1).all()
 
 
 class TestStudies:
@@ -259,11 +293,38 @@ class TestStudies:
                 assert changed == ["encoder.projection.weight"]
             assert not equal(found["merged"], lerp(found["previous"], found["trained"], 0.5))
 
-    def test_what_hcmm_keeps_does_not_grow_and_task_vectors_do(self):
-        rows = [{"method": name} | row for name, rule in hcmm.KEPT.items() for row in hcmm.kept(0, rule, (2, 3))]
-        table = pd.DataFrame(rows).pivot(index="method", columns="tasks", values="networks")
-        assert table.loc["linear average"].tolist() == [1, 1] and table.loc["MagMax"].tolist() == [3, 4]
-        assert table.loc["HCMM", 2] == table.loc["HCMM", 3] and 1.8 < table.loc["HCMM", 2] < 2
+    def test_what_is_kept_counts_the_first_network_and_what_is_there_twice_once(self):
+        """By hand, in networks: weights, importances (no head), a merge, the first network, all networks."""
+        counts = {name: (2, 3) if name in ("MagMax, sequential", "TIES, sequential") else (3,) for name in hcmm.KEPT}
+        found = {name: [row["networks"] for row in hcmm.kept(0, name, counts[name])] for name in hcmm.KEPT}
+        body = found["ordinary + importance"][0] - 1  # a number of importance for each trained one
+        assert 0.8 < body < 1
+        flat = {"ordinary": 1, "ordinary + linear": 1, "LwF": 1, "tangent": 1 + body, "tangent + linear": 1 + body}
+        flat |= {"EWC": 1 + 2 * body, "ordinary + importance": 1 + body, hcmm.FULL: 1 + 2 * body}
+        flat |= {"MagMax, running": 1 + 2 * body}
+        for name, size in flat.items():
+            assert found[name] == approx([size], abs=1e-6), name
+        assert found["MagMax, sequential"] == found["TIES, sequential"]
+        assert found["TIES, sequential"] == approx([1 + 2 * body, 1 + 3 * body], abs=1e-6)
+
+    def test_a_running_maximum_deploys_magmax_of_all_networks(self):
+        stream = small()
+        ends = [
+            run(stream, settings.model(stream, "glyphs"), None, rule, hcmm.FEW, progress=False).weights
+            for rule in (hcmm.RunningMagMax(), Merging("magmax", {"scale": 0.5}))
+        ]
+        for one, other in zip(*ends, strict=True):
+            for key, tensor in one.items():
+                torch.testing.assert_close(tensor, other[key], atol=1e-6, rtol=1e-5)
+
+    def test_random_mixing_takes_every_number_from_one_of_the_networks(self):
+        ws = [{"w": torch.full((400,), float(i))} for i in range(4)]
+        mixed = hcmm.randmix(ws)["w"]
+        assert set(mixed.tolist()) == {0.0, 1.0, 2.0, 3.0} and mixed.mean() == approx(1.5, abs=0.2)
+
+    def test_disentanglement_is_measured_on_tasks_learned_apart(self):
+        table = pd.DataFrame(hcmm.disentangled(0, lr=1e-2, alphas=(1e-6, 1.0)))
+        assert table.error[0] == 0 < table.error[1] <= 2 and table.own.nunique() == 1 and table.own[0] > 0.4
 
     def test_steps_are_what_each_stage_adds_seed_by_seed(self):
         names = [*hcmm.stages(), *hcmm.BASELINES]

@@ -1,7 +1,8 @@
-"""The experiments of holistic continual model merging, HCMM (arXiv 2509.23592), at a laptop's scale and the paper's.
+"""The experiments of holistic continual model merging, HCMM (arXiv 2509.23592), at three scales.
 
 ```python
 table = page.table(hcmm.main("glyphs"), "glyphs")       # the three stages and the baselines, over five seeds
+rows = page.real(hcmm.real()["pacs"], "pacs")           # on real images, under ImageNet's network
 hcmm.steps(table)                                       # what each stage adds, seed by seed
 net = hcmm.model(stream, "glyphs", "tangent")           # a pretrained encoder under a head that knows every class
 ```
@@ -10,7 +11,7 @@ net = hcmm.model(stream, "glyphs", "tangent")           # a pretrained encoder u
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,12 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from clkit import landscape, representation
-from clkit.consolidation import HCMM, Consolidation, Context, Merged, Merging, Progress, correct, importance_merge
+from clkit.consolidation import (
+    HCMM,
+    Consolidation,
+    Context,
+    Merged,
+    Merging,
+    NoConsolidation,
+    Progress,
+    correct,
+    importance_merge,
+)
 from clkit.data import Stream
-from clkit.experiments import Comparison, Method, contrasts, grid
+from clkit.evaluation import evaluate
+from clkit.experiments import Comparison, Method, Study, contrasts, grid, study
 from clkit.learners import EWC, Joint, Learner, LwF
+from clkit.merging import magmax
+from clkit.store import hash_tensor
 from clkit.training import Result, Training, run
-from clkit.weights import Weights, get_weights, set_weights
+from clkit.weights import Weights, get_weights, lerp, set_weights
 from studies.hcmm_streams import Mode, glyphs, known, model
 
 if TYPE_CHECKING:
@@ -34,8 +48,10 @@ if TYPE_CHECKING:
 TRAINING = Training(
     epochs=5, batch=64, lr=1e-3, optimizer="adamw", schedule="cosine", warmup=0.1, clip=1.0, labels="task"
 )
-PAPER = replace(TRAINING, epochs=10, batch=128, lr=1e-5, weight_decay=0.1)
-"""The paper's training, but for a warm-up of 500 steps, which is longer than most of its tasks."""
+FEW = replace(TRAINING, batch=32)
+PAPER = replace(TRAINING, epochs=10, batch=128, lr=1e-5, weight_decay=0.1, warmup=500)
+"""The paper's training; its warm-up is longer than most of its tasks."""
+IMAGES = ("pacs", "cifar100")  # where ImageNet's network is tried
 
 MODES: tuple[Mode, Mode] = ("ordinary", "tangent")
 MERGES = {"linear": "none", "importance": "corrected"}
@@ -45,6 +61,9 @@ FULL = "tangent + importance + correction"  # HCMM
 BASELINES = ("TIES, sequential", "MagMax, sequential", "average, sequential", "EWC", "LwF")
 SHORT = ("ordinary", "ordinary + linear", "ordinary + importance", "tangent", "tangent + importance", FULL,
          "MagMax, sequential", "average, sequential")  # fmt: skip
+LONG = (*SHORT, "tangent + linear")
+KEPT = ("ordinary", "ordinary + linear", "LwF", "EWC", "ordinary + importance", "tangent", "tangent + linear", FULL,
+        "MagMax, running", "MagMax, sequential", "TIES, sequential")  # fmt: skip
 TUNING_SEEDS = (100, 101)
 PUBLISHED = Path(__file__).with_name("published")
 CHOSEN = tomllib.loads(PUBLISHED.joinpath("hcmm.toml").read_text())
@@ -73,14 +92,28 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 }
 """Settings of `correct`; "both" takes the features of both parents in equal shares as its target."""
 
-KEPT: dict[str, Consolidation] = {
-    "linear average": HCMM(importance="none", correction="none"),
-    "HCMM": HCMM(),
-    "HCMM, Fisher": HCMM(importance="fisher"),
-    "MagMax": Merging("magmax", {"scale": 0.5}),
-    "TIES": Merging("ties"),
-}
-"""Consolidations of which `kept` tells what they keep."""
+
+@dataclass(frozen=True)
+class RunningMagMax:
+    """MagMax of a sequence from the weights of largest change so far, which are carried along instead of all networks.
+
+    What is deployed is `Merging("magmax", {"scale": scale})`, up to rounding.
+    """
+
+    scale: float = 0.5
+    base = True  # the weights before the first task are needed
+
+    def due(self, progress: Progress) -> bool:
+        """At the end of every task."""
+        return progress.end
+
+    def __call__(self, context: Context) -> Merged:
+        """Takes the current weights into the maximum, and trains on from them."""
+        current, base = context.current, context.base
+        if not context.progress.task:
+            return Merged(current, current, memo=current)
+        memo = magmax([context.memo, current], base=base)
+        return Merged(current, lerp(base, memo, self.scale), memo=memo)
 
 
 def fine_tuned(
@@ -94,7 +127,8 @@ def fine_tuned(
 ) -> Method:
     """Fine-tuning, "ordinary" or in the "tangent" space, of a setting's network at a learning rate."""
     made = partial(model, setting=setting, mode=mode)
-    return Method(learner or Learner(), consolidation, replace(training or TRAINING, lr=lr), made)
+    usual = FEW if setting in IMAGES else TRAINING
+    return Method(learner or Learner(), consolidation, replace(training or usual, lr=lr), made)
 
 
 def merged(
@@ -137,11 +171,16 @@ def course(result: Result) -> dict[str, Any]:
     return {"zero_shot": float(result.initial.mean()), "course": result.accuracy.mean(1).tolist()}
 
 
+def chosen(setting: str) -> dict[str, dict[str, Any]]:
+    """What `tuning` chose for every method; for CIFAR-100 that of PACS."""
+    return CHOSEN["pacs" if setting == "cifar100" else setting]
+
+
 def stages(setting: str = "glyphs") -> dict[str, Method]:
     """Every combination of the three stages: fine-tuning "ordinary" or in the "tangent" space, alone or with a merge
     ("linear" or by "importance"), with or without a correction; tangent + importance + correction is HCMM.
     """
-    made, best = {}, CHOSEN.get(setting, CHOSEN["glyphs"])
+    made, best = {}, chosen(setting)
     for mode in MODES:
         made[mode] = fine_tuned(mode, setting=setting, **best[mode])
         for name, importance in MERGES.items():
@@ -153,7 +192,7 @@ def stages(setting: str = "glyphs") -> dict[str, Method]:
 
 def baselines(setting: str = "glyphs") -> dict[str, Method]:
     """What HCMM is compared with: regularised fine-tuning, and merges of the weights after every task."""
-    best = CHOSEN.get(setting, CHOSEN["glyphs"])
+    best = chosen(setting)
     made = {n: regularised(rule, setting=setting, **best[n]) for n, rule in {"EWC": EWC, "LwF": LwF}.items()}
     for order in ORDERS:
         for merge in ("average", "MagMax", "TIES"):
@@ -178,43 +217,85 @@ def comparisons() -> dict[str, Comparison]:
     """The comparisons at a laptop's scale, by name.
 
     All methods on the glyphs and on the fonts, with joint training; and some of them, as chosen on the glyphs, on the
-    hundred characters in 5 and 10 tasks and on streams of real images.
+    hundred characters in 5 and 10 tasks.
     """
     found = {n: main(n) for n in ("glyphs", "fonts")} | {f"joint-{n}": joint(n) for n in ("glyphs", "fonts")}
     for tasks in (5, 10):
         made = {n: m for n, m in (stages() | baselines()).items() if n in SHORT}
         found[f"lengths-{tasks}"] = compare(made, range(3), tasks=tasks)
-    for name, setting in {"cifar100": "cifar100", "pacs": "pacs", "mnist-usps": "mnist, usps"}.items():
-        made = {n: m for n, m in (stages(setting) | baselines(setting)).items() if n in (*SHORT, "EWC", "LwF")}
-        found[name] = compare(made, range(2), setting)
     return found
 
 
+def real() -> dict[str, Comparison | Study]:
+    """What is run on real images under ImageNet's network, by name, what chose its settings first.
+
+    PACS as four domains with five seeds, some baselines with three, and `disentangled`; CIFAR-100 in ten and in twenty
+    tasks, a few methods with three.
+    """
+
+    def some(setting: str, names: Sequence[str], seeds: int, **options: Any) -> Comparison:
+        every = stages(setting) | baselines(setting)
+        return compare({name: every[name] for name in names}, range(seeds), setting, **options)
+
+    found: dict[str, Comparison | Study] = {"pacs-tuning": tuning("pacs"), "pacs": some("pacs", LONG, 5)}
+    found["vectors"] = study(disentangled, range(5), setting="pacs", mode=MODES)
+    few = ("ordinary + importance", FULL, "MagMax, sequential", "average, sequential")
+    found |= {f"cifar100-{tasks}": some("cifar100", few, 3, tasks=tasks) for tasks in (10, 20)}
+    return found | {"pacs-baselines": some("pacs", ("TIES, sequential", "EWC", "LwF"), 3)}
+
+
 def paper(seeds: Sequence[int] = range(3)) -> Comparison:
-    """CLIP's ViT-B/16 on CIFAR-100 in ten tasks: the stages with the released settings, and two baselines."""
+    """CLIP's ViT-B/16 on CIFAR-100 in ten tasks: the stages with the released settings, and the paper's baselines.
+
+    The correction is the pass that is released, over squared differences and over absolute ones.
+    """
     own: dict[str, Any] = {"setting": "cifar100, CLIP", "training": PAPER, "lr": PAPER.lr}
     released = partial(merged, alpha=0.4, importance="raw", **own)
     made = grid(partial(fine_tuned, **own), "{mode}", mode=MODES) | grid(released, "{mode} + importance", mode=MODES)
     made |= {"tangent + linear": released("tangent", importance="none")}
-    made |= {FULL: released("tangent", correction="steps", correction_lr=1e-7)}
-    made |= {"MagMax, sequential": fine_tuned(consolidation=Merging("magmax", {"scale": 0.5}), **own)}
-    made |= {"average, sequential": fine_tuned(consolidation=Merging(), **own)}
+    corrected = partial(released, "tangent", correction="pass", correction_lr=1e-7)
+    made |= {FULL: corrected(), f"{FULL}, L1": corrected(loss="absolute")}
+    merges = {
+        "average": Merging(),
+        "MagMax": Merging("magmax", {"scale": 0.5}),
+        "TIES": Merging("ties", {"scale": 0.55}),
+    }
+    merges |= {"RandMix": Merging(randmix)}
+    made |= {f"{n}, sequential": fine_tuned(consolidation=merge, **own) for n, merge in merges.items()}
+    made |= {n: fine_tuned(learner=rule, **own) for n, rule in {"EWC": EWC(1e6), "LwF": LwF(0.3)}.items()}
     return compare(made, seeds, "cifar100, CLIP")
 
 
+def randmix(ws: Sequence[Weights], *, seed: int = 0) -> dict[str, Tensor]:
+    """Every number from one of the weights, drawn at random: a baseline of MagMax (arXiv 2407.06322)."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = {}
+    for name, first in ws[0].items():
+        which = torch.randint(len(ws), (1, *first.shape), generator=generator).to(first.device)
+        mixed[name] = torch.stack([w[name] for w in ws]).gather(0, which)[0]
+    return mixed
+
+
 def tuning(setting: str = "glyphs") -> Comparison:
-    """Learning rate, alpha and strengths, on seeds that no other grid has: other images, classes, orders, networks."""
-    own: dict[str, Any] = {"setting": setting, "lr": (1e-3, 3e-3) if setting == "fonts" else (3e-4, 1e-3)}
-    each: dict[str, Any] = own | {"order": ORDERS}
+    """Learning rate, alpha and strengths, on seeds that no other grid has: other images, classes, orders, networks.
+
+    On real images, where the network is one for all seeds, on one seed and on images that it does not train on.
+    """
+    images = setting in IMAGES
+    alphas, scales = (0.3, 0.5) if images else (0.2, 0.35, 0.5), (0.5, 1.0)
+    own: dict[str, Any] = {"setting": setting, "lr": (3e-4, 1e-3) if setting != "fonts" else (1e-3, 3e-3)}
+    each: dict[str, Any] = own | {"order": ORDERS[:1] if images else ORDERS}
+    strengths = {"EWC": (1.0, 1e2), "LwF": (0.3, 3.0)} if images else {"EWC": (10.0, 1e2, 1e3), "LwF": (0.3, 1.0, 3.0)}
     made = grid(fine_tuned, "{mode} lr={lr:g}", mode=MODES, **own)
     name = "{mode} + {importance} lr={lr:g} α={alpha:g}"
-    made |= grid(merged, name, mode=MODES, importance=MERGES, alpha=(0.2, 0.35, 0.5), **own)
-    made |= grid(regularised, "{rule} lr={lr:g} λ={strength:g}", rule={"EWC": EWC}, strength=(10.0, 1e2, 1e3), **own)
-    made |= grid(regularised, "{rule} lr={lr:g} λ={strength:g}", rule={"LwF": LwF}, strength=(0.3, 1.0, 3.0), **own)
+    made |= grid(merged, name, mode=MODES, importance=MERGES, alpha=alphas, **own)
+    for n, rule in {"EWC": EWC, "LwF": LwF}.items():
+        made |= grid(regularised, "{rule} lr={lr:g} λ={strength:g}", rule={n: rule}, strength=strengths[n], **own)
     made |= grid(averaged, "average, {order} lr={lr:g}", merge="average", **each)
     merges = {"MagMax": "magmax", "TIES": "ties"}
-    made |= grid(averaged, "{merge}, {order} lr={lr:g} s={scale:g}", merge=merges, scale=(0.5, 1.0), **each)
-    return compare(made, TUNING_SEEDS, setting)
+    made |= grid(averaged, "{merge}, {order} lr={lr:g} s={scale:g}", merge=merges, scale=scales, **each)
+    options = {"validate": True} if images else {}
+    return compare(made, TUNING_SEEDS[: 1 if images else 2], setting, **options)
 
 
 def steps(table: "pd.DataFrame", value: str = "acc") -> "pd.DataFrame":
@@ -295,6 +376,12 @@ def along(
     return {name: landscape.curve(result.model, way, stream, points) for name, way in ways.items()}
 
 
+def lower(table: "pd.DataFrame") -> "pd.Series":
+    """How much lower the lowest loss on paths of `paths` is by importance than on the line, a mean for each seed."""
+    lowest: Any = table.groupby(["seed", "lr", "mode", "merge"]).loss.min().unstack("merge")
+    return (lowest["linear"] - lowest["importance"]).groupby("seed").mean()
+
+
 def paths(seed: int, lr: float, mode: Mode, epochs: int = 15) -> list[dict[str, Any]]:
     """The curves of `along` for one network: the paper's figures 1, 2 and 4.
 
@@ -360,23 +447,57 @@ def mismatches(seed: int, mode: Mode, lr: float = 1e-3, every: int = 3) -> "pd.D
     return means
 
 
-def kept(seed: int, method: Consolidation, counts: Sequence[int] = (2, 5, 10, 20)) -> list[dict[str, float]]:
-    """Bytes that a consolidation needs from one task to the next, by the number of tasks learned, over a network's.
+def disentangled(
+    seed: int, setting: str = "glyphs", mode: Mode = "ordinary", lr: float = 1e-3, alphas: Sequence[float] = (0.5, 1.0)
+) -> list[dict[str, float]]:
+    """How far the task vectors of four tasks, each learned from the pretrained weights, leave each other's task alone.
 
-    The weights deployed last, all trained ones where it uses them, and its memo; those before the first task are not
-    counted. Columns: tasks, networks.
+    Columns: alpha, error (the disentanglement error at alpha, a mean over pairs), own (accuracy of each task's own
+    network on it, among its classes). Glyphs come five characters a task.
     """
-    stream, spy, rows = glyphs(seed, max(counts), max(counts)), Remembering(method), []
-    net = model(stream, "glyphs", seed=seed)
-    size = nbytes(get_weights(net))
-    result = run(stream, net, None, spy, replace(TRAINING, epochs=1), device="cpu", progress=False)
-    for t in counts:
-        total = nbytes(result.weights[t - 1]) + nbytes(spy.memos.get(t - 1) or {})
-        total += sum(map(nbytes, result.trained[:t])) if getattr(method, "uses_history", False) else 0
-        rows.append({"tasks": t, "networks": total / size})
+    stream = glyphs(seed, 4, 20) if setting == "glyphs" else known(setting).stream(seed)
+    method = fine_tuned(mode, lr, setting=setting, consolidation=Merging(training="independent"))
+    net, parts = model(stream, setting, mode, seed=seed), (method.learner, method.consolidation, method.training)
+    result = run(stream, net, *parts, seed=seed, device="cpu", progress=False)
+    own, rows = [], []
+    for t, weights in enumerate(result.trained):
+        set_weights(result.model, weights)
+        own.append(evaluate(result.model, stream).masked[t])
+    for alpha in alphas:
+        found = landscape.disentanglement(result.model, get_weights(net), result.trained, stream, alpha)
+        rows.append({"alpha": alpha, "error": 2 * float(np.nanmean(found)), "own": float(np.mean(own))})
     return rows
 
 
-def nbytes(tensors: Mapping[str, Tensor]) -> int:
-    """The size of tensors in bytes."""
-    return sum(t.nbytes for t in tensors.values())
+def kept(seed: int, method: str, counts: Sequence[int] = (2, 5, 10)) -> list[dict[str, float]]:
+    """What a method of `KEPT` needs from one task to the next, by the number of tasks, in networks.
+
+    Counted once are the weights that it trains on from and what it reads again: the memo, the learner's state, all
+    networks before if they are used, and the first if task vectors or a linearised network start from it. What it
+    deploys can be computed from these.
+    """
+    rows, running = [], {"MagMax, running": fine_tuned(consolidation=RunningMagMax())}
+    made = (stages() | baselines() | running)[method]
+    mode: Mode = "tangent" if method.startswith("tangent") else "ordinary"
+    for t in counts:
+        stream = glyphs(seed, t, 2 * max(counts))
+        net, spy = model(stream, "glyphs", mode, seed=seed), Remembering(made.consolidation or NoConsolidation())
+        training = replace(TRAINING, epochs=1)
+        result = run(stream, net, made.learner, spy, training, seed=seed, device="cpu", progress=False)
+        needs = getattr(getattr(spy.inner, "row", spy.inner), "base", False) or mode == "tangent"
+        held = [get_weights(result.model), spy.memos.get(t - 1), vars(result.learner)]
+        held += [get_weights(net)] * needs + result.trained * getattr(spy.inner, "uses_history", False)
+        rows.append({"tasks": t, "networks": nbytes(held) / nbytes(get_weights(net))})
+    return rows
+
+
+def nbytes(tree: Any) -> int:
+    """The size of all floating tensors in mappings, lists and tuples, in bytes; equal ones count once."""
+
+    def found(part: Any) -> dict[str, int]:
+        if isinstance(part, Tensor):
+            return {hash_tensor(part): part.nbytes} if part.is_floating_point() else {}
+        parts = part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else ()
+        return {key: size for each in parts for key, size in found(each).items()}
+
+    return sum(found(tree).values())

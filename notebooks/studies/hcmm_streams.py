@@ -2,20 +2,22 @@
 
 As in the paper, which has CLIP and its text head: no head is trained, a class that has not been learned yet is already
 told from others, if less well ("zero-shot"), and networks are tested on all classes from the start. Here the encoder
-has learned other images (Latin letters and digits; CIFAR-10) and the head compares with prototypes, the mean features
-of a few examples that no task has. A seed draws everything anew: pretraining, classes, their order, images, support.
+has learned other images (Latin letters and digits; ImageNet) and the head compares with prototypes, the mean features
+of a few examples that no task has. A seed draws everything anew: pretraining (but for ImageNet's), classes, the order
+of classes or domains, images, support.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
+from functools import cache, partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from clkit import checks, data, models
 from clkit.data import Dataset, Examples, Normalize, Stream
+from clkit.models.features import features
 from clkit.tangent import Linearized
 from clkit.training import Training
 from studies.pretraining import Recipe, restored
@@ -27,6 +29,7 @@ FONTS = {"serif": ("serif", "serif-bold"), "mono": ("mono", "mono-bold"),
          "italic": ("serif-italic", "sans-oblique", "mono-oblique"), "sans": ("sans", "sans-bold")}  # fmt: skip
 FONT_IMAGES = {"serif": 40, "mono": 20, "italic": 10, "sans": 5}
 DOMAINS = ("photo", "art_painting", "cartoon", "sketch")
+FROZEN = 15  # blocks of EfficientNet-Lite0, of 16, that stay as ImageNet made them
 APART = 10_000  # added to a seed for images that no task has
 
 PRETRAINING = Training(12, 64, 3e-3, optimizer="adamw", schedule="cosine", warmup=0.1, weight_decay=0.01)
@@ -98,7 +101,8 @@ def rendered(
 def fonts(seed: int = 0, classes: int = 60) -> Stream:
     """Sixty characters in four kinds of fonts, with 40, 20, 10 and 5 images a class, the third turned twice as far.
 
-    The last one, upright sans, is what the encoder was pretrained on. All are tested on 10 images a class.
+    The last one, upright sans, is what the encoder was pretrained on. All are tested on 10 images a class. The order is
+    one for all seeds.
     """
     characters, sets = alphabet(seed, classes), {}
     for place, (name, faces) in enumerate(FONTS.items()):
@@ -118,35 +122,68 @@ def images(name: str, limit: int, size: int | None = None) -> Dataset:
     return data.load(name, limit=limit, size=size, augment=data.NO_AUGMENT, download=False)
 
 
-def cifar10(seed: int = 0) -> Stream:
-    """What encoders of photographs are pretrained on: CIFAR-10, 600 images a class, as one task."""
-    return data.split(images("cifar10", 600), 1)
+class Portions(NamedTuple):
+    """How large a pack's images are shown, in pixels, and how many of a class are drawn of how many, and tested on."""
+
+    size: int
+    pool: int
+    support: int
+    trained: int
+    tested: int
 
 
-def cifar100(seed: int = 0, tasks: int = 20) -> Stream:
-    """CIFAR-100 in a random order of the classes: 60 images of each to train on, 20 to test on."""
-    full = images("cifar100", 100)
-    chosen = replace(full, train=first(full.train, 60), test=first(full.test, 20), normalize=cifar10()[0].normalize)
-    return data.split(chosen, tasks, order=seed)
+PORTIONS = {"pacs48": Portions(64, 60, 10, 30, 20), "cifar100": Portions(64, 60, 5, 15, 5)}
 
 
-def pacs(seed: int = 0) -> Stream:
-    """Photographs, paintings, cartoons, sketches of seven classes, 60 images of each to train on, 48 pixels square."""
-    sets = {name: images(f"pacs48/{name}", 100) for name in DOMAINS}
-    sets = {name: replace(full, train=first(full.train, 60)) for name, full in sets.items()}
-    return data.domains(sets, normalize=cifar10()[0].normalize)
+@cache
+def seen(name: str) -> Dataset:
+    """A pack's images as the frozen blocks of ImageNet's EfficientNet-Lite0 see them, which never changes.
+
+    Inputs are what the first trained block is given, so that a run computes only what it trains.
+    """
+    portions = PORTIONS[name.partition("/")[0]]
+    full = images(name, portions.pool)
+    net = models.efficientnet_lite0(data.split(full, 1), size=portions.size)
+    layer, test = f"encoder.net._blocks.{FROZEN - 1}", first(full.test, portions.tested)
+    made = [Examples(features(net, full.normalize(p.x), layer, batch=64), p.y) for p in (full.train, test)]
+    return replace(full, train=made[0], test=made[1], normalize=Normalize())
 
 
-def mnist_usps(seed: int = 0) -> Stream:
-    """MNIST's digits, 200 of each, then those of USPS, 100 of each, at 28 x 28 pixels."""
-    sets = {"mnist": images("mnist", 300), "usps": images("usps", 100, size=28)}
-    sets["mnist"] = replace(sets["mnist"], train=first(sets["mnist"].train, 200), test=first(sets["mnist"].test, 100))
-    return data.domains(sets, normalize=latin(seed)[0].normalize)
+def drawn(name: str, seed: int, validate: bool = False) -> tuple[Dataset, Examples]:
+    """What a seed draws of `seen`: a dataset, and examples for prototypes, which are in no part of it.
+
+    With `validate` it is tested on training images that are in neither.
+    """
+    full, (_, _, support, trained, tested) = seen(name), PORTIONS[name.partition("/")[0]]
+    rows = torch.randperm(len(full.train), generator=torch.Generator().manual_seed(seed))
+    mixed = full.train[rows]
+    test = first(mixed, tested, support + trained) if validate else full.test
+    return replace(full, train=first(mixed, trained, support), test=test), first(mixed, support)
 
 
-def spare(stream: Stream, seed: int, name: str) -> Examples:
-    """Ten images a class of a pack that none of its tasks has."""
-    return first(images(name, 100).train, 10, skip=60)
+def pacs(seed: int = 0, validate: bool = False) -> Stream:
+    """Photographs, paintings, cartoons and sketches of seven classes, in an order that the seed draws."""
+    order = torch.randperm(len(DOMAINS), generator=torch.Generator().manual_seed(seed)).tolist()
+    return data.domains({DOMAINS[i]: drawn(f"pacs48/{DOMAINS[i]}", seed, validate)[0] for i in order})
+
+
+def cifar100(seed: int = 0, tasks: int = 10, validate: bool = False) -> Stream:
+    """CIFAR-100 in an order of the classes that the seed draws."""
+    return data.split(drawn("cifar100", seed, validate)[0], tasks, order=seed)
+
+
+def lite(stream: Stream, name: str, *, seed: int = 0) -> nn.Module:
+    """What is trained of ImageNet's EfficientNet-Lite0, its last block and convolution, under prototypes.
+
+    The images that make these are the seed's. BatchNorm keeps ImageNet's statistics.
+    """
+    size = PORTIONS[name.partition("/")[0]].size
+    net = models.efficientnet_lite0(data.split(images(name, 1), 1), size=size).get_submodule("encoder.net")
+    end = [net.get_submodule(part) for part in ("_conv_head", "_bn1", "_swish")]
+    blocks = list(net.get_submodule("_blocks").children())[FROZEN:]
+    encoder = nn.Sequential(*blocks, *end, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    shown = drawn(name, seed)[1]
+    return models.with_prototypes(encoder, models.prototypes(encoder, shown.x, shown.y))
 
 
 def photographs(seed: int = 0, tasks: int = 10) -> Stream:
@@ -157,17 +194,13 @@ def photographs(seed: int = 0, tasks: int = 10) -> Stream:
 
 GLYPHS = Recipe(models.encoder, PRETRAINING, latin)
 SANS = Recipe(models.encoder, PRETRAINING, partial(latin, fonts=FONTS["sans"]))
-PHOTOGRAPHS = Recipe(partial(models.encoder, widths=(32, 64, 128), dim=128), PRETRAINING, cifar10)
 
 SETTINGS: dict[str, Setting] = {
     "glyphs": Setting(glyphs, partial(pretrained, recipe=GLYPHS, support=rendered)),
     "fonts": Setting(
         fonts, partial(pretrained, recipe=SANS, support=partial(rendered, fonts=FONTS["sans"], jitter=1.0))
     ),
-    "cifar100": Setting(cifar100, partial(pretrained, recipe=PHOTOGRAPHS, support=partial(spare, name="cifar100"))),
-    "pacs": Setting(pacs, partial(pretrained, recipe=PHOTOGRAPHS, support=partial(spare, name="pacs48/photo"))),
-    "mnist, usps": Setting(
-        mnist_usps, partial(pretrained, recipe=GLYPHS, support=partial(rendered, shots=12, jitter=1.0))
-    ),
+    "pacs": Setting(pacs, partial(lite, name="pacs48/photo")),
+    "cifar100": Setting(cifar100, partial(lite, name="cifar100")),
     "cifar100, CLIP": Setting(photographs, models.clip),
 }

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations, product
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from clkit import curvature, data, models, weights
 from clkit.consolidation import SFA, Merging
 from clkit.data import Examples, Stream
 from clkit.evaluation import evaluate
-from clkit.experiments import contrasts
 from clkit.learners import Joint, Learner
 from clkit.merging import MERGES
 from clkit.training import Training, run
@@ -42,7 +41,6 @@ SEEDS = range(5)
 MASKED = "emr, masked"  # EMR as its paper deploys it: a network for each task, made of one vector and a mask
 RELEASED = "opcm, released"  # OPCM with the projection of its released code, from which its published numbers come
 NAMES = (*MERGES, MASKED, RELEASED)
-COUNTED = ("average", "task_arithmetic", "model_stock", "ties", "magmax", "regmean", "iso_c", "tsv", MASKED)
 PER_CLASS, HELD_OUT = 80, 16  # training examples of a character, and how many of them options are chosen on
 ADAM = Training(6, 32, 0.001, optimizer="adamw", labels="task", augment=False)
 EARLIER = Training(15, 32, 0.001, optimizer="adamw", augment=False)
@@ -58,15 +56,6 @@ def _each(**values: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
-VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "as above": {},
-    "twice as wide": {"model": partial(models.mlp, hidden=(512, 512))},
-    "fine-tuned four times as long": {"training": replace(ADAM, epochs=24)},
-    "a start that has seen more": {"earlier": replace(EARLIER, epochs=60)},
-    "plain SGD": {"training": replace(ADAM, epochs=12, optimizer="sgd", lr=0.05)},
-    "a small vision transformer": {"model": partial(models.vit, patch=4, dim=48, depth=2),
-                                   "earlier": replace(EARLIER, epochs=30, lr=0.002)},
-}  # fmt: skip
 # Options without tuning, from the papers where they name some, then those to choose from on held-out data.
 UNTUNED: Mapping[str, Mapping[str, Any]] = {
     "task_arithmetic": {"scale": 0.3},
@@ -116,25 +105,22 @@ class Zoo:
     grams: Mapping[str, Sequence[Weights]]
     seed: int
 
-    def merge(
-        self, name: str, training: str = "independent", tasks: Sequence[int] | None = None, **options: Any
-    ) -> list[Weights]:
-        """Merges the networks of some tasks (default: all) by a row of `MERGES`: the weights to use for each of them.
+    def merge(self, name: str, training: str = "independent", **options: Any) -> list[Weights]:
+        """Merges the networks by a row of `MERGES`: the weights to use for each of the tasks.
 
         They are one and the same for all tasks, but for "emr, masked". As in the consolidation `Merging`, a merge of
         two goes through the networks in order, the merged one first, and a merge of one takes the last network.
         """
-        chosen = list(range(len(self.stream)) if tasks is None else tasks)
-        ws = [self.networks[training][i] for i in chosen]
+        ws = self.networks[training]
         if name == MASKED:
             return [MERGES["emr"](ws, base=self.base, task=i) for i in range(len(ws))]
         if name == RELEASED:
             name, options = "opcm", options | {"projection": "released"}
         row = MERGES[name]
         if row.needs == "score":
-            options["score"] = lambda w: self.accuracy([w] * len(ws), chosen, held_out=True).mean()
+            options["score"] = lambda w: self.accuracy([w] * len(ws), held_out=True).mean()
         elif row.needs:
-            options[row.needs] = [getattr(self, row.needs)[training][i] for i in chosen]
+            options[row.needs] = getattr(self, row.needs)[training]
         if row.random:
             options.setdefault("seed", self.seed)
         if row.arity == 2:
@@ -144,16 +130,13 @@ class Zoo:
             return [merged] * len(ws)
         return [row(ws[-1:] if row.arity == 1 else ws, base=self.base, **options)] * len(ws)
 
-    def accuracy(
-        self, merged: Sequence[Weights], tasks: Sequence[int] | None = None, *, held_out: bool = False
-    ) -> np.ndarray:
-        """Accuracy on each of some tasks (default: all), with weights for each of them, on test or held-out data."""
-        chosen = list(range(len(self.stream)) if tasks is None else tasks)
-        found = np.empty(len(chosen))
+    def accuracy(self, merged: Sequence[Weights], *, held_out: bool = False) -> np.ndarray:
+        """Accuracy on each of the tasks, with weights for each of them, on test or held-out data."""
+        found = np.empty(len(merged))
         for group in {id(w): w for w in merged}.values():
             places = [i for i, w in enumerate(merged) if w is group]
             weights.set_weights(self.model, group)
-            found[places] = evaluate(self.model, self.only([chosen[i] for i in places], held_out=held_out)).masked
+            found[places] = evaluate(self.model, self.only(places, held_out=held_out)).masked
         return found
 
     def only(self, tasks: Sequence[int], *, held_out: bool = False) -> Stream:
@@ -241,30 +224,24 @@ def merges(seed: int, names: Sequence[str] = NAMES, **made: Any) -> list[dict[st
     """Every merge at all its settings, independent and sequential: a row each.
 
     Columns: training, method, untuned (whether the options are those without tuning), the options' numbers (NaN where
-    they are not given), held_out and acc, the mean accuracies over tasks on held-out and on test data, and tasks, the
-    accuracies on test data by task. `made` is passed to `zoo`.
+    they are not given), held_out and acc, the mean accuracies over tasks on held-out and on test data. `made` is passed
+    to `zoo`.
     """
     one, rows = zoo(seed, **made), []
     for training, name in product(TRAININGS, names):
         for place, options in enumerate(settings(name)):
             merged = one.merge(name, training, **options)
-            test = one.accuracy(merged)
             row = {"training": training, "method": name, "untuned": place == 0}
             row |= {knob: float(options.get(knob, "nan")) for knob in KNOBS}
-            row["held_out"] = round(float(one.accuracy(merged, held_out=True).mean()), 5)
-            rows.append(row | {"acc": round(float(test.mean()), 5), "tasks": test.round(4).tolist()})
+            for part, held_out in (("held_out", True), ("acc", False)):
+                row[part] = round(float(one.accuracy(merged, held_out=held_out).mean()), 5)
+            rows.append(row)
     return rows
 
 
 def chosen(table: "pd.DataFrame", by: Sequence[str] = ("seed", "training", "method")) -> "pd.DataFrame":
     """Of `merges`, the rows with the options that did best on held-out data, the first of equals."""
     return table.loc[table.groupby(list(by), sort=False).held_out.idxmax()].reset_index(drop=True)
-
-
-def over(table: "pd.DataFrame", other: str = "average") -> "pd.DataFrame":
-    """What every method adds to the accuracy of `other`, paired by seed, within each training: `contrasts`."""
-    pairs = {name: (name, other) for name in dict.fromkeys(table.method) if name != other}
-    return contrasts(table, pairs, within=["training"])
 
 
 def references(seed: int, **made: Any) -> list[dict[str, Any]]:
@@ -291,35 +268,14 @@ def references(seed: int, **made: Any) -> list[dict[str, Any]]:
     ]
 
 
-def counts(seed: int, sizes: Sequence[int] = (2, 3, 4, 6, 8), names: Sequence[str] = COUNTED) -> list[dict[str, Any]]:
-    """Merges of the first 2 to 8 networks: training, tasks, method, own and acc.
+def above_joint(table: "pd.DataFrame") -> "pd.Series":
+    """By seed, how far the one network of a merge that does best on held-out data is above joint training.
 
-    Both are means over the tasks merged: `own` of the fine-tuned networks, each on its task, `acc` of the merge, whose
-    options are chosen on held-out data for every number of tasks.
+    `table` has the rows of `chosen` and of `references`, which were not chosen among.
     """
-    one, rows = zoo(seed), []
-    for training, size in product(TRAININGS, sizes):
-        some = list(range(size))
-        own = one.accuracy([one.networks[training][i] for i in some], some).mean()
-        for name in names:
-            acc = one.accuracy(_best(one, name, training, some), some).mean()
-            rows.append({"training": training, "tasks": size, "method": name, "own": float(own), "acc": float(acc)})
-    return rows
-
-
-def variants(seed: int, variant: str) -> list[dict[str, Any]]:
-    """Whether what is found carries over to one of VARIANTS: other networks, trainings and starts.
-
-    Columns: training, method and acc, with options chosen on held-out data. Beside the merges of COUNTED the methods
-    "start" and "each its own" are those of `references`.
-    """
-    one, rows = zoo(seed, **VARIANTS[variant]), []
-    for training in TRAININGS:
-        found = {"start": [one.base] * len(one.stream), "each its own": one.networks[training]}
-        for name, merged in (found | {name: _best(one, name, training) for name in COUNTED}).items():
-            acc = round(float(one.accuracy(merged).mean()), 5)
-            rows.append({"training": training, "method": name, "acc": acc})
-    return rows
+    rows: Any = table[table.held_out.notna() & ~table.method.isin([MASKED, "joint"])]
+    top = rows.loc[rows.groupby("seed").held_out.idxmax()].set_index("seed").acc
+    return (top - table[table.method == "joint"].groupby("seed").acc.mean()).dropna()
 
 
 def starts(seed: int, start: str) -> dict[str, float]:
@@ -330,7 +286,8 @@ def starts(seed: int, start: str) -> dict[str, float]:
     """
     one = zoo(seed, start=start)
     merged = {"own": one.networks["independent"], "average": one.merge("average")}
-    merged["task_arithmetic"] = _best(one, "task_arithmetic")
+    sums = [one.merge("task_arithmetic", **options) for options in settings("task_arithmetic")]
+    merged["task_arithmetic"] = max(sums, key=lambda tried: one.accuracy(tried, held_out=True).mean())
     return {name: float(one.accuracy(ws).mean()) for name, ws in merged.items()}
 
 
@@ -340,66 +297,24 @@ def geometry(seed: int) -> list[dict[str, Any]]:
     return [{"training": training} | relations(one.vectors(training)) for training in TRAININGS]
 
 
-def relations(vectors: Sequence[Weights], density: float = 0.2) -> dict[str, Any]:
-    """How n task vectors lie to each other; entries at which none of them moves are left out.
+def relations(vectors: Sequence[Weights]) -> dict[str, Any]:
+    """How n task vectors lie to each other: the means over pairs of cosine and agree, length, and matrix.
 
-    - cosine: the mean over pairs; matrix: that of all pairs (n, n)
-    - agree: the share of entries at which two vectors have the same sign, of those where both move, meaned over pairs
-    - overlap: the share of one's `density` largest entries that are the other's, too; by chance it is `density`
+    - agree: the share of entries at which two vectors have the same sign, of those where both move
     - length: of the mean task vector, relative to the mean length; 1 / sqrt(n) for orthogonal ones of equal length
-    - growth: the length of the last task vector relative to that of the first
+    - matrix: the cosines of all pairs (n, n)
     """
     flat = torch.stack([torch.cat([t.flatten() for t in v.values()]) for v in vectors]).double()
-    flat = flat[:, (flat != 0).any(0)]
-    lengths = flat.norm(dim=1)
-    cosines = (flat @ flat.T) / torch.outer(lengths, lengths)
-    top = torch.zeros_like(flat, dtype=torch.bool)
-    keep = int(density * flat.shape[1])
-    top.scatter_(1, flat.abs().topk(keep, dim=1).indices, True)
-    agree, overlap = [], []
-    for i, j in combinations(range(len(flat)), 2):
-        both = flat[i] * flat[j]
-        agree.append(float((both > 0).sum() / (both != 0).sum()))
-        overlap.append(float((top[i] & top[j]).sum() / keep))
-    upper = cosines[tuple(torch.triu_indices(len(flat), len(flat), 1))]
+    lengths, signs = flat.norm(dim=1), flat.sign()
+    cosines = flat @ flat.T / torch.outer(lengths, lengths)
+    agree = (1 + signs @ signs.T / (signs.abs() @ signs.abs().T)) / 2
+    pairs = tuple(torch.triu_indices(len(flat), len(flat), 1))
     return {
-        "cosine": float(upper.mean()),
-        "agree": float(np.mean(agree)),
-        "overlap": float(np.mean(overlap)),
+        "cosine": float(cosines[pairs].mean()),
+        "agree": float(agree[pairs].mean()),
         "length": float(flat.mean(0).norm() / lengths.mean()),
-        "growth": float(lengths[-1] / lengths[0]),
         "matrix": cosines.numpy().round(4).tolist(),
     }
-
-
-def positions(
-    made: Zoo, pair: tuple[int, int] = (0, 1), options: Mapping[str, Mapping[str, Any]] = UNTUNED
-) -> "pd.DataFrame":
-    """Where the merges of two networks lie in the plane of their task vectors: method, first, second, off, acc.
-
-    merged - base = first tau_1 + second tau_2 + a rest, of which `off` is the length relative to that of the whole;
-    `acc` is the mean accuracy on the two tasks. `options` by merge, by default those without tuning.
-    """
-    import pandas as pd
-
-    a, b = (torch.cat([t.flatten() for t in made.vectors()[i].values()]).double() for i in pair)
-    plane = torch.stack([a, b], 1)
-    rows = []
-    for name in MERGES:
-        merged = made.merge(name, "independent", pair, **options.get(name, {}))
-        moved = weights.sub(merged[0], made.base)
-        way = torch.cat([t.flatten() for t in moved.values()]).double()
-        found = torch.linalg.lstsq(plane, way[:, None]).solution[:, 0]
-        rest = float((way - plane @ found).norm() / way.norm().clamp(min=1e-12))
-        acc = float(made.accuracy(merged, pair).mean())
-        rows.append({"method": name, "first": float(found[0]), "second": float(found[1]), "off": rest, "acc": acc})
-    return pd.DataFrame(rows)
-
-
-def _best(made: Zoo, name: str, training: str = "independent", tasks: Sequence[int] | None = None) -> list[Weights]:
-    """The merge with the options that do best on held-out data, the first of equals."""
-    tried = (made.merge(name, training, tasks, **options) for options in settings(name))
-    return max(tried, key=lambda merged: made.accuracy(merged, tasks, held_out=True).mean())
 
 
 def _frozen(factory: Any, stream: Stream, start: Weights, seed: int) -> nn.Module:

@@ -15,7 +15,7 @@ from clkit import data, models
 from clkit.consolidation import HCMM, Merging
 from clkit.data import split
 from clkit.evaluation import evaluate
-from clkit.experiments import Comparison, grid, study
+from clkit.experiments import Comparison, grid, page, study
 from clkit.tangent import Linearized
 from clkit.training import run
 from clkit.weights import equal, get_weights, lerp
@@ -216,6 +216,13 @@ class TestComparisons:
         chosen = {*hcmm.tuning().seeds, *real.pop("pacs-tuning").seeds}
         made = (hcmm.paper(), *hcmm.comparisons().values(), *real.values())
         assert not chosen & {seed for one in made for seed in one.seeds}
+
+    def test_settings_on_real_images_are_the_best_of_their_grid(self):
+        table = page("07-holistic-merging").real(hcmm.tuning("pacs"), "pacs-tuning")
+        for name, best in hcmm.chosen("cifar100").items():
+            rows = table[table.method.str.startswith(f"{name} lr=")]
+            top = rows[rows.acc > rows.acc.max() - 1e-9]
+            assert "independent" in name or best in top[list(best)].to_dict(orient="records"), name
 
     def test_the_published_numbers_are_percent(self):
         table = hcmm.listed().set_index(["dataset", "tasks", "method"]).acc

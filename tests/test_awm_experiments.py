@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -15,6 +16,9 @@ from clkit.training import Training, run
 from studies import awm
 
 GRIDS = (
+    "main",
+    "main_tuning",
+    "real",
     "tuning",
     "table",
     "forgetting",
@@ -62,6 +66,16 @@ class TestStreams:
         assert (len(stream), len(stream.classes), stream.scenario) == (2, 40, "task")
         assert stream[0].normalize == latin.normalize and stream.shape == tuple(latin.train.x.shape[1:])
         assert stream.classes[0].startswith("greek/") and stream.classes[-1].startswith("math/")
+
+    def test_the_seed_draws_characters_images_and_the_order(self, untrained):
+        a, again, b = (awm.drawn_scripts(seed) for seed in (1, 1, 2))
+        assert [task.name for task in a] == awm.order(1) != awm.order(2) == [task.name for task in b]
+        assert sorted(awm.order(1)) == sorted(awm.SCRIPTS) and {len(task.classes) for task in a} == {10}
+        assert set(a.classes) != set(b.classes)
+        assert all(torch.equal(x.train.x, y.train.x) for x, y in zip(a, again, strict=True))
+        held = awm.script("greek", "held out", 1)
+        parts = [rows(held.train), rows(held.test), rows(awm.script("greek", seed=1).test)]
+        assert len(set.union(*parts)) == sum(map(len, parts)) and rows(awm.script("greek", seed=1).train) == parts[0]
 
     def test_forty_tasks_of_characters_that_are_no_latin_ones(self, untrained):
         stream = awm.characters(40)
@@ -153,6 +167,22 @@ class TestGrids:
         stem = 9 * (16 // 16)
         assert counts["AWM 4, depthwise alone"] + counts["AWM 4, pointwise alone"] + stem == counts["AWM 4"]
 
+    def test_the_weakest_set_is_chosen_by_other_seeds_and_a_knee_is_a_bend(self):
+        gaps = {("greek", 0): 1.0, ("math", 0): 3.0, ("greek", 1): 5.0, ("math", 1): 4.0}
+        table = [
+            {"method": method, "seed": seed, "set": name, "acc": gap * (method == "AWM 4")}
+            for (name, seed), gap in gaps.items()
+            for method in ("AWM 4", "mask")
+        ]
+        assert awm.weakest(pd.DataFrame(table)) == {0: 3.0, 1: 5.0}
+        bend = [{"method": f"AWM {m}", "seed": 0, "acc": acc} for m, acc in ((2, 0.9), (4, 0.8), (8, 0.5))]
+        assert awm.knee(pd.DataFrame(bend)) == {0: pytest.approx(0.2)}
+
+    def test_rows_of_sets_take_what_each_was_when_learned(self):
+        matrix = (np.arange(36.0) / 36).reshape(6, 6)
+        made = awm.sets(pd.DataFrame([{"method": "mask", "seed": 3, "matrix": matrix}]))
+        assert list(made["set"]) == awm.order(3) and np.array_equal(made.acc, matrix.diagonal())
+
     def test_a_grid_runs(self, tmp_path):
         grid = awm.forgetting()
         small = replace(
@@ -164,6 +194,21 @@ class TestGrids:
         table = small.run(store=tmp_path, jobs=1).set_index("method")
         assert table.loc["AWM 4", "forgetting"] == 0
         assert set(table.index) == {"AWM 4", "fine-tuning", "EWC", "LwF", "EWC, frozen", "LwF, frozen"}
+
+
+@pytest.mark.packs("usps")
+def test_a_real_set_is_drawn_by_the_seed_and_settings_are_chosen_on_other_images(packs, monkeypatch):
+    monkeypatch.setenv("CLKIT_DATA", str(packs))
+    test, held_out, other = (awm.few(*args)[0] for args in ((0, "usps"), (0, "usps", True), (1, "usps")))
+    assert rows(test.train) == rows(held_out.train) != rows(other.train)
+    assert not rows(held_out.train) & rows(held_out.test) and len(test.test) == awm.IMAGES
+    assert test.train.y.bincount().tolist() == [awm.IMAGES // 10] * 10
+    few = replace(test, train=test.train[::7], test=test.test[::40])
+    method = awm.real().methods["mask"]
+    training = replace(method.training, epochs=2, batch=4)
+    stream = data.Stream("few", (few,), awm.few(0, "usps").classes, "task")
+    result = run(stream, method.model, method.learner, None, training, device="cpu", progress=False)
+    assert awm.kept(result)["bytes"] > 2_000_000 / 8
 
 
 @pytest.mark.packs("mnist")

@@ -98,7 +98,17 @@ def test_resnet18_halves_three_times():
 
 
 def test_factories_are_on_record_under_the_name_that_users_import():
-    for name in ("mlp", "convnet", "resnet18", "vit", "gpt", "torchvision", "efficientnet_lite0"):
+    for name in (
+        "mlp",
+        "convnet",
+        "resnet18",
+        "vit",
+        "gpt",
+        "torchvision",
+        "huggingface",
+        "clip",
+        "efficientnet_lite0",
+    ):
         assert label(getattr(models, name)) == f"clkit.models.{name}"
 
 

@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ from clkit.data.streams import Disjoint
 from clkit.experiments import Comparison, Method
 from clkit.learners import EWC, Learner, LwF, PerTask
 from clkit.modulation import LowRank, Mask, Modulated, Modulation, Own, Rule, modulated
-from clkit.training import Training
+from clkit.training import ModelFactory, Result, Training
+from studies.named import dataset, drawn
 from studies.pretraining import Recipe, restored
 
 if TYPE_CHECKING:
@@ -51,6 +53,11 @@ TRAINING = Training(
 )
 LONG = replace(TRAINING, epochs=30)
 PRETRAINED = partial(models.torchvision, name="mobilenet_v2", weights="IMAGENET1K_V1")
+LITE0 = partial(models.efficientnet_lite0, size=64)
+FEW = replace(TRAINING, epochs=10)
+QUICK = replace(TRAINING, epochs=5, batch=48)
+REAL = ("pacs48/photo", "pacs48/art_painting", "pacs48/cartoon", "pacs48/sketch", "cifar10", "usps")
+IMAGES = 280  # of a real set that are trained on, and as many to test on
 
 
 def latin(seed: int = 0, *, per_class: int = 480, size: int = 28) -> data.Stream:
@@ -105,17 +112,32 @@ def pretrained_accuracy(name: str = "mobilenet_v2", *, seed: int = 0) -> float:
 
 @cache
 @checks.arguments
-def script(name: str, part: Literal["test", "held out"] = "test") -> Dataset:
-    """Twenty evenly spaced characters of a script: per class 24 examples to train on, 12 to test on, 28 x 28 pixels.
+def script(name: str, part: Literal["test", "held out"] = "test", seed: int | None = None) -> Dataset:
+    """Twenty evenly spaced characters of a script, or ten that a seed draws: per class 24 examples to train on, 12 to
+    test on, 28 x 28 pixels, rendered as the seed says.
 
     `part` "test" has the test examples; "held out" has as many others in their place, to choose settings by.
     """
     known = data.glyphs(name, per_class=1, size=SIZE).classes
     rows = torch.linspace(0, len(known) - 1, CLASSES).long()
-    full = data.glyphs(characters="".join(known[i] for i in rows), per_class=4 * TESTED, size=SIZE)
+    if seed is not None:
+        rows = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[: CLASSES // 2].sort().values
+    some = "".join(known[i] for i in rows)
+    full = data.glyphs(characters=some, per_class=4 * TESTED, size=SIZE, seed=seed or 0)
     number = torch.arange(len(full.train)) % (4 * TESTED)
     train, held_out = full.train[number < TRAINED], full.train[(number >= TRAINED) & (number < TRAINED + TESTED)]
     return replace(full, name=name, train=train, test=full.test if part == "test" else held_out)
+
+
+def order(seed: int) -> list[str]:
+    """The six scripts in the order of a seed."""
+    return [SCRIPTS[i] for i in torch.randperm(len(SCRIPTS), generator=torch.Generator().manual_seed(seed))]
+
+
+def drawn_scripts(seed: int, part: Any = "test") -> Stream:
+    """Ten characters of each script as tasks: the seed draws characters, images and the order of the scripts."""
+    made = {name: script(name, part, seed) for name in order(seed)}
+    return data.series(made, scenario="task", normalize=_latin())
 
 
 def scripts(names: Sequence[str] = SCRIPTS, part: Any = "test", scenario: Disjoint = "task") -> Stream:
@@ -146,6 +168,26 @@ def _pictures(name: str, size: int, limit: int | None) -> Dataset:
     return changed(full, lambda part: Examples(part.x.expand(-1, 3, -1, -1), part.y))  # in colour
 
 
+def few(seed: int, name: str, held_out: bool = False) -> Stream:
+    """A real image set as one task: as many images of every class to train on, `IMAGES` in all, and as many of its test
+    images, drawn by the seed. With `held_out` other training images are in the place of these, to choose settings by.
+    """
+    known = dataset(name)
+    count = IMAGES // len(known.classes)
+    both = drawn(name, seed, 2 * count).train
+    first = torch.cat([torch.arange(n) for n in both.y.bincount().tolist()]) < count  # they come class by class
+    rows = torch.randperm(len(known.test), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+    augment = Augment(crop=known.train.x.shape[-1] // 8, flip=name != "usps")
+    test = both[~first] if held_out else known.test[rows]
+    return data.split(replace(known, train=both[first], test=test, augment=augment), 1, scenario="task")
+
+
+def kept(result: Result) -> dict[str, Any]:
+    """What a task keeps, in bytes, and the mean loss in each epoch of its training."""
+    losses = np.array_split(result.training_loss[0], FEW.epochs)
+    return {"bytes": cast(PerTask, result.learner).tasks[0].nbytes, "losses": [float(part.mean()) for part in losses]}
+
+
 PER_TASK = PerTask()
 
 
@@ -160,6 +202,14 @@ def backbone(stream: Stream, name: str = "mobilenet_v2", *, seed: int = 0) -> nn
     return net
 
 
+OTHERS: dict[str, tuple[ModelFactory, Training]] = {
+    "ImageNet": (PRETRAINED, LONG),
+    "lite0": (LITE0, FEW),
+    "drawn": (partial(backbone, name="mobilenet_v2"), QUICK),
+}
+"""Networks that ImageNet pretrained, MobileNetV2 and EfficientNet-Lite0, and that of `main`, with their training."""
+
+
 def per_task(
     rule: Rule | None,
     lr: float,
@@ -171,10 +221,10 @@ def per_task(
 ) -> Method:
     """A method whose tasks each have tensors of their own, trained at a learning rate.
 
-    `net` is a pretrained backbone by name, or "ImageNet" for torchvision's MobileNetV2 with its own weights.
+    `net` is a pretrained backbone by name, or one of `OTHERS`.
     """
-    made = PRETRAINED if net == "ImageNet" else partial(backbone, name=net)
-    training = replace(LONG if net == "ImageNet" else TRAINING, lr=lr)
+    made, long = OTHERS.get(net) or (partial(backbone, name=net), TRAINING)
+    training = replace(long, lr=lr)
     training = training if epochs is None else replace(training, epochs=epochs)
     return Method(learner, None, training, partial(modulated, model=made, rule=rule, **options))
 
@@ -203,19 +253,19 @@ class Scaled(Modulation):
         return super().expand(self.scale * m, shape, matrices)
 
 
-def gains(m: float, head: float, factor: int = 4) -> Method:
+def gains(m: float, head: float, factor: int = 4, net: str = "mobilenet_v2") -> Method:
     """AWM with a learning rate for M and one for the rest."""
-    return per_task(Scaled(factor, factor, scale=m / head), head)
+    return per_task(Scaled(factor, factor, scale=m / head), head, net=net)
 
 
-def masks(score: float, head: float) -> Method:
+def masks(score: float, head: float, net: str = "mobilenet_v2") -> Method:
     """Piggyback's masks with a learning rate for the scores and one for the rest.
 
     Adam's steps do not depend on the scale of a gradient: scores and threshold that are k times as large, at k times
     the rate, give the same masks.
     """
     scale = head / score
-    return per_task(Mask(1e-2 * scale, 5e-3 * scale), head)
+    return per_task(Mask(1e-2 * scale, 5e-3 * scale), head, net=net)
 
 
 def modulations(net: str, factors: Sequence[int | tuple[int, int]]) -> dict[str, Method]:
@@ -228,27 +278,91 @@ def modulations(net: str, factors: Sequence[int | tuple[int, int]]) -> dict[str,
     return made
 
 
+def real(part: str = "main") -> Comparison:
+    """Six real image sets, each a task of its own, on ImageNet's EfficientNet-Lite0 at 64 pixels; a row a set.
+
+    The seed draws images, heads and orders. Sets are trained apart, which is what a sequence of them would be, bit for
+    bit. `part`: "main", five seeds; "more", further factors and baselines, two; "tuning", on other images.
+    """
+    if part == "tuning":
+        streams = {name: partial(few, name=name, held_out=True) for name in REAL[3:5]}
+        return Comparison(streams, {"lite0": LITE0}, tried("lite0"), FEW, (100,), kept)
+    made = baselines("lite0") | modulations("lite0", (4, 1, 2, 8))
+    pairs = CHOSEN["pairs_real"]
+    made |= {
+        "AWM 4, two rates": gains(*pairs["AWM"], net="lite0"),
+        "mask, two rates": masks(*pairs["mask"], net="lite0"),
+    }
+    more = ("classifier", "low rank 2", "AWM 1", "AWM 2", "AWM 8")
+    methods = {name: method for name, method in made.items() if (name in more) == (part == "more")}
+    streams = {name: partial(few, name=name) for name in REAL}
+    return Comparison(streams, {"lite0": LITE0}, methods, FEW, range(2 if part == "more" else 5), kept)
+
+
+def tried(net: str = "mobilenet_v2") -> dict[str, Method]:
+    """Every rule at the learning rates to choose from, one for all of its tensors or one for the head apart."""
+    grid = CHOSEN["tried"][net]
+    rules = {"AWM": Modulation(4, 4), "mask": Mask(), "low rank": LowRank(RANK), "full": Own()}
+    methods = {}
+    for name, rates in grid["lr"].items():
+        options: dict[str, Any] = {"affine": True} if name == "norms" else {}
+        methods |= {f"{name} lr={lr:g}": per_task(rules.get(name), lr, net=net, **options) for lr in rates}
+    methods |= {f"mask scores={s:g} head={head:g}": masks(s, head, net) for s, head in grid["mask"]}
+    return methods | {f"AWM M={m:g} head={head:g}": gains(m, head, net=net) for m, head in grid["AWM"]}
+
+
 def tuning() -> Comparison:
     """The learning rate of every method and the strengths of EWC and LwF, judged on held-out examples."""
-    tried: dict[str, tuple[Rule | None, Sequence[float]]] = {
-        "AWM": (Modulation(4, 4), (3e-3, 1e-2, 3e-2, 1e-1)),
-        "mask": (Mask(), (1e-4, 5e-4, 1e-3, 3e-3, 1e-2)),
-        "low rank": (LowRank(RANK), (3e-3, 1e-2, 3e-2)),
-        "classifier": (None, (3e-3, 1e-2, 3e-2)),
-        "full": (Own(), (3e-4, 1e-3, 3e-3, 1e-2)),
-    }
-    methods = {f"{n} lr={lr:g}": per_task(rule, lr) for n, (rule, rates) in tried.items() for lr in rates}
-    methods |= {f"norms lr={lr:g}": per_task(None, lr, affine=True) for lr in (3e-3, 1e-2, 3e-2, 1e-1)}
-    for score in (1e-4, 3e-4, 5e-4, 1e-3):
-        methods |= {f"mask scores={score:g} head={head:g}": masks(score, head) for head in (3e-3, 1e-2, 3e-2)}
-    for m in (1e-2, 3e-2, 1e-1):
-        methods |= {f"AWM M={m:g} head={head:g}": gains(m, head) for head in (3e-3, 1e-2)}
+    methods = tried()
     methods |= {f"EWC λ={s:g}": sequential(EWC(s, samples=200)) for s in (10.0, 100.0, 1e3, 1e4)}
     methods |= {f"LwF λ={s:g}": sequential(LwF(s)) for s in (0.1, 0.3, 1.0, 10.0)}
     methods |= {f"EWC, frozen, λ={s:g}": sequential(EWC(s, samples=200), frozen=True) for s in (100.0, 1e3, 1e4)}
     methods |= {f"LwF, frozen, λ={s:g}": sequential(LwF(s), frozen=True) for s in (0.1, 0.3, 1.0, 3.0)}
     streams = {"three scripts, held out": partial(scripts_of, names=TUNED_ON, part="held out")}
     return Comparison(streams, NETS, methods, TRAINING, (0,))
+
+
+def main() -> Comparison:
+    """AWM at three factors and its baselines on six scripts; the seed draws characters, images, order and heads."""
+    made, pairs = baselines("drawn") | modulations("drawn", (4, 2, 8)), CHOSEN["pairs_drawn"]
+    methods = {name: made[name] for name in ("AWM 4", "mask", "norms", "full", "AWM 2", "AWM 8")}
+    methods["AWM 4, two rates"] = gains(*pairs["AWM"], net="drawn")
+    methods["mask, two rates"] = masks(*pairs["mask"], net="drawn")
+    methods["AWM 4, shuffled"] = per_task(Modulation(4, 4, shuffle=0), _rates("drawn")["AWM"], net="drawn")
+    lwf = sequential(LwF(STRENGTHS["LwF, frozen"]), frozen=True)
+    methods["LwF, frozen"] = replace(lwf, training=replace(QUICK, lr=RATES["sequential"], labels="task"))
+    return Comparison({"six scripts, drawn": drawn_scripts}, NETS, methods, QUICK, range(5))
+
+
+def main_tuning() -> Comparison:
+    """The learning rates of `main`, on held-out images of another seed."""
+    streams = {"held out": partial(drawn_scripts, part="held out")}
+    return Comparison(streams, NETS, tried("drawn"), QUICK, (100,))
+
+
+def sets(table: "pd.DataFrame") -> "pd.DataFrame":
+    """A row for each script of runs of `main` with their matrices: method, seed, set, and its accuracy when learned."""
+    import pandas as pd
+
+    rows = [
+        {"method": method, "seed": seed, "set": name, "acc": matrix[k][k]}
+        for method, seed, matrix in zip(table["method"], table["seed"], table["matrix"], strict=True)
+        for k, name in enumerate(order(seed))
+    ]
+    return pd.DataFrame(rows)
+
+
+def weakest(rows: "pd.DataFrame", a: str = "AWM 4", b: str = "mask") -> dict[int, float]:
+    """By seed, how far `a` is above `b` on the set where it is least so over the other seeds."""
+    cells = rows.pivot_table(index=["method", "seed"], columns="set", values="acc")
+    gaps: Any = cells.loc[a] - cells.loc[b]  # a row a seed
+    return {seed: gaps.at[seed, gaps.drop(index=seed).mean().idxmin()] for seed in gaps.index}
+
+
+def knee(rows: "pd.DataFrame") -> dict[int, float]:
+    """By seed, what accuracy loses from factor 4 to 8 beyond what it loses from 2 to 4."""
+    acc: Any = rows.pivot_table(index="seed", columns="method", values="acc")
+    return dict(2 * acc["AWM 4"] - acc["AWM 2"] - acc["AWM 8"])
 
 
 def table(profile: str = "fast") -> Comparison:
@@ -343,7 +457,7 @@ def small(methods: Mapping[str, Method], seeds: Sequence[int], **changes: Any) -
 
 
 def _rates(net: str) -> Mapping[str, float]:
-    return RATES | CHOSEN["paper_lr"] if net == "ImageNet" else RATES
+    return RATES | CHOSEN[{"ImageNet": "paper_lr", "lite0": "real_lr", "drawn": "drawn_lr"}.get(net, "lr")]
 
 
 def sequential(learner: Learner, frozen: bool = False) -> Method:

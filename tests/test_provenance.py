@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -33,6 +34,8 @@ def digits(seed):
     return data.split(data.digits(), 5, order=seed)
 '''
 HELPING = "def shared(x):\n    return x\n\ndef other(x):\n    return x\n"
+
+BEFORE = ("03-clewi", "04-sfa", "05-math-law-code", "06-weight-modulation")
 
 
 @pytest.fixture
@@ -187,3 +190,10 @@ def test_a_notebooks_own_functions_count_by_name(place):
     assert Code(place).facts(["03-x.own"])["code"] == before
     book.write_text(json.dumps({"cells": [cell | {"source": "def own(seed):\n    return {'x': 2}\n"}]}))
     assert Code(place).facts(["03-x.own"])["code"] != before
+
+
+def test_no_stored_result_is_stale():
+    """Of those that have a record; the notebooks that were last executed before there were any are named."""
+    root = Path(__file__).parents[1]
+    found = provenance.stale((), root)
+    assert not {name: why for name, why in found.items() if why != [MISSING] or not name.startswith(BEFORE)}

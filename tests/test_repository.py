@@ -141,7 +141,7 @@ def test_one_run_has_one_result_in_all_figures():
                     results.setdefault(row["hash"], set()).add((row["acc"], row.get("forgetting")))
                     files.setdefault(row["hash"], set()).add(path.name)
     shared = [files[key] for key, found in results.items() if len(files[key]) > 1]
-    assert any({"00-start-here-methods.csv", "03-clewi-alpha.csv"} <= names for names in shared)
+    assert any({"03-clewi-parts.csv", "03-clewi-choice.csv"} <= names for names in shared)
     assert not {key: (found, files[key]) for key, found in results.items() if len(found) > 1}
 
 

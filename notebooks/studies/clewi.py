@@ -9,7 +9,7 @@ clewi.gains(table)                          # what CLeWI adds to each learner, b
 
 import copy
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from clkit import alignment, curvature, data, evaluation, landscape, learners, m
 from clkit.consolidation import CLeWI, Context
 from clkit.experiments import Comparison, Method, contrasts
 from clkit.learners import AGEM, ER, DERpp, Learner, MemoryOnly, Sum
-from clkit.training import Result, Training, run
+from clkit.training import ModelFactory, Result, Training, run
 from clkit.weights import Weights
 from studies.named import stream
 
@@ -30,11 +30,22 @@ if TYPE_CHECKING:
 
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet")
 PAIRS = ("ER", "A-GEM", "ER-ACE", "MIR", "BiC", "DER++")
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # of ten classes each, in bytes
 GENTLE = 0.03  # the learning rate, at a laptop's scale, of rules with a penalty or a projection; of others it is 0.1
 CHOSEN = tomllib.loads(Path(__file__).with_name("published").joinpath("clewi.toml").read_text())
 JUNCTURE = "stage1.0.shortcut.weight"
-SMALL = {"convnet 16-32-32": partial(models.convnet, widths=(16, 32, 32))}
+BEST = "aligned, re-estimated"
+Effect = Callable[["pd.DataFrame"], Any]
+STRENGTHS = (0, 1, 10, 30)  # of EWC beside ER
+
+
+def wide(times: int = 1, profile: str = "fast") -> ModelFactory:
+    """The network of the smaller studies, `times` as wide: a convnet, or in the paper's profile a ResNet-18."""
+    if profile == "paper":
+        return partial(models.resnet18, width=64 * times)
+    return partial(models.convnet, widths=(16 * times, 32 * times, 32 * times))
+
+
+NET = {"convnet 16-32-32": wide()}
 
 
 def chosen(part: str, name: str, dataset: str = "cifar10") -> Any:
@@ -44,22 +55,19 @@ def chosen(part: str, name: str, dataset: str = "cifar10") -> Any:
     return {n: values[place] for n, values in found.items()} if part == "settings" else (found or [0.0] * 3)[place]
 
 
-def rules(memory: int, *, dataset: str = "cifar10", beyond: bool = False, **other: Any) -> dict[str, Learner]:
-    """The paper's learners by name, with `beyond` more rules; those that keep no memory get one to merge by.
+def rules(memory: int, *, dataset: str = "cifar10", fit_epochs: int | None = None) -> dict[str, Learner]:
+    """The paper's learners by name; those that keep no memory get one to merge by.
 
-    Strengths and weights are the paper's for one of DATASETS; `other` settings go before: `fit_epochs` of GDumb, and
-    `ewc`, the strength of the EWCs.
+    Strengths and weights are the paper's for one of DATASETS; `fit_epochs` of GDumb go before.
     """
     beside, own = MemoryOnly(memory), {name: chosen("settings", name, dataset) for name in CHOSEN["settings"]}
-    ewc = {"strength": other.get("ewc", own["online EWC"]["strength"])}
-    fit = {"fit_epochs": other.get("fit_epochs", own["GDumb"]["fit_epochs"])}
-    made = {
+    return {
         "joint": learners.Joint(),
         "fine-tuning": beside,
-        "online EWC": Sum(beside, learners.OnlineEWC(**ewc, labels="weighted")),
+        "online EWC": Sum(beside, learners.OnlineEWC(**own["online EWC"], labels="weighted")),
         "SI": Sum(beside, learners.SI(**own["SI"])),
         "iCaRL": learners.ICaRL(memory),
-        "GDumb": learners.GDumb(memory, **fit),
+        "GDumb": learners.GDumb(memory, fit_epochs=fit_epochs or own["GDumb"]["fit_epochs"]),
         "ER": ER(memory),
         "A-GEM": AGEM(memory),
         "ER-ACE": learners.ERACE(memory),
@@ -67,22 +75,14 @@ def rules(memory: int, *, dataset: str = "cifar10", beyond: bool = False, **othe
         "BiC": learners.BiC(memory),
         "DER++": DERpp(memory, **own["DER++"]),
     }
-    others = {
-        "L2": Sum(beside, learners.L2()),
-        "EWC": Sum(beside, learners.EWC(**ewc)),
-        "MAS": Sum(beside, learners.MAS()),
-        "LwF": Sum(beside, learners.LwF()),
-        "GEM": learners.GEM(memory),
-        "DER": learners.DER(memory, alpha=0.2),
-    }
-    return made | others if beyond else made
 
 
 def main(profile: str = "fast", dataset: str | None = None) -> Comparison:
     """The main table: every learner by itself and with CLeWI.
 
-    "fast": digits, a memory of 50, all of `rules`, with alpha 0.3 and with alpha searched on held-out memory.
-    "paper": the paper's pairs, alphas, learning rates, 50 epochs and seeds, ResNet-18, memory 500, on one of DATASETS.
+    "fast": digits, a memory of 50, and the paper's pairs at alpha 0.3; where the paper has another one for CIFAR-10,
+    at that, too. "paper": the paper's pairs, alphas, learning rates, 50 epochs and seeds, ResNet-18, memory 500, on one
+    of DATASETS.
     """
     if profile == "paper":
         name = dataset or "cifar10"
@@ -99,13 +99,13 @@ def main(profile: str = "fast", dataset: str | None = None) -> Comparison:
             for n, pair in both.items()
         }
         return Comparison(stream(name), {"resnet18": models.resnet18}, methods, training, range(43, 48), plasticity)
-    methods = {}
-    for n, rule in rules(50, beyond=True, fit_epochs=63).items():
-        own = _gentle(rule)
-        methods |= {n: Method(rule, None, own), f"{n} + CLeWI": Method(rule, CLeWI(0.3), own)}
-        if rule.remembers:
-            methods[f"{n} + search"] = Method(rule, CLeWI("search"), own)
-    return replace(small("fast", methods), streams=stream(dataset or "digits"), measure=plasticity)
+    made = rules(50, fit_epochs=63)
+    del made["joint"]
+    methods = {n: Method(rule, None, _gentle(rule)) for n, rule in made.items()}
+    for n in PAIRS:
+        for alpha, kind in {chosen("alpha", n): "paper's α", 0.3: "CLeWI"}.items():
+            methods[f"{n} + {kind}"] = replace(methods[n], consolidation=CLeWI(alpha))
+    return small("fast", methods)
 
 
 def real(part: str = "pair") -> Comparison:
@@ -129,50 +129,40 @@ def real(part: str = "pair") -> Comparison:
     return Comparison(streams, nets, methods, training, range(seeds), plasticity)
 
 
-def joint(
-    profile: str = "fast", dataset: str | None = None, *, whole: Comparison | None = None, limit: int | None = None
-) -> Comparison:
-    """The tables' joint training: one run from scratch over all classes as one task, so that none is forgotten.
+def joint(profile: str = "fast", dataset: str = "cifar10") -> Comparison:
+    """The main table's joint training: one run from scratch over all classes as one task, so that none is forgotten.
 
-    In the setting of `whole`, by default that of `main`. (`Joint` in the "fast" `main` goes on from task to task, with
-    the data of all so far.)
+    At a laptop's scale the learning rate falls to 0, so that the last few images of an epoch do not upset the end.
     """
-    name, lr = dataset or ("cifar10" if profile == "paper" else "digits"), None
-    if whole is None:
-        whole = main("paper", name) if profile == "paper" else small("fast", {})
-        lr = chosen("lr", "joint", name) if profile == "paper" else None
-    training = replace(whole.training, lr=lr or whole.training.lr, schedule="constant")
-    streams = stream(name, 1, limit=limit)
-    return replace(whole, streams=streams, methods={"joint": Method(Learner())}, training=training, measure=None)
+    whole, name, changes = small("fast", {}), "digits", {"schedule": "cosine"}
+    if profile == "paper":
+        whole, name = main("paper", dataset), dataset
+        changes = {"lr": chosen("lr", "joint", dataset), "schedule": "constant"}
+    training, methods = replace(whole.training, **changes), {"joint": Method(Learner())}
+    return replace(whole, streams=stream(name, 1), methods=methods, training=training, measure=None)
+
+
+def constrained(strengths: Sequence[float] = STRENGTHS) -> Comparison:
+    """ER beside elastic weight consolidation of these strengths, each alone and with CLeWI at alpha 0.3, on digits.
+
+    Steps are clipped to a norm of 1: a strong pull of Fisher information that is large would diverge.
+    """
+    methods = {}
+    for strength in strengths:
+        rule = Sum(ER(50), learners.EWC(strength)) if strength else ER(50)
+        methods |= {f"EWC {strength}": Method(rule), f"EWC {strength} + CLeWI": Method(rule, CLeWI(0.3))}
+    whole = small("fast", methods)
+    return replace(whole, training=replace(whole.training, clip=1.0))
 
 
 def small(profile: str, methods: Mapping[str, Method], **changes: Any) -> Comparison:
-    """The setting of the smaller studies: digits and the convnet, or CIFAR-100 in ten tasks with ResNet-18."""
+    """The setting of the smaller studies: digits and a convnet, or CIFAR-100 in ten tasks with ResNet-18."""
     if profile == "paper":
         whole = main("paper", "cifar100")
-        whole = replace(whole, training=replace(whole.training, lr=0.1), seeds=range(43, 46), measure=None)
+        whole = replace(whole, training=replace(whole.training, lr=0.1))
     else:
-        whole = Comparison(stream("digits"), {"convnet": models.convnet}, {}, Training(10, 32, 0.1), range(5))
+        whole = Comparison(stream("digits"), NET, {}, Training(5, 32, 0.1), range(5), plasticity)
     return replace(whole, methods=methods, **changes)
-
-
-def reduced(
-    dataset: str, *, limit: int, epochs: int, memory: int, ewc: float = 10.0, seeds: Sequence[int] = (0, 1, 2)
-) -> Comparison:
-    """The paper's main table on `limit` images a class and a small convnet: its pairs at its alphas, one learning rate.
-
-    Alphas are those of CIFAR-100 for cifar100 and of CIFAR-10 for others. The learning rate is 0.1, of rules with a
-    penalty or a projection 0.03, the same with and without CLeWI. `ewc` is the strength of online EWC, whose steps
-    grow without bound where it is too large for the learning rate.
-    """
-    published, training = "cifar100" if dataset == "cifar100" else "cifar10", Training(epochs=epochs, batch=32, lr=0.1)
-    methods = {}
-    for n, rule in rules(memory, fit_epochs=63, ewc=ewc).items():
-        methods[n] = Method(rule, None, _gentle(rule, training))
-        if n in PAIRS:
-            pair = CLeWI(chosen("alpha", n, published))
-            methods[f"{n} + CLeWI"] = Method(rule, pair, _gentle(rule, training))
-    return Comparison(stream(dataset, limit=limit), SMALL, methods, training, seeds)
 
 
 def lengths(profile: str) -> Comparison:
@@ -182,28 +172,19 @@ def lengths(profile: str) -> Comparison:
         methods = {n: m for n, m in whole.methods.items() if n == "ER + CLeWI" or "CLeWI" not in n}
     else:
         name, whole, made = "letters", small("fast", {}, seeds=range(3)), rules(100)
-        methods = {n: Method(made[n]) for n in ("fine-tuning", "ER", "ER-ACE", "DER++", "iCaRL")}
-        methods |= {"ER + CLeWI": Method(made["ER"], CLeWI(0.3)), "ER + search": Method(made["ER"], CLeWI("search"))}
+        methods = {n: Method(made[n]) for n in ("ER", "iCaRL")}
+        methods["ER + CLeWI"] = Method(made["ER"], CLeWI(0.3))
     streams = {words: source for tasks in (5, 10, 20) for words, source in stream(name, tasks).items()}
     return replace(whole, streams=streams, methods=methods)
 
 
-def wide(stream: data.Stream, *, times: int, profile: str = "fast", seed: int = 0) -> torch.nn.Module:
-    """The network of the smaller studies, `times` as wide: a convnet, or in the paper's profile a ResNet-18."""
-    if profile == "paper":
-        return models.resnet18(stream, width=64 * times, seed=seed)
-    return models.convnet(stream, widths=(8 * times, 16 * times, 16 * times), seed=seed)
-
-
-def equal_bytes(dataset: str, memory: int, *, limit: int | None = None, seeds: Sequence[int] = (0, 1, 2)) -> Comparison:
-    """CLeWI with a memory against ER whose memory may also have the bytes of the second network that CLeWI keeps."""
-    blank = data.Examples(torch.zeros(10, *SHAPES[dataset], dtype=torch.uint8), torch.arange(10))
-    [net] = [make(data.split(data.Dataset("blank", blank, blank, tuple("0123456789")), 1), seed=0)
-             for make in SMALL.values()]  # fmt: skip
-    total = memory + sum(t.nbytes for t in weights.get_weights(net).values()) // (blank.x[0].nbytes + 1)
-    methods = {f"ER {m}": Method(ER(m)) for m in (memory, total)}
+def equal_bytes(memory: int = 50) -> Comparison:
+    """CLeWI on digits against ER whose memory may also have the bytes of the second network that CLeWI keeps."""
+    tasks = stream("digits")["digits, 5 tasks"](0)
+    network = sum(t.nbytes for t in weights.get_weights(wide()(tasks, seed=0)).values())
+    methods = {f"ER {m}": Method(ER(m)) for m in (memory, memory + network // (tasks[0].train.x[0].nbytes + 1))}
     methods[f"ER {memory} + CLeWI"] = Method(ER(memory), CLeWI(0.3))
-    return Comparison(stream(dataset, limit=limit), SMALL, methods, Training(10, 32, 0.1), seeds)
+    return small("fast", methods)
 
 
 def plasticity(result: Result) -> dict[str, float]:
@@ -315,17 +296,11 @@ def published(seed: int) -> list[dict[str, Any]]:
     channels, so "two beginnings" permutes one network towards another of the same task: acc is then its own.
     """
     [tasks], [whole] = ([made(seed) for made in stream("digits", n).values()] for n in (5, 1))
-    convnet, small = models.convnet, partial(models.resnet18, width=8)
-    er, agem, usual, strong = ER(50), AGEM(50), CLeWI(0.3), CLeWI(0.5)
-    long, gentle, short = Training(5, 32, 0.1), Training(5, 32, GENTLE), Training(2, 32, 0.1)
+    convnet, small = wide(), partial(models.resnet18, width=8)
+    er, usual, long, short = ER(50), CLeWI(0.3), Training(5, 32, 0.1), Training(2, 32, 0.1)
     runs = [
-        ("ER", "", convnet, er, None, long),
         ("ER + CLeWI", "", convnet, er, usual, long),
         ("ER + CLeWI", "momentum None", convnet, Cumulative(50), usual, long),
-        ("ER + CLeWI", "released statistic", convnet, er, replace(usual, statistic="clewi2024"), long),
-        ("A-GEM", "", convnet, agem, None, gentle),
-        ("A-GEM + CLeWI", "", convnet, agem, strong, gentle),
-        ("A-GEM + CLeWI", "one batch a task", convnet, replace(agem, fill="batch"), strong, gentle),
         ("ER + CLeWI, ResNet-18", "", small, er, usual, short),
         ("ER + CLeWI, ResNet-18", "dropped junctures", small, er, DroppedJunctures(0.3), short),
     ]
@@ -350,87 +325,82 @@ def gains(table: "pd.DataFrame", kind: str = "CLeWI") -> "pd.DataFrame":
     """What CLeWI adds to each learner of a main table, seed by seed, beside what was published.
 
     A row a learner that has a pair `<learner> + <kind>`: its average accuracy `alone`; the mean `gain` over the seeds
-    with Student's interval and verdict, as `contrasts` gives them; `less`, by how much forgetting falls; the published
-    gains on each of DATASETS, NaN where there is none; and the learner's own weight_change, fisher_trace and
-    plasticity, where the table has them.
+    with Student's interval and verdict, as `contrasts` gives them; `less`, by how much forgetting falls; `masked`, what
+    task-incremental accuracy gains; and the published gains on each of DATASETS, NaN where there is none.
     """
     names = dict.fromkeys(table.method)
     pairs = {name: (f"{name} + {kind}", name) for name in names if f"{name} + {kind}" in names}
-    own = [column for column in ("weight_change", "fisher_trace", "plasticity") if column in table]
-    means: Any = table.groupby("method")[["acc", "forgetting", *own]].mean()
     found: Any = contrasts(table, pairs).rename(columns={"mean": "gain"}).drop(columns="n").rename_axis(None)
-    found.insert(0, "alone", means.acc[list(pairs)].to_numpy())
+    found.insert(0, "alone", table.groupby("method").acc.mean()[list(pairs)].to_numpy())
     found["less"] = -contrasts(table, pairs, "forgetting")["mean"]
+    found["masked"] = contrasts(table, pairs, "masked")["mean"]
     acc: Any = released().acc.unstack("dataset")
     for dataset in DATASETS:
         known = {name: acc[dataset][f"{name} + CLeWI"] - acc[dataset][name] for name in PAIRS}
         found[dataset] = [known.get(name, float("nan")) for name in pairs]
-    return found.join(means[own])
+    return found
 
 
-def curves(seed: int, method: str, profile: str = "fast") -> "pd.DataFrame":
+def added(*names: str, value: str = "acc") -> Effect:
+    """An effect to claim: what CLeWI adds to `value` of these learners, their mean, by seed."""
+
+    def effect(table: "pd.DataFrame") -> Any:
+        found = _by_seed(table, value)
+        return sum(found[f"{name} + CLeWI"] - found[name] for name in names) / len(names)
+
+    return effect
+
+
+def inside(inner: Sequence[str], ends: Sequence[str]) -> Effect:
+    """An effect to claim: accuracy of the method of `inner` that is best on all other seeds, less the best of `ends`.
+
+    The ends' best is that of the seed itself, which counts against the claim.
+    """
+
+    def effect(table: "pd.DataFrame") -> Any:
+        found = _by_seed(table, "acc")
+        best = (found.sum() - found)[list(inner)].idxmax(axis=1)
+        return {seed: row[best[seed]] - row[list(ends)].max() for seed, row in found.iterrows()}
+
+    return effect
+
+
+def traded(low: str, high: str) -> Effect:
+    """An effect to claim: from method `low` to `high` forgetting falls, and accuracy on the last task: the lesser."""
+
+    def effect(table: "pd.DataFrame") -> Any:
+        falls = [_by_seed(table, value)[low] - _by_seed(table, value)[high] for value in ("forgetting", "last")]
+        return falls[0].clip(upper=falls[1])
+
+    return effect
+
+
+def _by_seed(table: "pd.DataFrame", value: str) -> Any:
+    """A row a seed, a column a method."""
+    return table.pivot_table(index="seed", columns="method", values=value)
+
+
+def curves(
+    seed: int, method: str, alpha: float | None = None, times: int = 1, profile: str = "fast"
+) -> list[dict[str, Any]]:
     """Test accuracy along the line of every merge, old network aligned and statistics re-estimated at every point.
 
-    Columns: after (tasks learned); alpha; accuracy, the mean over the tasks seen; new, on the newest of them; old, the
-    mean over the others. The run merges at the method's own alpha. Logits are the network's own, uncorrected.
+    Columns: after (tasks learned); at, the place on the line; accuracy, the mean over the tasks seen; new, on the
+    newest of them. The run merges at `alpha`, by default its pair's own. Logits are the network's own, uncorrected.
     """
-    import pandas as pd
-
-    whole, kind = main(profile, "cifar100" if profile == "paper" else None), "aligned, re-estimated"
-    tasks, net, chosen = next(iter(whole.streams.values()))(seed), next(iter(whole.models.values())), whole.methods
-    rule, rows = chosen[f"{method} + CLeWI"], []
+    whole = main(profile, "cifar100" if profile == "paper" else None)
+    tasks, rule = next(iter(whole.streams.values()))(seed), whole.methods[method]
+    merge = whole.methods[f"{method} + CLeWI"].consolidation if alpha is None else CLeWI(alpha)
     training = rule.training or whole.training
-    result = run(tasks, net, rule.learner, rule.consolidation, training, seed=seed, progress=False)
-    found = landscape.merges(result.model, result.trained, result.weights, result.inputs, tasks, variants=(kind,))
-    for after, curve in enumerate((curve[kind] for curve in found), 2):
-        for t, accuracy in zip(curve.ts.tolist(), curve.accuracy, strict=True):
-            means = {"accuracy": accuracy.mean(), "new": accuracy[-1], "old": accuracy[:-1].mean()}
-            rows.append({"after": after, "alpha": t} | {n: float(v) for n, v in means.items()})
-    return pd.DataFrame(rows)
+    result = run(tasks, wide(times, profile), rule.learner, merge, training, seed=seed, progress=False)
+    found = landscape.merges(result.model, result.trained, result.weights, result.inputs, tasks, variants=(BEST,))
+    return [
+        {"after": after, "at": float(t), "accuracy": float(row.mean()), "new": float(row[-1])}
+        for after, curve in enumerate((lines[BEST] for lines in found), 2)
+        for t, row in zip(curve.ts, curve.accuracy, strict=True)
+    ]
 
 
-def planted(seed: int, epochs: int) -> list[dict[str, Any]]:
-    """How far apart two networks may be for a planted permutation to be found again, on synthetic data.
-
-    Ten classes, each a random 8x8 picture under noise. A network that has learned five of them goes on to the other
-    five for some `epochs`; its old self is permuted at random and matched with it on 100 inputs of all classes. `found`
-    is the share of channels that come back to their place. Columns: kind ("went on", or "began anew" for a network of
-    another initialisation, whose channels have no true place), found, similarity.
-    """
-    tasks, rows = data.split(_pictures(seed), 2), []
-    [factory] = SMALL.values()
-    one, other = (replace(tasks, tasks=(replace(task, index=0),)) for task in tasks)
-    training = Training(epochs=10, batch=32, lr=0.1)
-    first = run(one, factory, training=training, seed=seed, progress=False)
-    net, old = first.model, first.weights[0]
-    x = torch.cat([task.prepare(task.train.x[:50]) for task in tasks])
-    symmetry = alignment.symmetry(net, x[:2])
-    hidden = alignment.random_permutations(symmetry, torch.Generator().manual_seed(seed))
-    begun = {"went on": net, "began anew": factory(tasks, seed=seed + 1000)}
-    for kind, start in begun.items():
-        further = replace(training, epochs=epochs)
-        new = run(other, start, training=further, seed=seed, progress=False).weights[0]
-        match = alignment.align(symmetry, net, new, alignment.permute(symmetry, hidden, old), x)
-        back = alignment.compose(hidden, match.permutations).values()
-        home = torch.cat([p == torch.arange(len(p)) for p in back])
-        similar = sum(match.similarity.values()) / len(match.similarity)
-        rows.append({"kind": kind, "found": float(home.float().mean()), "similarity": similar})
-    return rows
-
-
-def _gentle(rule: Learner, training: Training | None = None) -> Training | None:
-    """The training of a rule with a penalty or a projection, at a laptop's scale; None for the comparison's own."""
-    return replace(training or Training(10, 32, 0.1), lr=GENTLE) if isinstance(rule, AGEM | Sum) else None
-
-
-def _pictures(seed: int) -> data.Dataset:
-    """Ten classes of synthetic 8x8 images: a picture of random grey values each, under as much noise."""
-    g = torch.Generator().manual_seed(seed)
-    pictures = torch.randint(0, 160, (10, 1, 8, 8), generator=g)
-
-    def examples(count: int) -> data.Examples:
-        y = torch.arange(10).repeat_interleave(count)
-        noise = torch.randint(0, 96, (len(y), 1, 8, 8), generator=g)
-        return data.Examples((pictures[y] + noise).to(torch.uint8), y)
-
-    return data.Dataset("pictures", examples(60), examples(20), tuple("0123456789"), data.Normalize((0.5,), (0.2,)))
+def _gentle(rule: Learner) -> Training | None:
+    """The training of a rule with a penalty or a projection, or without rehearsal, at a laptop's scale; else None."""
+    return Training(5, 32, GENTLE) if isinstance(rule, AGEM | Sum | MemoryOnly) else None

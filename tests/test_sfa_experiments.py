@@ -1,6 +1,8 @@
 """SFA's experiments: what the grids hold, and what is measured in a run."""
 
 import json
+import sys
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -8,8 +10,9 @@ import pytest
 import torch
 
 import toys
-from clkit import run
+from clkit import data, models, run
 from clkit.consolidation import SFA, merge_steps
+from clkit.data import Dataset, Examples
 from clkit.experiments import contrasts, grid, sweep
 from clkit.learners import EWC, L2, DataBuffer, Learner
 from clkit.training import Training
@@ -25,8 +28,9 @@ COMPARISONS = {
     "mnist": partial(sfa.plane, METHODS, "mnist"),
     "parts": sfa.parts,
     "letters": partial(sfa.long_streams, METHODS),
-    "cifar100": partial(sfa.long_streams, METHODS, "cifar100"),
-    "paper": partial(sfa.long_streams, METHODS, "cifar100", "paper"),
+    "paper": partial(sfa.long_streams, METHODS, "paper"),
+    "real": sfa.real,
+    "real texts": partial(sfa.real_texts, METHODS),
 }
 
 
@@ -40,8 +44,8 @@ def test_a_comparison_is_its_own_record_and_needs_no_data(name, monkeypatch):
 
 
 MAKERS = {
-    "digits": lambda seed: sfa.even_odd(),
-    "shared": lambda seed: sfa.even_odd(head="shared"),
+    "digits": sfa.even_odd,
+    "shared": partial(sfa.even_odd, head="shared"),
     "rotated": partial(sfa.rotated, angle=30),
     "permuted": partial(sfa.permuted, tasks=10, pixels=0.5),
     "conflict": partial(sfa.conflicting, conflict=0.5),
@@ -59,21 +63,23 @@ def test_parts_say_which_setting_they_change():
     whole = sfa.parts()
     rows = {"stream": next(iter(whole.streams)), "model": "mlp 128-64", "training": "Training"}
     table = whole.complete(pd.DataFrame({"method": list(whole.methods)}).assign(**rows)).set_index("method")
-    assert table.setting["p=0.1"] == "as in the paper" and table.p["p=0.96, no final merge"] == 0.96
-    assert not table.final["p=0.96, no final merge"] and table.schedule["p=1, cosine schedule"] == "cosine"
-    assert table.optimizer["p=0.1, Adam, state reset"] == "reset" and "p=1, no final merge" not in table.index
-    assert table.training_optimizer["p=0.1, Adam, state kept"] == "adamw" and len(table) == 4 * 8 + 2
+    assert table.setting["p=0.25"] == "as in the paper" and table.p["p=0.96, no final merge"] == 0.96
+    assert not table.final["p=0.96, no final merge"] and table.schedule["p=0.96, cosine schedule"] == "cosine"
+    assert table.optimizer["p=0.25, Adam, state reset"] == "reset" and "p=0.25, no final merge" not in table.index
+    assert table.training_optimizer["p=0.25, Adam, state kept"] == "adamw" and len(table) == 2 * 8 + 1
 
 
-def test_even_and_odd_in_three_heads():
-    masked, shared, plain = (sfa.even_odd("digits", head) for head in ("masked", "shared", "plain"))
+def test_even_and_odd_in_three_heads_and_in_an_order_of_the_seed():
+    masked, shared, plain = (sfa.even_odd(3, head=head) for head in ("masked", "shared", "plain"))
     assert (masked.scenario, shared.scenario, plain.scenario) == ("task", "domain", "class")
-    assert masked[0].classes == (0, 2, 4, 6, 8) and len(shared.classes) == 5 and len(plain.classes) == 10
-    assert torch.equal(shared[0].train.y, plain[0].train.y // 2) and torch.equal(
-        shared[1].train.y, plain[1].train.y // 2
-    )
+    assert set(masked[0].classes) == {0, 2, 4, 6, 8} and len(shared.classes) == 5 and len(plain.classes) == 10
+    for task, own in zip(shared, masked, strict=True):
+        assert torch.equal(torch.tensor(own.classes)[task.train.y], own.train.y)
+    other = sfa.even_odd(4)
+    assert other[0].classes != masked[0].classes and set(other[1].classes) == set(masked[1].classes)
+    assert sorted(other[0].test.x.flatten(1).sum(1).tolist()) != sorted(masked[0].test.x.flatten(1).sum(1).tolist())
     with pytest.raises(ValueError, match="head: 'maskd'"):
-        sfa.even_odd("digits", "maskd")
+        sfa.even_odd(head="maskd")
 
 
 def test_letters_are_a_hundred_classes_in_an_order_of_the_seed():
@@ -85,14 +91,45 @@ def test_letters_are_a_hundred_classes_in_an_order_of_the_seed():
 
 
 def test_lines_are_compared_at_equal_plasticity():
-    lines = ["SFA p = 0.25"] * 2 + ["WiSE-FT (p = 1)", "buffer, half of a batch", "buffer"]
-    table = pd.DataFrame({"line": lines, "seed": 0, "new": [0.9, 0.7, 0.9, 0.9, 0.9], "old": [0.5, 0.9, 0.1, 0.2, 0.3]})
-    found = sfa.retained(table, 0.75)
-    assert found.line.tolist() == ["SFA p = 0.25"] and found.old.tolist() == [pytest.approx(0.8)]
-    assert not len(sfa.retained(table, 0.6))
+    lines = ["SFA p = 0.25"] * 2 + ["WiSE-FT (p = 1)"]
+    table = pd.DataFrame({"line": lines, "seed": 0, "new": [0.9, 0.7, 0.9], "old": [0.5, 0.9, 0.1]})
     both = pd.concat([table, table.assign(seed=1, new=table.new + 0.08)])
-    assert not len(sfa.retained(both, 0.75)), "one of two seeds reaches it"
-    assert len(sfa.retained(both, 0.85)) == 2
+    found = sfa.retained(both, 0.78)
+    assert found["SFA p = 0.25"].tolist() == pytest.approx([0.74, 0.9]), "where it does not reach, its nearer end"
+    assert found["WiSE-FT (p = 1)"].tolist() == [0.1, 0.1]
+
+
+def test_settings_are_chosen_on_other_seeds():
+    acc = {"a": [0.9, 0.1, 0.2], "b": [0.3, 0.4, 0.5], "c": [0.0, 0.0, 0.7]}
+    rows = [
+        {"method": m, "seed": s, "acc": v, "line": "x" if m != "c" else "y"} for m in acc for s, v in enumerate(acc[m])
+    ]
+    found = sfa.elsewhere(pd.DataFrame(rows))
+    assert found["x"].tolist() == [acc["b"][0], acc["a"][1], acc["a"][2]] and found["y"].tolist() == acc["c"]
+
+
+def test_the_real_backbone_trains_its_last_block_behind_what_stays(monkeypatch):
+    """The code path of the real scale on noise: one network in two parts, and its streams in the seed's order."""
+    module = sys.modules["studies.sfa.real"]
+    g = torch.Generator().manual_seed(0)
+    part = Examples(torch.randint(0, 256, (400, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(400) % 100)
+    noise = Dataset("noise", part, part, tuple(map(str, range(100))))
+    monkeypatch.setattr(module, "dataset", lambda name: noise)
+    monkeypatch.setattr(module, "TRAIN", 3)
+    monkeypatch.setattr(module, "TEST", 1)
+    stream, held = module.stream(1), module.stream(1, held_out=True)
+    assert (len(stream), len(held)) == (20, 10) and stream[0].classes == held[0].classes != module.stream(2)[0].classes
+    assert torch.equal(stream[0].train.x, held[0].train.x) and not torch.equal(stream[0].test.x, held[0].test.x)
+    raw, whole = data.split(noise, 1), models.efficientnet_lite0(data.split(noise, 1), size=64, seed=5).eval()
+    lower, upper = module._halves(5)
+    x = raw[0].prepare(part.x[:4])
+    with torch.no_grad():
+        assert torch.allclose(upper.eval()(lower.eval()(x)), whole(x), atol=1e-4)
+    rule = sfa.real().methods["SFA p=0.25"].consolidation
+    few, training = replace(held, tasks=held.tasks[:2]), Training(2, 8, 1e-3, labels="task")
+    result = run(few, module.upper, None, rule, training, progress=False)
+    still = [n for n, t in result.weights[1].items() if torch.equal(t, result.weights[0][n])]
+    assert result.reports[1]["steps"] == [1, 2, 3, 4] and still and all("bn" in n or n.startswith("2.") for n in still)
 
 
 def test_an_advantage_is_paired():
@@ -148,9 +185,9 @@ def test_costs_are_counted():
 def test_a_pretrained_transformer_keeps_its_body_and_gets_a_fresh_head(monkeypatch):
     from studies.sfa import images
 
-    stream = sfa.twenty(0, "letters")
+    stream = sfa.twenty(0)
     body = {n: t + 1 for n, t in images.weights.get_weights(images._vit(stream, seed=9)).items()}
-    monkeypatch.setattr(images, "_body", lambda source: body)
+    monkeypatch.setattr(images, "_body", lambda: body)
     net = images.weights.get_weights(sfa.pretrained(stream, seed=3))
     fresh = images.weights.get_weights(images._vit(stream, seed=3))
     for name, tensor in net.items():
@@ -163,7 +200,7 @@ def test_real_mnist_even_then_odd_on_one_plane(packs, monkeypatch, tmp_path):
     monkeypatch.setenv("CLKIT_DATA", str(packs))
     chosen = {"fine-tuning": Learner(), "SFA p=0.25 β=0.5": (Learner(), SFA(0.25, 0.5)), "L2 λ=0.3": L2(0.3)}
     chosen |= {"SFA p=1 β=0.3": (Learner(), SFA(1.0, 0.3)), "EWC λ=30": EWC(30.0), "buffer": DataBuffer(0.1, "half")}
-    stream = sfa.even_odd("mnist", "shared", limit=80)
+    stream = sfa.even_odd(0, "mnist", "shared", limit=80)
     table = sweep(
         stream,
         sfa.small_mlp,

@@ -1,7 +1,6 @@
 """Math, Law, Code: what the grids hold, what is read off a run, and what a network goes on to write."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -9,9 +8,7 @@ import pytest
 import torch
 
 from clkit import data, models, plotting, run
-from clkit.experiments import Comparison, Method
 from clkit.language import exact_match
-from clkit.learners import Learner
 from clkit.training import Training
 from clkit.weights import equal, get_weights
 from studies import sfa
@@ -28,9 +25,13 @@ def small(monkeypatch):
     return data.domains(made)
 
 
-def test_orders_are_kept_and_real_texts_wait_for_the_run(small, monkeypatch, tmp_path):
-    stream = sfa.texts(0, order=("code", "math", "law"))
+def test_seeds_order_and_draw_and_real_texts_wait_for_the_run(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(language, "WINDOWS", 40)
+    orders = {tuple(task.name for task in sfa.texts(seed)) for seed in range(6)}
+    assert orders == set(sfa.ORDERS) and sfa.ORDERS[0] == sfa.DOMAINS
+    stream, other = (sfa.texts(seed, order=("code", "math", "law")) for seed in (0, 1))
     assert [task.name for task in stream] == ["code", "math", "law"] and stream.shape == (sfa.CONTEXT,)
+    assert len(stream[0].train) == 40 and not torch.equal(stream[0].train.x, other[0].train.x)
     assert stream.scenario == "domain" and len(stream.classes) == 256
     monkeypatch.undo()
     monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
@@ -38,35 +39,14 @@ def test_orders_are_kept_and_real_texts_wait_for_the_run(small, monkeypatch, tmp
         sfa.texts(0, real=True)
 
 
-def test_reading_is_of_the_last_row(small):
+def test_reading_is_of_the_last_row_and_goes_by_domain(small):
     result = run(small, models.gpt, training=SHORT, progress=False)
     found = sfa.reading(result)
-    bits = np.array(found["bits"])
-    assert np.allclose(bits, result.losses / np.log(2)) and len(found["exact"]) == 3
-    assert found["mean_bits"] == pytest.approx(bits[2].mean()) and found["new_bits"] == bits[2, 2]
-    assert found["old_bits"] == pytest.approx(bits[2, :2].mean())
-    assert sfa.reading(result, sums=False)["exact"] == []
-
-
-@pytest.fixture
-def whole():
-    """Two orders, of which nothing is trained."""
-    streams = {"backwards": partial(sfa.texts, order=("code", "math", "law")), "as it is": sfa.texts}
-    return Comparison(streams, {"gpt": models.gpt}, {"fine-tuning": Method(Learner())}, SHORT, range(1), sfa.reading)
-
-
-def test_final_bits_go_by_domain_whatever_the_order(whole):
-    bits = [[9.0, 9.0, 9.0], [9.0, 9.0, 9.0], [3.0, 1.0, 2.0]]
-    table = pd.DataFrame({"stream": ["backwards", "as it is"], "bits": [bits] * 2, "exact": [[0.1, 0.9, 0.3]] * 2})
-    found = sfa.final_bits(table, whole)
-    assert found[["math", "law", "code"]].to_numpy().tolist() == [[1, 2, 3], [3, 1, 2]]
-    assert found.once.tolist() == [0.9, 0.1] and (found.sums == 0.3).all()
-
-
-def test_final_bits_leave_sums_out_where_not_asked_for(whole):
-    table = pd.DataFrame({"stream": ["as it is"], "bits": [[[1.0, 2.0, 3.0]]], "exact": [[]]}, index=[7])
-    found = sfa.final_bits(table, whole)
-    assert found.code[7] == 3 and found.sums.isna().all() and found.once.isna().all()
+    assert np.allclose(found["bits"], result.losses[-1] / np.log(2))
+    assert found["mean_bits"] == pytest.approx(np.mean(found["bits"])) and found["new_bits"] == found["bits"][2]
+    assert found["old_bits"] == pytest.approx(np.mean(found["bits"][:2]))
+    table = sfa.by_domain(pd.DataFrame({"seed": [0, 5], "bits": [[1.0, 2.0, 3.0]] * 2}))
+    assert table[["math", "law", "code"]].to_numpy().tolist() == [[1, 2, 3], [3, 2, 1]]
 
 
 def test_what_it_writes_is_what_exact_match_counts(small):
@@ -96,14 +76,14 @@ def test_it_stops_at_the_length(small):
 def test_the_well_read_network_has_read_what_no_stream_has(monkeypatch):
     made = {name: data.texts(name, context=sfa.CONTEXT, limit=96, test_limit=8) for name in sfa.DOMAINS}
     seen = []
-    monkeypatch.setattr(language, "WINDOWS", 64)
+    monkeypatch.setattr(language, "POOL", 64)
     monkeypatch.setattr(language, "text", lambda name, *, windows=0: made[name])
     monkeypatch.setattr(language, "run", lambda stream, *a, **k: seen.append(stream) or run(stream, *a, **k))
     stream = data.domains(made)
     language._well_read.cache_clear()
     first = sfa.well_read(stream, seed=3)
     assert torch.equal(seen[0][0].train.x, torch.cat([one.train.x[64:] for one in made.values()]))
-    assert not equal(get_weights(first), get_weights(models.gpt(stream, seed=3)))
+    assert not equal(get_weights(first), get_weights(language.small_gpt(stream, seed=3)))
     assert equal(get_weights(first), get_weights(sfa.well_read(stream, seed=3))) and len(seen) == 1
     language._well_read.cache_clear()
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,6 @@ import pandas as pd
 from clkit import checks
 from clkit.checks import Range
 from clkit.experiments.statistics import difference, holm, p_value, verdict
-
-if TYPE_CHECKING:
-    from clkit.experiments.pages import Page
 
 LEAST, DRAWS, MOST = 5, 100, 0.1
 COLUMNS = ("key", "text", "effect", "lower", "upper", "n", "p", "verdict", "scale", "paper")
@@ -26,7 +23,7 @@ class _Lines:
 
     kind, everywhere = "", False
 
-    def __init__(self, page: "Page") -> None:
+    def __init__(self, page: Any) -> None:
         self.page = page
         self.rows: list[dict[str, Any]] = []
 
@@ -84,19 +81,6 @@ class Claims(_Lines):
 
     kind = "claims"
 
-    # The next four go when no notebook uses them.
-    @property
-    def _old(self) -> list[dict[str, Any]]:
-        return self.__dict__.setdefault("_olds", [])
-
-    def check(self, text: str, holds: Any) -> None:
-        """As before."""
-        self._old.append({"text": text, "recorded": True, "holds": bool(holds), "verdict": _old_verdict(holds)})
-
-    def expect_not(self, text: str, holds: Any) -> None:
-        """As before."""
-        self._old.append({"text": text, "recorded": False, "holds": bool(holds), "verdict": _old_verdict(holds)})
-
     @checks.arguments
     def claim(
         self,
@@ -132,7 +116,7 @@ class Claims(_Lines):
         low, high = -math.inf if below is not None else above or 0.0, math.inf if below is None else below
         if within_margin is not None:
             low, high = -within_margin, within_margin
-        if any(key == row.get("key") or text == row["text"] for row in self.rows):
+        if any(key == row["key"] or text == row["text"] for row in self.rows):
             raise ValueError(f"key: {key!r} or its text is claimed twice; give each its own")
         shuffle, within = ((c,) if isinstance(c, str) else c for c in (shuffle, within))
         for column in (*shuffle, *within):
@@ -167,21 +151,17 @@ class Claims(_Lines):
         changed parameters, and in other profiles than the fast one, it prints these, and goes on.
         """
         rows = self._judged()
-        for row in self._old:
-            print(f"{row['verdict']}: {row['text']}")
         for row in rows:
             print(f"{row['verdict']}: {row['text']}" + (row["note"] and f" ({row['note']})"))
         if forced := [row["key"] for row in rows if row["null"] > MOST]:
             self._complain(ValueError(f"claims: {forced} hold on shuffled tables, too; they cannot fail"))
         parts = (rows, self.page.recorded.get("claims", rows))  # of a new notebook nothing is recorded
-        found, known = ({row["key"]: row["verdict"] for row in part if "key" in row} for part in parts)
+        found, known = ({row["key"]: row["verdict"] for row in part} for part in parts)
         other = [key for key in known | found if found.get(key) != known.get(key)]
         if other:
             told = "; ".join(f"{key!r} was {known.get(key)}, is {found.get(key)}" for key in other)
             self._complain(AssertionError(f"claims: {told}; clkit figures --write records what is"))
-        self.page._record(self.kind, rows + self._old)
-        if wrong := [row["text"] for row in self._old if row["holds"] != row["recorded"]]:
-            self._complain(AssertionError(f"{len(wrong)} of {len(self._old)} differ: {'; '.join(wrong)}"))
+        self.page._record(self.kind, rows)
 
     def _judged(self) -> list[dict[str, Any]]:
         """The rows with p after Holm's correction and verdicts; what has too few seeds is not tested."""
@@ -190,10 +170,6 @@ class Claims(_Lines):
             row | {"holm": p, "verdict": verdict(row["effect"], p, *row["claimed"])}
             for row, p in zip(self.rows, adjusted, strict=True)
         ]
-
-
-def _old_verdict(holds: Any) -> str:
-    return "holds" if holds else "does not hold"
 
 
 def _gap(table: pd.DataFrame, key: str, a: str, b: str, column: str, value: str) -> Callable[[pd.DataFrame], pd.Series]:

@@ -11,7 +11,7 @@ table = page.table(sfa.plane(methods, head="shared"), "few")
 
 from studies.sfa.images import (
     PERCEPTRON, conflicting, contradiction, course, elsewhere, ends, even_odd, long_streams, merges, parts, permuted,
-    plane, pretrained, retained, rotated, small_mlp, twenty,
+    plane, pretrained, retained, rotated, sided, small_mlp, twenty,
 )  # fmt: skip
 from studies.sfa.language import (
     ADAM, CONTEXT, DOMAINS, ORDERS, barriers, by_domain, reading, real_texts, text, texts, well_read, writes,

@@ -206,6 +206,17 @@ def elsewhere(table: "pd.DataFrame", value: str = "acc", *, by: str = "line") ->
     return pd.DataFrame({line: chosen(one) for line, one in table.groupby(by, sort=False)})
 
 
+def sided(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Rows with the side that they stand on in the abstract: SFA with p below 1, its rivals, a buffer, or neither.
+
+    Rivals are task arithmetic, TIES, WiSE-FT (which is p = 1), L2 and EWC.
+    """
+    sides = {"SFA": "SFA, p < 1", "data buffer": "buffer"}
+    sides |= dict.fromkeys(("merging", "WiSE-FT", "L2", "EWC"), "rivals")
+    kind = table.consolidation.where(table.consolidation != "none", table.learner)
+    return table.assign(side=kind.map(sides).where(table.p != 1, "rivals").fillna("neither"))
+
+
 @dataclass(frozen=True)
 class _Kept(SFA):
     """SFA that keeps the weights before and after every merge, for `merges`."""

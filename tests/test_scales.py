@@ -39,16 +39,12 @@ WITH_PROFILE = {
     "studies.clewi.joint": [partial(clewi.joint, "paper", name) for name in clewi.DATASETS],
     "studies.clewi.small": [lambda: clewi.small("paper", {"ER": Method(ER(50))})],
     "studies.clewi.lengths": [lambda: clewi.lengths("paper")],
-    "studies.clewi.wide": [lambda: clewi.small("paper", {"ER": Method(ER(9))}, models={"x2": widened()})],
+    "studies.clewi.wide": [lambda: clewi.small("paper", {"ER": Method(ER(9))}, models={"x2": clewi.wide(2, "paper")})],
     "studies.clewi.curves": [lambda: study(clewi.curves, [0], method="ER", profile="paper")],
     "studies.sfa.images.plane": [lambda: sfa.plane({"": Method(Learner())}, "mnist", profile="paper")],
     "studies.sfa.images.long_streams": [lambda: sfa.long_streams({"": Method(Learner())}, profile="paper")],
     "studies.awm.table": [lambda: awm.table("paper")],
 }
-
-
-def widened():
-    return partial(clewi.wide, times=2, profile="paper")
 
 
 def functions():
@@ -153,6 +149,13 @@ def tiny(whole, met):
     return replace(whole, streams=streams, models=nets, **changed)
 
 
+def only_replay(main, *arguments):
+    """CLeWI's main grid with ER and its pair, as small as `tiny` makes it."""
+    whole = main(*arguments)
+    pair = [tiny(replace(whole, methods={name: whole.methods[name]}), set()) for name in ("ER", "ER + CLeWI")]
+    return replace(pair[0], methods={**pair[0].methods, **pair[1].methods})
+
+
 @pytest.mark.parametrize("name", grids())
 def test_a_grid_goes_through_an_epoch_on_a_few_images(name, noise, tmp_path, monkeypatch, request):
     monkeypatch.setenv("CLKIT_DATA", str(noise))
@@ -172,7 +175,7 @@ def test_a_grid_goes_through_an_epoch_on_a_few_images(name, noise, tmp_path, mon
         made = make()
         for whole in made.values() if isinstance(made, dict) else [made]:
             if isinstance(whole, Study):
-                monkeypatch.setattr(clewi, "main", lambda *a, main=clewi.main: tiny(main(*a), set()))
+                monkeypatch.setattr(clewi, "main", partial(only_replay, clewi.main))
                 table = whole.run(jobs=1, store=tmp_path)
             else:
                 costly = whole.measure is clewi.plasticity and name != "studies.clewi.main"  # a pass for every class

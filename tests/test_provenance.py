@@ -35,7 +35,7 @@ def digits(seed):
 '''
 HELPING = "def shared(x):\n    return x\n\ndef other(x):\n    return x\n"
 
-BEFORE = ("03-clewi", "04-sfa", "05-math-law-code", "06-weight-modulation")
+BEFORE = ("04-sfa", "06-weight-modulation")
 
 
 @pytest.fixture

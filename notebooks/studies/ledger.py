@@ -63,7 +63,7 @@ def claims(root: Path | None = None) -> pd.DataFrame:
     columns = ["key", "text", "paper", "scale", "effect", "lower", "upper", "n", "verdict", "gaps"]
     parts = []
     for file in sorted(((root or repository()) / "figures").glob("*-claims.json")):
-        rows = pd.DataFrame([row for row in store.read_json(file)["claims"] if "key" in row], columns=columns)
+        rows = pd.DataFrame(store.read_json(file)["claims"], columns=columns)
         parts.append(rows.assign(notebook=file.stem.removesuffix("-claims")))
     return pd.concat(parts, ignore_index=True).reindex(columns=["notebook", *columns])
 
@@ -71,7 +71,7 @@ def claims(root: Path | None = None) -> pd.DataFrame:
 def claimed(key: str, figures: Path) -> str:
     """A claim's sentence, verdict, effect and interval, by "notebook: key"."""
     notebook, _, name = key.partition(": ")
-    [row] = [row for row in store.read_json(figures / f"{notebook}-claims.json")["claims"] if row.get("key") == name]
+    [row] = [row for row in store.read_json(figures / f"{notebook}-claims.json")["claims"] if row["key"] == name]
     numbers = f"{row['effect']:.3f} [{row['lower']:.3f}, {row['upper']:.3f}], {row['n']} seeds"
     scale = "" if row["scale"] == "fast" else f", {row['scale']}"
     return f"**{row['verdict']}**: {row['text']} ({numbers}{scale})"

@@ -57,7 +57,7 @@ LITE0 = partial(models.efficientnet_lite0, size=64)
 FEW = replace(TRAINING, epochs=10)
 QUICK = replace(TRAINING, epochs=5, batch=48)
 REAL = ("pacs48/photo", "pacs48/art_painting", "pacs48/cartoon", "pacs48/sketch", "cifar10", "usps")
-IMAGES = 280  # of a real set that are trained on, and as many to test on
+IMAGES, TESTED = 140, 280  # of a real set: images that are trained on, and that are tested on
 
 
 def latin(seed: int = 0, *, per_class: int = 480, size: int = 28) -> data.Stream:
@@ -169,14 +169,16 @@ def _pictures(name: str, size: int, limit: int | None) -> Dataset:
 
 
 def few(seed: int, name: str, held_out: bool = False) -> Stream:
-    """A real image set as one task: as many images of every class to train on, `IMAGES` in all, and as many of its test
-    images, drawn by the seed. With `held_out` other training images are in the place of these, to choose settings by.
+    """A real image set as one task: `IMAGES` to train on, of every class as many, and `TESTED` of its test images.
+
+    The seed draws them. With `held_out` other training images are in the place of the test images, to choose settings
+    by.
     """
     known = dataset(name)
     count = IMAGES // len(known.classes)
     both = drawn(name, seed, 2 * count).train
     first = torch.cat([torch.arange(n) for n in both.y.bincount().tolist()]) < count  # they come class by class
-    rows = torch.randperm(len(known.test), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+    rows = torch.randperm(len(known.test), generator=torch.Generator().manual_seed(seed))[:TESTED]
     augment = Augment(crop=known.train.x.shape[-1] // 8, flip=name != "usps")
     test = both[~first] if held_out else known.test[rows]
     return data.split(replace(known, train=both[first], test=test, augment=augment), 1, scenario="task")
@@ -184,7 +186,7 @@ def few(seed: int, name: str, held_out: bool = False) -> Stream:
 
 def kept(result: Result) -> dict[str, Any]:
     """What a task keeps, in bytes, and the mean loss in each epoch of its training."""
-    losses = np.array_split(result.training_loss[0], FEW.epochs)
+    losses = np.array_split(result.training_loss[0], min(FEW.epochs, len(result.training_loss[0])))
     return {"bytes": cast(PerTask, result.learner).tasks[0].nbytes, "losses": [float(part.mean()) for part in losses]}
 
 

@@ -111,18 +111,18 @@ def main(profile: str = "fast", dataset: str | None = None) -> Comparison:
 def real(part: str = "pair") -> Comparison:
     """CIFAR-10 in five tasks, ResNet-18 of width 16 with augmentation, memory 500, at the paper's alphas and rates.
 
-    The seed orders the classes, draws the images and starts the network. `part`: "pair", ER with and without CLeWI,
-    2,000 images a class and ten epochs, five seeds. On half the images and eight epochs: "alphas", ER beside CLeWI at
-    alpha 0.1 to 0.5, two seeds; "learners", ER-ACE and DER++ with and without CLeWI, three.
+    The seed orders the classes, draws the images and starts the network; eight epochs of 1,000 images a class. `part`:
+    "pair", ER with and without CLeWI, five seeds; "alphas", ER beside CLeWI at alpha 0.1 to 0.5, two; "learners",
+    ER-ACE and DER++ with and without CLeWI, three, on half the images.
     """
     full = main("paper", "cifar10")
-    images, epochs, seeds = {"pair": (2000, 10, 5), "alphas": (1000, 8, 2), "learners": (1000, 8, 3)}[part]
+    images, seeds = {"pair": (1000, 5), "alphas": (1000, 2), "learners": (500, 3)}[part]
     names = ("ER-ACE", "ER-ACE + CLeWI", "DER++", "DER++ + CLeWI") if part == "learners" else ("ER", "ER + CLeWI")
     methods = {name: full.methods[name] for name in names}
     if part == "alphas":
         both = methods.pop("ER + CLeWI")
         methods |= {f"CLeWI {a}": replace(both, consolidation=CLeWI(a)) for a in (0.1, 0.2, 0.3, 0.4, 0.5)}
-    short = {"epochs": epochs, "precision": "bfloat16"}
+    short = {"epochs": 8, "precision": "bfloat16"}
     methods = {n: replace(m, training=replace(m.training or full.training, **short)) for n, m in methods.items()}
     nets = {"resnet18, width 16": partial(models.resnet18, width=16)}
     training, streams = replace(full.training, **short), stream("cifar10", limit=images)

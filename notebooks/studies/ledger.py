@@ -6,12 +6,14 @@ gallery of figures, figures/README.md.
 """
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from clkit import store
@@ -59,13 +61,24 @@ def _means(figures: Path, file: str, value: str = "acc", by: str = "method", **o
 
 
 def claims(root: Path | None = None) -> pd.DataFrame:
-    """All claims of all notebooks, a row each, as they are recorded; `gaps` are their effects seed by seed."""
-    columns = ["key", "text", "paper", "scale", "effect", "lower", "upper", "n", "verdict", "gaps"]
+    """All claims of all notebooks, a row each, as they are recorded.
+
+    `gaps` are their effects seed by seed, `claimed` the ends between which the effect should lie. `inside` is how far
+    it lies from the nearer end, in half-widths of its interval: 1 where the interval ends there, below 0 outside.
+    """
+    columns = ["key", "text", "paper", "scale", "effect", "lower", "upper", "n", "verdict", "gaps", "claimed"]
     parts = []
     for file in sorted(((root or repository()) / "figures").glob("*-claims.json")):
         rows = pd.DataFrame(store.read_json(file)["claims"], columns=columns)
         parts.append(rows.assign(notebook=file.stem.removesuffix("-claims")))
-    return pd.concat(parts, ignore_index=True).reindex(columns=["notebook", *columns])
+    found = pd.concat(parts, ignore_index=True).reindex(columns=["notebook", *columns])
+    gaps = [
+        min(math.inf if low is None else row.effect - low, math.inf if high is None else high - row.effect)
+        for row in found.itertuples()
+        for low, high in [row.claimed]
+    ]
+    width = (found.upper - found.lower).astype(float)
+    return found.assign(inside=2 * np.array(gaps) / width)
 
 
 def claimed(key: str, figures: Path) -> str:

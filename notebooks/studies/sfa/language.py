@@ -93,9 +93,9 @@ def by_domain(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def real_texts(methods: Mapping[str, Method]) -> Comparison:
-    """Methods on real texts, GSM8K, the US Code, MBPP and HumanEval, after having read embedded ones: three seeds."""
+    """Methods on real texts, GSM8K, the US Code, MBPP and HumanEval, after having read embedded ones: five seeds."""
     streams = {"math, law, code, real texts": partial(texts, real=True)}
-    return Comparison(streams, {"gpt 32 x 2, has read": well_read}, methods, ADAM, range(3), reading)
+    return Comparison(streams, {"gpt 32 x 2, has read": well_read}, methods, ADAM, range(5), reading)
 
 
 def writes(result: Result, prompts: Sequence[str], length: int = 24) -> "pd.DataFrame":

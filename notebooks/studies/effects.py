@@ -1,9 +1,16 @@
-"""Effects of claims, from tables of runs to a number for each seed."""
+"""What claims are about: a measure of runs, and effects, from tables of runs to a number for each seed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
+
+from clkit.training import Result
+
+
+def in_the_end(result: Result) -> dict[str, Any]:
+    """Test accuracy on each task after the last one, among all classes and `masked` to the task's own."""
+    return {"accuracy": result.accuracy[-1].tolist(), "masked": result.masked[-1].tolist()}
 
 
 def mean_gain(rows: pd.DataFrame, names: Sequence[str], base: str) -> pd.Series:

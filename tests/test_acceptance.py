@@ -1,5 +1,7 @@
 """Facts of the CLeWI paper and its released runs that any faithful implementation shows, on scikit-learn's digits."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -10,11 +12,12 @@ from clkit.training import Result, Training, run
 
 SEEDS = (0, 1)
 ALPHAS = (0.0, 0.2, 0.4, 0.5)
+NET = partial(models.convnet, widths=(16, 32, 32))
 
 
-def train(stream: data.Stream, consolidation: CLeWI | None, seed: int, **more) -> Result:
-    options = {"training": Training(epochs=10, batch=32, lr=0.1), "device": "cpu", "progress": False} | more
-    return run(stream, models.convnet, ER(memory=50), consolidation, seed=seed, **options)
+def train(stream: data.Stream, consolidation: CLeWI | None, seed: int) -> Result:
+    options = {"training": Training(epochs=5, batch=32, lr=0.1), "device": "cpu", "progress": False}
+    return run(stream, NET, ER(memory=50), consolidation, seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def test_networks_trained_one_from_the_other_keep_their_channels(swept):
 
 def test_independent_networks_need_permutation_and_re_estimation(digits):
     whole = data.split(digits, tasks=1)
-    a, b = (train(whole, None, seed, training=Training(epochs=5, batch=32, lr=0.1)) for seed in (0, 1))
+    a, b = (train(whole, None, seed) for seed in (0, 1))
     inputs = whole[0].prepare(whole[0].train.x[:300])
     curves = landscape.interpolation(a.model, b.weights[0], a.weights[0], whole, inputs, ts=[0, 0.5, 1])
     middle = {name: curve.accuracy[1, 0] for name, curve in curves.items()}

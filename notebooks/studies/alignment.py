@@ -1,22 +1,74 @@
-"""Averages of several networks of different beginnings, in orders of their channels that matching finds.
+"""Lines between networks, and averages of several, in orders of their channels that matching finds.
 
 ```python
 experiments.study(averages, range(5)).run()
 ```
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
-from clkit import alignment, data, models, normalization, weights
+from clkit import ER, CLeWI, alignment, data, landscape, models, normalization, weights
 from clkit.evaluation import evaluate
 from clkit.training import Training, run
 from studies import named
 
 TRAINING = Training(epochs=6, batch=32, lr=0.1, schedule="cosine")
+POINTS = "t", "loss", "accuracy"  # of a line
+
+
+def between(
+    seed: int, name: str = "digits", model: Callable[..., nn.Module] = models.convnet, epochs: int = 6
+) -> list[dict[str, Any]]:
+    """The line between two networks of different beginnings, a row for each of its variants.
+
+    A row has the positions `t` with the mean loss and accuracy over classes there, and the barrier. `unmoved` is the
+    share of channels that matching leaves in place. The seed draws the data and both beginnings.
+    """
+    drawn, training = named.drawn(name, seed), replace(TRAINING, epochs=epochs)
+    joint, stream = (data.split(drawn, tasks) for tasks in (1, len(drawn.classes)))
+    a, b = (run(joint, model, training=training, seed=start, progress=False) for start in (2 * seed, 2 * seed + 1))
+    net, old, new = a.model.eval(), b.weights[0], a.weights[0]
+    x = a.inputs[0][:500].to(next(net.parameters()).device)
+    symmetry = alignment.symmetry(net, x[:2])
+    found = alignment.align(symmetry, net, new, old, x).unmoved.values()
+    lines = landscape.interpolation(net, old, new, stream, x, ts=11, symmetry=symmetry)
+    return [row | {"unmoved": float(np.mean(list(found)))} for row in _rows(lines)]
+
+
+def along(
+    seed: int, memory: int, name: str = "digits", model: Callable[..., nn.Module] = models.convnet, epochs: int = 6
+) -> list[dict[str, Any]]:
+    """The line of CLeWI's last merge on five tasks, re-estimated: rows as of `between`, with the permutation or not.
+
+    `identity` is the share of channels that each merge left in place. The seed draws data, order and beginning.
+    """
+    stream, rule = data.split(named.drawn(name, seed), tasks=5, order=seed), CLeWI(alpha=0.3)
+    result = run(stream, model, ER(memory), rule, replace(TRAINING, epochs=epochs), seed=seed, progress=False)
+    ends, kinds = (result.weights[3], result.trained[4]), ["plain, re-estimated", "aligned, re-estimated"]
+    lines = landscape.interpolation(result.model, *ends, stream, result.inputs[4], ts=11, variants=kinds)
+    identity = [report["identity"] for report in result.reports[1:]]
+    return [row | {"identity": identity} for row in _rows(lines)]
+
+
+def _rows(lines: Mapping[str, landscape.Curve]) -> list[dict[str, Any]]:
+    values = {name: (line.ts, line.loss.mean(1), line.accuracy.mean(1)) for name, line in lines.items()}
+    points = {name: dict(zip(POINTS, map(np.ndarray.tolist, part), strict=True)) for name, part in values.items()}
+    return [{"variant": name, **points[name], "barrier": line.barrier} for name, line in lines.items()]
+
+
+def curves(table: pd.DataFrame) -> dict[str, list[landscape.Curve]]:
+    """The lines in a table of `between` or `along`, by variant, one a seed."""
+    parts = zip(table.variant, *(table[name].map(np.array) for name in POINTS), strict=True)
+    found: dict[str, list[landscape.Curve]] = {name: [] for name in table.variant}
+    for name, ts, loss, accuracy in parts:
+        found[name].append(landscape.Curve(ts, loss[:, None], accuracy[:, None]))
+    return found
 
 
 def averages(seed: int, networks: int = 3, model: Callable[..., nn.Module] = models.convnet) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def place(tmp_path, monkeypatch):
     edit(tmp_path, "helping", HELPING)
     edit(tmp_path, "studied", STUDIED)
     yield tmp_path
-    for name in ("helping", "studied"):
+    for name in ("helping", "studied", "folder", "folder.inner"):
         sys.modules.pop(name, None)
 
 
@@ -101,6 +101,60 @@ def test_a_result_is_stale_by_the_code_that_it_uses_alone(place, name, text, old
     assert stale(place) == {}
     edit(place, name, text, old, new)
     assert stale(place) == ({"03-x-halves-runs": [f"notebooks/{name}.py"]} if matters else {})
+
+
+INNER = """
+import sys
+
+def twice(x):
+    return 2 * x
+
+if sys.version_info >= (3, 11):
+    def late(x):
+        return 3 + x
+
+class Kind:
+    size = 4
+
+Kind.size = 5
+SIZES = {}
+SIZES["a"] = 7
+named, table = lambda x: 8 + x, {"a": lambda x: 9 + x}
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "used", "old"),
+    [
+        ("from folder.inner import *", "twice(seed)", "2"),
+        ("import folder.inner", "folder.inner.twice(seed)", "2"),
+        ("import folder", "folder.public(seed)", "2"),
+        ("from folder.inner import twice\ndef other():\n    from helping import other as twice", "twice(seed)", "2"),
+        ("from folder.inner import late", "late(seed)", "3"),
+        ("from folder.inner import Kind", "Kind.size", "5"),
+        ("from folder.inner import SIZES", "SIZES['a']", "7"),
+        ("from folder.inner import named", "named(seed)", "8"),
+        ("from folder import inner\nunnamed = {'a': lambda seed: inner.twice(seed)}", "unnamed['a'](seed)", "2"),
+    ],
+)
+def test_code_is_found_however_it_is_imported_or_set(place, imports, used, old):
+    (place / "notebooks" / "folder").mkdir()
+    (place / "notebooks" / "folder" / "__init__.py").write_text("from .inner import twice as public\n")
+    (place / "notebooks" / "folder" / "inner.py").write_text(INNER)
+    edit(place, "studied", f"{imports}\ndef half(seed):\n    return {used}\n")
+    values = list(getattr(studied(), "unnamed", {"a": studied().half}).values())
+    known = provenance.record(values, Code(place), "03-x")
+    assert provenance.changes(known, Code(place)) == []
+    (place / "notebooks" / "folder" / "inner.py").write_text(INNER.replace(old, "1"))
+    assert provenance.changes(known, Code(place)) == ["notebooks/folder/inner.py"]
+
+
+def test_a_lambda_of_a_file_counts(place):
+    edit(place, "helping", INNER)
+    helping = importlib.import_module("helping")
+    known = provenance.record([helping.table], Code(place), "03-x")
+    edit(place, "helping", INNER, "9", "1")
+    assert provenance.changes(known, Code(place)) == ["notebooks/helping.py"]
 
 
 def test_recording_keeps_a_stale_table_whose_run_comes_out_alike_and_computes_another_anew(place, monkeypatch):

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from clkit import store
@@ -29,6 +29,7 @@ from clkit.training import find_device
 
 NO_MATTER = ("checks", "store", "experiments", "plotting", "interact", "cli", "benchmarks")  # of clkit, to a number
 PACKAGES = ("torch", "numpy", "scikit-learn", "matplotlib")
+DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 MISSING = "no record of what it depends on"
 Place = tuple[str, str]  # a module and a name that it defines
 
@@ -46,8 +47,9 @@ class _Module:
     """A file's top-level definitions by name, where its imported names come from, and its other statements."""
 
     file: Path
+    package: str
     defined: dict[str, list[ast.AST]] = field(default_factory=dict)
-    imported: dict[str, str] = field(default_factory=dict)
+    imported: dict[str, set[str]] = field(default_factory=dict)
     loose: list[ast.AST] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,16 +62,20 @@ class _Module:
                 continue
             for part in ast.walk(node):
                 if isinstance(part, ast.ImportFrom | ast.Import):
-                    before = f"{part.module}." if isinstance(part, ast.ImportFrom) else ""
-                    self.imported |= {a.asname or a.name: before + a.name for a in part.names}
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                self.defined.setdefault(node.name, []).append(node)
-            elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
-                for part in ast.walk(node):
-                    if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                        self.defined.setdefault(part.id, []).append(node)
-            elif not (script or isinstance(node, ast.Import | ast.ImportFrom) or _is_text(node)):
+                    start = "." * getattr(part, "level", 0) + (getattr(part, "module", "") or "")
+                    of = [resolve_name(start, self.package)] if isinstance(part, ast.ImportFrom) else []
+                    for a in part.names:
+                        name = a.name if a.asname else a.name.partition(".")[0]  # "import a.b" is of a
+                        self.imported.setdefault(a.asname or name, set()).add(".".join([*of, name]))
+            named = isinstance(node, DEFINITIONS | ast.Assign | ast.AnnAssign | ast.AugAssign)
+            for name in _changed(node, script) if named or not script else ():
+                self.defined.setdefault(name, []).append(node)
+            if not (named or script or isinstance(node, ast.Import | ast.ImportFrom) or _is_text(node)):
                 self.loose.append(node)
+
+    def origins(self, name: str) -> list[str]:
+        """Where an imported name may come from, in dots."""
+        return [*self.imported.get(name, [star[:-1] + name for star in self.imported.get("*", ())])]
 
 
 class Code:
@@ -89,7 +95,7 @@ class Code:
             for folder in self.folders:
                 for end in (".py", "/__init__.py", ".ipynb"):
                     if (file := folder / f"{name.replace('.', '/')}{end}").is_file():
-                        return _Module(file)
+                        return _Module(file, name if "_" in end else name.rpartition(".")[0])
         return None
 
     def places(self, dotted: str) -> list[Place]:
@@ -98,10 +104,9 @@ class Code:
         for cut in range(len(parts), 0, -1):
             name, rest = ".".join(parts[:cut]), parts[cut:]
             if module := self.module(name):
-                if not rest or rest[0] in module.defined:
-                    return [(name, each) for each in rest[:1] or module.defined]
-                origin = module.imported.get(rest[0])
-                return self.places(".".join([origin, *rest[1:]])) if origin else []
+                found = [(name, each) for each in rest[:1] or module.defined if each in module.defined]
+                origins = module.origins(rest[0]) if rest else []
+                return found + [place for origin in origins for place in self.places(".".join([origin, *rest[1:]]))]
         return []
 
     def _read(self, place: Place) -> tuple[list[ast.AST], str, list[Place]]:
@@ -113,8 +118,8 @@ class Code:
             first, _, rest = name.partition(".")
             if first in module.defined:
                 used.append((place[0], first))
-            elif first in module.imported:
-                used += self.places(f"{module.imported[first]}.{rest}".rstrip("."))
+            for origin in module.origins(first):
+                used += self.places(f"{origin}.{rest}".rstrip("."))
         return nodes, digest([_spelled(node) for node in nodes]), used
 
     def reached(self, roots: Iterable[str]) -> set[Place]:
@@ -161,7 +166,7 @@ def record(values: Iterable[Any], code: Code, notebook: str) -> dict[str, Any]:
     roots |= {"clkit.training.run"} if "clkit.experiments.sweep.Comparison" in roots else set()
     for place in code.reached(roots):
         if not place[0].startswith("clkit."):
-            functions = [n for n in code.read(place)[0] if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+            functions = [n for n in code.read(place)[0] if isinstance(n, DEFINITIONS)]
             texts = [part.value for n in functions for part in ast.walk(n) if isinstance(part, ast.Constant)]
             words |= {text for text in texts if isinstance(text, str)}
     return {"roots": sorted(roots), **code.facts(roots, words), "environment": environment()}
@@ -279,11 +284,26 @@ def _captured(function: Any) -> list[Any]:
         return []
     found = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     found += [cell.cell_contents for cell in function.__closure__ or ()]
-    codes = [function.__code__] if "<" in function.__qualname__ else []
+    codes, spaces = [function.__code__] if "<" in function.__qualname__ else [], [function.__globals__]
     for code in codes:
         codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-        found += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    for space in spaces:  # of the file, and of modules that it uses
+        used = [space[name] for code in codes for name in code.co_names if name in space]
+        spaces += [vars(m) for m in used if isinstance(m, ModuleType) and not any(vars(m) is s for s in spaces)]
+        found += used
     return found
+
+
+def _changed(statement: ast.AST, script: bool) -> Iterator[str]:
+    """The names that a statement gives a value; but in notebooks, whose tables grow, also a part of one, by a[0].b."""
+    for node in [statement] if isinstance(statement, DEFINITIONS) else ast.walk(statement):
+        part: Any = node if isinstance(getattr(node, "ctx", None), ast.Store) else None
+        while isinstance(part, ast.Attribute | ast.Subscript) and not script:
+            part = part.value
+        if isinstance(part, ast.Name):
+            yield part.id
+        elif isinstance(node, DEFINITIONS) or (isinstance(node, ast.Lambda) and not script):
+            yield getattr(node, "name", "<lambda>")
 
 
 def _uses(node: ast.AST) -> Iterator[str]:

@@ -278,7 +278,7 @@ def test_a_real_table_is_computed_under_its_profile_alone_and_read_under_the_oth
     with pytest.raises(ValueError, match=r"03-x-main-real.json is not there; .* clkit figures --profile real 03-x"):
         page("03-x").real(made, "main")
     monkeypatch.delenv("CLKIT_DATA", raising=False)
-    with pytest.raises(ValueError, match="CLKIT_DATA: it names no folder"):
+    with pytest.raises(ValueError, match=r"CLKIT_DATA: .* is no folder"):
         page("03-x", "real").real(made, "main")
     monkeypatch.setenv("CLKIT_DATA", str(place))
     table = page("03-x", "real").real(made, "main")

@@ -219,6 +219,23 @@ def test_stale_results_are_listed_with_the_file_and_kept_with_a_reason(place, ca
     assert "03-x-halves-runs  torch 1.0 there" in capsys.readouterr().out
 
 
+def test_names_of_no_result_are_refused_and_a_cut_off_record_is_none(place, capsys):
+    page("03-x").table(study(studied().half, range(2)), "halves")
+    page("03-x").table(study(studied().half, range(3)), "more")
+    for option in (["--stale"], ["--keep", "a reason"]):
+        assert main(["figures", *option, "03", "notebooks/03-x.ipynb"]) == 2
+        assert "names: no result begins with 'notebooks/03-x.ipynb'" in capsys.readouterr().err
+    edit(place, "studied", STUDIED, "SCALE = 2", "SCALE = 4")
+    file = place / "figures" / "03-x-more-runs.json"
+    cut = json.loads(file.read_text())
+    del cut["provenance"]["roots"], cut["provenance"]["environment"]
+    file.write_text(json.dumps(cut))
+    assert stale(place) == {"03-x-halves-runs": ["notebooks/studied.py"], "03-x-more-runs": [MISSING]}
+    assert main(["figures", "--stale", "--all"]) == 1
+    assert main(["figures", "--keep", "a reason"]) == 2 and "03-x-more-runs has no record" in capsys.readouterr().err
+    assert "03-x-halves-runs" in stale(place)  # none is kept where not all can be
+
+
 def test_a_pack_counts_by_its_bytes_where_it_is_at_hand(place, monkeypatch):
     text = STUDIED + "\ndef read(seed):\n    return len(data.load('shapes/some').train)\n"
     edit(place, "studied", text)

@@ -180,7 +180,7 @@ def environment() -> dict[str, str]:
 
 def changes(known: Mapping[str, Any], code: Code) -> list[str]:
     """What of a record no longer matches, by name, or `MISSING`; a pack that is not at hand counts as it was."""
-    if known.get("code") is None:
+    if not all(isinstance(known.get(part), kind) for part, kind in {"roots": list, "code": dict, "data": dict}.items()):
         return [MISSING]
     here = code.facts(known["roots"], known["data"])
     pairs = (known["code"], here["code"]), (known["data"], known["data"] | here["data"])
@@ -217,7 +217,8 @@ def stale(names: Sequence[str], root: Path, *, environments: bool = False) -> di
         reasons = changes(known, code)
         if environments and known:
             here = environment()
-            reasons += [f"{n} {was} there, {here[n]} here" for n, was in known["environment"].items() if here[n] != was]
+            there = known.get("environment", {}).items()
+            reasons += [f"{n} {was} there, {here.get(n)} here" for n, was in there if here.get(n) != was]
         found |= {file.stem: reasons} if reasons else {}
     return found
 
@@ -229,22 +230,27 @@ def keep(reason: str, names: Sequence[str], root: Path) -> list[str]:
     """
     if not reason.strip():
         raise ValueError("keep: say in a sentence why these results stay as they are")
-    code, kept = Code(root), []
+    code, kept = Code(root), {}
     for file, content in _stored(names, root):
         known = content.get("provenance") or {}
-        if not known:
+        if "roots" not in known:
             raise ValueError(f"names: {file.stem} has {MISSING}; execute its notebook with --write")
         if changes(known, code):
             here = code.facts(known["roots"], known["data"])
             known |= {"code": here["code"], "data": known["data"] | here["data"], "kept": reason}
-            store.write_json(file, content)
-            kept.append(file.stem)
-    return kept
+            kept[file] = content
+    for file, content in kept.items():  # all of them or none
+        store.write_json(file, content)
+    return [file.stem for file in kept]
 
 
 def _stored(names: Sequence[str], root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files of results and what they hold."""
-    for file in sorted((root / "figures").glob("*.json")):
+    """The files of results and what they hold; ValueError where no file is named so."""
+    files = sorted((root / "figures").glob("*.json"))
+    for name in names:
+        if not any(file.name.startswith(name) for file in files):
+            raise ValueError(f"names: no result begins with {name!r}; give names as they stand in {root / 'figures'}")
+    for file in files:
         if file.name.startswith(tuple(names) or ""):
             content = store.read_json(file)
             if isinstance(content, dict) and "results" in content:

@@ -50,8 +50,9 @@ def along(
     """
     stream, rule = data.split(named.drawn(name, seed), tasks=5, order=seed), CLeWI(alpha=0.3)
     result = run(stream, model, ER(memory), rule, replace(TRAINING, epochs=epochs), seed=seed, progress=False)
-    ends, kinds = (result.weights[3], result.trained[4]), ["plain, re-estimated", "aligned, re-estimated"]
-    lines = landscape.interpolation(result.model, *ends, stream, result.inputs[4], ts=11, variants=kinds)
+    ends, inputs = (result.weights[3], result.trained[4]), result.inputs[4]
+    kinds: tuple[landscape.Variant, ...] = ("plain, re-estimated", "aligned, re-estimated")
+    lines = landscape.interpolation(result.model, *ends, stream, inputs, ts=11, variants=kinds)
     identity = [report["identity"] for report in result.reports[1:]]
     return [row | {"identity": identity} for row in _rows(lines)]
 

@@ -12,7 +12,7 @@ from clkit import models
 from clkit.cli import main
 from clkit.experiments import Comparison, Method, page, provenance, study
 from clkit.experiments.provenance import MISSING, Code
-from clkit.learners import ER, ERACE
+from clkit.learners import ER, ERACE, EWC
 from clkit.training import Training
 
 STUDIED = '''
@@ -32,6 +32,9 @@ def third(seed):
 
 def digits(seed):
     return data.split(data.digits(), 5, order=seed)
+
+def split(seed):
+    return data.split(data.digits(), 2, order=seed)
 '''
 HELPING = "def shared(x):\n    return x\n\ndef other(x):\n    return x\n"
 
@@ -188,13 +191,24 @@ def test_recording_keeps_a_stale_table_whose_run_comes_out_alike_and_computes_an
     assert not stale(place) and len(calls) == 4 and json.loads(file.read_text())["data"] != marked["data"]
 
 
-def test_one_run_is_computed_for_all_code_that_changed(place):
-    methods = {"ER": Method(ER(5)), "more": Method(ER(9)), "ER-ACE": Method(ERACE(5))}
-    whole = Comparison({"s": studied().digits}, {"mlp": models.mlp}, methods, Training(), range(3))
+def test_runs_are_computed_that_use_all_code_that_changed(place):
+    methods = {"ER": Method(ER(5)), "more": Method(ER(9)), "ER-ACE": Method(ERACE(5)), "EWC": Method(EWC(1.0))}
+    streams = {"s": studied().digits, "t": studied().split}
+    whole = Comparison(streams, {"mlp": models.mlp}, methods, Training(), range(3))
     code = Code(place)
-    for changed, names in {"clkit/learners/rehearsal.py": ["ER"], "clkit/models/networks.py": ["ER"]}.items():
-        runs = provenance.samples(whole, [changed], code, "03-x", 5)
-        assert [list(run.methods) for run in runs] == [names] and runs[0].seeds == [2]
+    for changed, names in {
+        "clkit/models/networks.py": [("s", "ER")],
+        "clkit/learners/rehearsal.py": [("s", "ER"), ("s", "ER-ACE")],
+        "clkit/learners/anchored.py": [("s", "EWC")],
+        "notebooks/studied.py": [("s", "ER"), ("t", "ER")],
+        "clkit/learners/none.py": [("s", "ER")],
+    }.items():
+        runs = provenance.samples(whole, [changed], code, "03-x", 8)
+        assert [(*run.streams, *run.methods) for run in runs] == names and runs[0].seeds == [2]
+    axes = study(studied().half, range(3), p=[1, 2], by={"a": studied().third, "b": studied().half})
+    points = provenance.samples(axes, ["notebooks/studied.py"], code, "03-x", 4)
+    assert [(list(part.axes["p"]), list(part.axes["by"])) for part in points] == [([1], ["a"])]
+    assert provenance.samples(axes, ["notebooks/helping.py"], code, "03-x", 1)[1].axes["by"].keys() == {"a"}
     facts = provenance.record([whole], code, "03-x")
     assert "notebooks/studied.py" in facts["code"] and "clkit/training/loop.py" in facts["code"]
     assert list(facts["data"]) == ["scikit-learn's digits"] and "clkit/alignment/matching.py" not in facts["code"]

@@ -168,9 +168,9 @@ class Page:
         It is `whole.run()`, or what `compute` gives: `whole.matrices`, for example. It is stored with the figures
         under the name `<name>-runs`, to be committed, and computed again when `whole.config` has changed.
 
-        A table that is stale, `clkit figures --write` puts to the test: some of its runs, one for all code that
-        changed, are computed. Where these are what is stored, to the digit, the table stays. Else, and where a run
-        takes longer than `SHORT` seconds, all of it is computed again.
+        A table that is stale, `clkit figures --write` puts to the test: some of its runs, which use all definitions of
+        the files that changed, are computed. Where these are what is stored, to the digit, the table stays. Else, where
+        data changed, and where a run takes longer than `SHORT` seconds, all of it is computed again.
         """
         facts = self._facts(f"{name}-runs", whole.config)
         return self._kept(f"{self.name}-{name}-runs{suffix(self.profile)}.json", facts, compute or whole.run, whole)
@@ -245,7 +245,7 @@ class Page:
             known["provenance"] = provenance.record([compute], code, self.name) | {"code": None}
         if real or not changed:
             return True
-        if whole is None or before.get("seconds", 0) > SHORT:
+        if whole is None or before.get("seconds", 0) > SHORT or before.get("data", {}).keys() & changed:
             return False
         rows = _rows(known["data"])
         way = getattr(compute, "__name__", "")

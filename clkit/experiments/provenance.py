@@ -132,13 +132,16 @@ class Code:
                 waiting += self.read(place)[2]
         return found
 
+    def file(self, place: Place) -> str:
+        """The path of the file that a definition is in, from the repository's root or clkit's."""
+        file = getattr(self.module(place[0]), "file", Path())
+        return next(file.relative_to(f).as_posix() for f in self.folders[1:] if file.is_relative_to(f))
+
     def digests(self, found: Iterable[Place]) -> dict[str, str]:
         """A digest of what is used of each file, by its path; comments, docstrings and layout do not count."""
         files: dict[str, list[Any]] = {}
         for place in sorted(found):
-            file = getattr(self.module(place[0]), "file", Path())
-            folder = next(folder for folder in self.folders[1:] if file.is_relative_to(folder))
-            files.setdefault(file.relative_to(folder).as_posix(), []).append([place[1], self.read(place)[1]])
+            files.setdefault(self.file(place), []).append([place[1], self.read(place)[1]])
         return {file: digest(parts)[:8] for file, parts in sorted(files.items())}
 
     def facts(self, roots: Iterable[str], words: Iterable[str] = ()) -> dict[str, dict[str, str]]:
@@ -163,7 +166,6 @@ def record(values: Iterable[Any], code: Code, notebook: str) -> dict[str, Any]:
     `environment` versions and the kind of device.
     """
     roots, words = _roots(values, notebook)
-    roots |= {"clkit.training.run"} if "clkit.experiments.sweep.Comparison" in roots else set()
     for place in code.reached(roots):
         if not place[0].startswith("clkit."):
             functions = [n for n in code.read(place)[0] if isinstance(n, DEFINITIONS)]
@@ -188,21 +190,22 @@ def changes(known: Mapping[str, Any], code: Code) -> list[str]:
 
 
 def samples(whole: Comparison | Study, changed: Sequence[str], code: Code, notebook: str, number: int) -> list[Any]:
-    """Single runs of a comparison that together use all that changed, a single call of a study; `number` draws them."""
-    seed = [whole.seeds[number % len(whole.seeds)]]
-    if isinstance(whole, Study):
-        points = list(combinations(whole.axes))
-        labels, values = points[number % len(points)]
-        swept = {axis: {labels[axis]: values[axis]} for axis in labels if isinstance(whole.axes[axis], SWEPT)}
-        return [replace(whole, seeds=seed, axes={**whole.axes, **swept})]
-    streams, nets = (dict([next(iter(named.items()))]) for named in (whole.streams, whole.models))
-    runs, left = [], set(changed)
-    for name, method in whole.methods.items():
-        run = replace(whole, streams=streams, models=nets, methods={name: method}, seeds=seed)
-        used = left & {*record([run], code, notebook)["code"]} if left else left
-        runs += [run] if used or not runs else []
+    """Single runs of a comparison, or points of a study, that together use every definition of the files that changed.
+
+    `number` says which seed they have, and which comes first.
+    """
+    seed, parts = [whole.seeds[number % len(whole.seeds)]], list[Any]()
+    study = isinstance(whole, Study)
+    axes = whole.axes if study else {name: getattr(whole, name) for name in ("streams", "models", "methods")}
+    for label, value in combinations(axes):
+        point = {axis: {label[axis]: value[axis]} for axis in axes if isinstance(axes[axis], SWEPT)}
+        parts.append(replace(whole, seeds=seed, **({"axes": {**axes, **point}} if study else point)))
+    runs, left = [], {place for place in code.reached(_roots([whole], notebook)[0]) if code.file(place) in changed}
+    for part in parts[number % len(parts) :] + parts[: number % len(parts)]:
+        used = left & code.reached(_roots([part], notebook)[0])
+        runs += [part] if used else []
         left -= used
-    return runs
+    return runs or parts[:1]
 
 
 def stale(names: Sequence[str], root: Path, *, environments: bool = False) -> dict[str, list[str]]:
@@ -281,7 +284,7 @@ def _roots(values: Iterable[Any], notebook: str) -> tuple[set[str], set[str]]:
         elif type(value).__module__.partition(".")[0] not in ("builtins", "torch", "numpy"):
             waiting += [type(value), *getattr(value, "__dict__", {}).values()]
         seen[id(value)] = value
-    return roots, words
+    return roots | ({"clkit.training.run"} if "clkit.experiments.sweep.Comparison" in roots else set()), words
 
 
 def _captured(function: Any) -> list[Any]:

@@ -265,6 +265,25 @@ def test_a_pack_counts_by_its_bytes_where_it_is_at_hand(place, monkeypatch):
     assert provenance.changes(known, Code(place)) == ["pack shapes"]
 
 
+def test_packs_that_constants_name_and_files_of_settings_count(place, monkeypatch):
+    own = "import tomllib\nfrom pathlib import Path\nSCALE = tomllib.loads(Path('own.toml').read_text())['a']"
+    read = "PACK, MORE = '20-shapes.zip', 'other'\ndef read(seed):\n    return len(data.load(PACK + MORE).train)\n"
+    edit(place, "studied", f"{STUDIED}\n{read}", "SCALE = 2", own)
+    monkeypatch.chdir(place / "notebooks")
+    monkeypatch.setenv("CLKIT_DATA", str(place))
+    for name in ("20-shapes.zip", "other.zip", "notebooks/own.toml"):
+        (place / name).write_text("a = 2")
+    known = provenance.record([studied().read], Code(place), "03-x")
+    assert list(known["data"])[-1:] == ["pack 20-shapes"]
+    assert page("03-x").table(study(studied().half, range(2)), "halves").half.tolist() == [0.5, 1.0]
+    (place / "notebooks/own.toml").write_text("a = 4")
+    assert stale(place) == {"03-x-halves-runs": ["notebooks/own.toml"]}
+    edit(place, "studied", (place / "notebooks/studied.py").read_text())
+    monkeypatch.setenv("CLKIT_RECORD", "1")
+    assert page("03-x").table(study(studied().half, range(2)), "halves").half.tolist() == [0.25, 0.5]
+    assert stale(place) == {}
+
+
 def test_a_notebooks_own_functions_count_by_name(place):
     cell = {"cell_type": "code", "source": ["%matplotlib inline\n", "def own(seed):\n", "    return {'x': seed}\n"]}
     book = place / "notebooks" / "03-x.ipynb"

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -145,7 +146,7 @@ class Code:
         return {file: digest(parts)[:8] for file, parts in sorted(files.items())}
 
     def facts(self, roots: Iterable[str], words: Iterable[str] = ()) -> dict[str, dict[str, str]]:
-        """Digests of code by file, and of data by source: what is shipped, and packs at hand that words name."""
+        """Digests of code by file, and of data by source: what is shipped, and packs and settings that words name."""
         found = self.reached(roots)
         shipped = [SHIPPED[place] for place in sorted(found & SHIPPED.keys())]
         data = {
@@ -153,9 +154,12 @@ class Code:
         }
         packs = os.environ.get("CLKIT_DATA") if found & READERS else None
         for name in sorted({word.removeprefix("pack ").partition("/")[0].removesuffix(".zip") for word in words}):
-            for end in (".zip", "") if packs and name.replace("-", "_").isidentifier() else ():
+            for end in (".zip", "") if packs and re.fullmatch(r"[\w-]{1,99}", name) else ():
                 if (path := store.expand(packs or "") / f"{name}{end}").exists():
                     data.setdefault(f"pack {name}", _hashed(path))
+        names = {word.rpartition("/")[2] for word in words}
+        for path in (path for path in self.folders[0].rglob("*.toml") if path.name in names):
+            data[path.relative_to(self.folders[1]).as_posix()] = _hashed(path)
         return {"code": self.digests(found), "data": data}
 
 
@@ -166,11 +170,14 @@ def record(values: Iterable[Any], code: Code, notebook: str) -> dict[str, Any]:
     `environment` versions and the kind of device.
     """
     roots, words = _roots(values, notebook)
+    ends = (".zip", ".toml") if "clkit.experiments.sweep.Study" in roots else ".zip"  # a comparison tells all settings
     for place in code.reached(roots):
         if not place[0].startswith("clkit."):
-            functions = [n for n in code.read(place)[0] if isinstance(n, DEFINITIONS)]
-            texts = [part.value for n in functions for part in ast.walk(n) if isinstance(part, ast.Constant)]
-            words |= {text for text in texts if isinstance(text, str)}
+            for node in code.read(place)[0]:
+                texts = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+                words |= {
+                    t for t in texts if isinstance(t, str) and (isinstance(node, DEFINITIONS) or t.endswith(ends))
+                }
     return {"roots": sorted(roots), **code.facts(roots, words), "environment": environment()}
 
 

@@ -250,6 +250,16 @@ REFUSED = {
         "effect: of x, shuffled it raises",
     ),
     "no number": ({"effect": lambda rows: dict.fromkeys(range(5), math.nan)}, "give a finite number"),
+    "numbers that are not the seeds'": (
+        {"effect": lambda rows: (rows.acc - rows.acc.mean()).tolist()},
+        "give a finite number for each seed",
+    ),
+    "a number for each row": (
+        {"effect": lambda rows: rows.set_index("seed").acc},
+        "give a finite number for each seed",
+    ),
+    "a value that is not there": ({"value": "accuracy"}, "x: column: 'accuracy'"),
+    "no seeds": ({"table": rows_of(LEVELS).rename(columns={"seed": "s"}), "within": "s"}, "x: column: 'seed'"),
     "both ends": ({"above": 0, "below": 1}, "below: 'x' has above, too"),
     "no margin": ({"within_margin": 0}, "within_margin"),
     "another scale": ({"scale": "huge"}, "scale"),

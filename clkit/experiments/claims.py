@@ -119,7 +119,7 @@ class Claims(_Lines):
         if any(key == row["key"] or text == row["text"] for row in self.rows):
             raise ValueError(f"key: {key!r} or its text is claimed twice; give each its own")
         shuffle, within = ((c,) if isinstance(c, str) else c for c in (shuffle, within))
-        for column in (*shuffle, *within):
+        for column in ("seed", *shuffle, *within, *([] if callable(effect) else [value])):
             checks.choice(f"{key}: column", column, table.columns)
         measure = effect if callable(effect) else _gap(table, key, *effect, shuffle[0], value)
         found = _measured(measure, table, key)
@@ -198,8 +198,8 @@ def _measured(effect: Callable[[pd.DataFrame], Any], rows: pd.DataFrame, key: st
     """The effect of every seed; ValueError that names the claim where there is none."""
     with checks.explained(f"effect: of {key} it raises", "give a function from any such table to a number a seed"):
         found = pd.Series(effect(rows), dtype=float)
-    if not len(found) or not np.isfinite(found).all():
-        raise ValueError(f"effect: of {key} it is {found.to_dict()}; give a finite number for each seed")
+    if not 0 < len(found) == len({*found.index} & {*rows["seed"]}) or not np.isfinite(found).all():
+        raise ValueError(f"effect: of {key} it is {found.to_dict()!s:.200}; give a finite number for each seed")
     return found.to_numpy()
 
 

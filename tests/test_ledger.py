@@ -7,11 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from clkit import store
 from clkit.experiments import difference
 from studies import ledger
 from test_repository import NOTEBOOKS, README, ROOT, cells, text
 
-NUMBER = r"(?<![\w.,])\d+\.\d+(?![\w.])|(?<![\w.])\d+(?:\.\d+)?(?= ?%)"
+NUMBER = r"(?<![\w.,])\d+\.\d+(?!\w|\.\d)|(?<![\w.])\d+(?:\.\d+)?(?= ?%)"
 APART = r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|<code>.*?</code>|^\|.*?$|\d{4}\.\d{5}"
 APART += r"|<!-- (\w+) -->.*?<!-- end of \1"
 TO_MEND = {"06-weight-modulation": ["98.6"]}  # typed in, and in no file; no others may come
@@ -24,6 +25,27 @@ def test_every_row_has_a_verdict_or_a_reason_and_names_what_is_there():
     assert not {name for name in figures if not (ROOT / "figures" / f"{name}.png").is_file()}
     known = {"item", "published", *ledger.SCALES, "figures", "claims", "reason", "needs", "headline"}
     assert not {name for row in ledger.ROWS.values() for name in row} - known
+
+
+def test_a_row_that_names_what_is_not_there_is_refused_and_one_seed_has_no_interval(tmp_path):
+    one = {"key": "a", "text": "it gains", "scale": "real", "effect": 0.1, "lower": None, "upper": None, "n": 1}
+    one |= {"paper": "", "verdict": "open", "gaps": [0.1], "claimed": [0, None]}
+    (tmp_path / "figures").mkdir()
+    store.write_json(tmp_path / "figures/03-x-claims.json", {"claims": [one]})
+    table = {"columns": ["method", "seed", "acc"], "data": [["ER", 0, 0.5]]}
+    store.write_json(tmp_path / "figures/03-x-runs.json", {"data": {"table": table}})
+    assert ledger.claimed("03-x: a", tmp_path / "figures") == "**open**: it gains (0.100 no interval, 1 seed, real)"
+    assert ledger.claims(tmp_path).inside.isna().all()
+    with pytest.raises(ValueError, match="claims: 03-x: 'b' is unknown"):
+        ledger.claimed("03-x: b", tmp_path / "figures")
+    with pytest.raises(ValueError, match="03-x-runs: method: 'ERR' is unknown"):
+        ledger._means(tmp_path / "figures", "03-x-runs", only=["ERR"])
+    with pytest.raises(ValueError, match="03-x-runs: no rows where"):
+        ledger._means(tmp_path / "figures", "03-x-runs", where={"method": "none"})
+
+
+def test_a_number_at_the_end_of_a_sentence_counts():
+    assert numbers("It is 0.85. Then 3.5, version 1.2.3, and 14 %.") == ["0.85", "3.5", "14"]
 
 
 def test_every_table_and_figure_of_the_papers_has_a_row():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clkit import store
+from clkit import checks, store
 from clkit.experiments import repository
 
 ROWS = tomllib.loads(Path(__file__).with_name("published").joinpath("ledger.toml").read_text(encoding="utf-8"))
@@ -52,7 +52,9 @@ def _means(figures: Path, file: str, value: str = "acc", by: str = "method", **o
     for column, label in options.get("where", {}).items():
         rows = rows[rows[column] == label]
     means = rows.groupby(by, sort=False)[value].mean()
-    labels = options.get("only", list(means.index))
+    labels = [checks.choice(f"{file}: {by}", label, means.index) for label in options.get("only", means.index)]
+    if not labels:
+        raise ValueError(f"{file}: no rows where {options['where']}; name labels of the table")
     shown = [
         f"{100 * means[label]:.1f}" if options.get("unit", "%") == "%" else f"{means[label]:.3g}" for label in labels
     ]
@@ -84,8 +86,10 @@ def claims(root: Path | None = None) -> pd.DataFrame:
 def claimed(key: str, figures: Path) -> str:
     """A claim's sentence, verdict, effect and interval, by "notebook: key"."""
     notebook, _, name = key.partition(": ")
-    [row] = [row for row in store.read_json(figures / f"{notebook}-claims.json")["claims"] if row["key"] == name]
-    numbers = f"{row['effect']:.3f} [{row['lower']:.3f}, {row['upper']:.3f}], {row['n']} seeds"
+    rows = {row["key"]: row for row in store.read_json(figures / f"{notebook}-claims.json")["claims"]}
+    row = rows[checks.choice(f"claims: {notebook}", name, rows)]
+    ends = "no interval" if row["lower"] is None else f"[{row['lower']:.3f}, {row['upper']:.3f}]"
+    numbers = f"{row['effect']:.3f} {ends}, {row['n']} seed{'s' * (row['n'] > 1)}"
     scale = "" if row["scale"] == "fast" else f", {row['scale']}"
     return f"**{row['verdict']}**: {row['text']} ({numbers}{scale})"
 

@@ -208,6 +208,8 @@ def test_saved_files_are_complete_and_always_the_same(place):
     facts = json.loads(seen[0]["03-x-fig1.json"])
     assert facts["config"] == {"learner": repr(ER(5)), "alphas": [0.1]} and facts["seeds"] == [0, 1]
     assert facts["profile"] == "fast" and facts["data"] == "03-x-fig1.csv" and len(facts["hash"]) == 16
+    page("03-x").save(drawing(), "fig3", table.assign(seed=[4, np.nan]), seeds=range(2))
+    assert json.loads((place / "figures" / "03-x-fig3.json").read_text())["seeds"] == [4]
     page("03-x").save(drawing(), "fig2", {"curve": np.array([1.0, np.inf])})
     assert json.loads((place / "figures" / "03-x-fig2.json").read_text())["data"] == {"curve": [1.0, None]}
 

@@ -118,9 +118,9 @@ class Page:
         """Writes a figure as .png (200 dpi) and .svg and the numbers it shows beside it.
 
         A table goes to a .csv, anything else into the .json. That has the profile, the configuration (text where it is
-        no plain value), the seeds and the hash of all that, too. The same figure gives the same bytes.
+        no plain value), the seeds and the hash of all that, too. The same figure gives the same bytes. Seeds are those
+        of the table, where it has any; `seeds` tells them of other data.
         """
-
         _check_name("name", name)
         stem = f"{self.name}-{name}{suffix(self.profile)}"
         with mpl.rc_context({"svg.hashsalt": stem}):
@@ -130,10 +130,11 @@ class Page:
                     lambda place, kind=kind, facts=facts: fig.savefig(place, format=kind, dpi=DPI, metadata=facts),
                 )
         facts: dict[str, Any] = {"figure": stem, "profile": self.profile, "config": _legible(config)}
+        if isinstance(data, pd.DataFrame) and "seed" in data:
+            seeds = sorted(data["seed"].dropna().unique().tolist())
         facts["seeds"] = _legible(list(seeds) if seeds is not None else None)
-        if hasattr(data, "to_csv"):
-            text = data.to_csv(index=False, lineterminator="\n")  # type: ignore[union-attr]
-            write_text(self.figures / f"{stem}.csv", text)
+        if isinstance(data, pd.DataFrame):
+            write_text(self.figures / f"{stem}.csv", data.to_csv(index=False, lineterminator="\n"))
             facts["data"] = f"{stem}.csv"
         elif data is not None:
             facts["data"] = _legible(data)

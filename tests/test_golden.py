@@ -16,7 +16,7 @@ import golden
 
 ACCURACY, LOSS, TIGHT = 0.05, 0.2, 0.02
 GOLDEN = json.loads(golden.FILE.read_text())
-SEEDS = (0, 1)
+SEEDS = {"digits": (0,), "glyphs": (0, 1)}  # of the orderings; on glyphs a run takes less time
 STREAMS = pytest.mark.parametrize("case", ["digits", "glyphs"])
 
 
@@ -27,7 +27,7 @@ def _forget():
 
 
 def mean(case: str, name: str, value: str = "acc") -> float:
-    return float(np.mean([golden.result(case, name, seed).summary()[value] for seed in SEEDS]))
+    return float(np.mean([golden.result(case, name, seed).summary()[value] for seed in SEEDS[case]]))
 
 
 def test_every_learner_has_its_numbers():
@@ -36,7 +36,7 @@ def test_every_learner_has_its_numbers():
 
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case, names in golden.CASES.items() for name in names])
 def test_golden_numbers(case, name):
-    ours, theirs = golden.numbers(golden.result(case, name)), GOLDEN[case][name]
+    ours, theirs = golden.numbers(golden.result(case, name, 0)), GOLDEN[case][name]
     tight = case == "glyphs" or (case == "digits" and golden.is_pulled(golden.rule(name)))
     assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=TIGHT if tight else LOSS)
     assert ours == pytest.approx(theirs, abs=ACCURACY)

@@ -233,7 +233,7 @@ class Page:
             write_json(place, known)
         with checks.explained(f"path: {place} is damaged", "delete it, and it is computed again"):
             rows = _unpacked(known["data"])
-            return rows if whole is None else whole.complete(_table(rows))
+            return rows if whole is None else whole.complete(checks.value("data", rows, pd.DataFrame))
 
     def _fresh(
         self, known: Any, compute: Callable[[], Any], whole: Comparison | Study | None, real: bool = False
@@ -335,12 +335,6 @@ def _rows(packed: Any) -> list[dict[str, Any]]:
     table = json.loads(json.dumps(packed), parse_constant=lambda _: None)["table"]
     pairs = [zip(table["columns"], row, strict=True) for row in table["data"]]
     return [{n: value for n, value in row if n not in ("hash", "seconds") and value is not None} for row in pairs]
-
-
-def _table(rows: Any) -> pd.DataFrame:
-    if not isinstance(rows, pd.DataFrame):
-        raise TypeError(f"{rows!r:.60} is no table")
-    return rows
 
 
 def _unpacked(value: Any) -> Any:

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec, resolve_name
@@ -43,19 +43,14 @@ SHIPPED = {  # what makes data of files of a package
 READERS = {("clkit.data.images", "files"), ("clkit.data.text", "_real")}  # of packs
 
 
-@dataclass
 class _Module:
     """A file's top-level definitions by name, where its imported names come from, and its other statements."""
 
-    file: Path
-    package: str
-    defined: dict[str, list[ast.AST]] = field(default_factory=dict)
-    imported: dict[str, set[str]] = field(default_factory=dict)
-    loose: list[ast.AST] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        text = self.file.read_text(encoding="utf-8")
-        if script := self.file.suffix == ".ipynb":
+    def __init__(self, file: Path, package: str) -> None:
+        self.file, self.loose = file, list[ast.AST]()
+        self.defined, self.imported = dict[str, list[ast.AST]](), dict[str, set[str]]()
+        text = file.read_text(encoding="utf-8")
+        if script := file.suffix == ".ipynb":
             cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
             text = "\n".join(line for cell in cells for line in cell.splitlines() if line[:1] not in ("%", "!"))
         for node in ast.parse(text).body:
@@ -64,7 +59,7 @@ class _Module:
             for part in ast.walk(node):
                 if isinstance(part, ast.ImportFrom | ast.Import):
                     start = "." * getattr(part, "level", 0) + (getattr(part, "module", "") or "")
-                    of = [resolve_name(start, self.package)] if isinstance(part, ast.ImportFrom) else []
+                    of = [resolve_name(start, package)] if isinstance(part, ast.ImportFrom) else []
                     for a in part.names:
                         name = a.name if a.asname else a.name.partition(".")[0]  # "import a.b" is of a
                         self.imported.setdefault(a.asname or name, set()).add(".".join([*of, name]))
@@ -138,20 +133,16 @@ class Code:
         file = getattr(self.module(place[0]), "file", Path())
         return next(file.relative_to(f).as_posix() for f in self.folders[1:] if file.is_relative_to(f))
 
-    def digests(self, found: Iterable[Place]) -> dict[str, str]:
-        """A digest of what is used of each file, by its path; comments, docstrings and layout do not count."""
-        files: dict[str, list[Any]] = {}
-        for place in sorted(found):
-            files.setdefault(self.file(place), []).append([place[1], self.read(place)[1]])
-        return {file: digest(parts)[:8] for file, parts in sorted(files.items())}
-
     def facts(self, roots: Iterable[str], words: Iterable[str] = ()) -> dict[str, dict[str, str]]:
-        """Digests of code by file, and of data by source: what is shipped, and packs and settings that words name."""
-        found = self.reached(roots)
+        """Digests of the code that is used by file, but comments, docstrings and layout, and of data by source.
+
+        Data are what is shipped, and packs and files of settings that words name.
+        """
+        found, code = self.reached(roots), dict[str, list[Any]]()
+        for place in sorted(found):
+            code.setdefault(self.file(place), []).append([place[1], self.read(place)[1]])
         shipped = [SHIPPED[place] for place in sorted(found & SHIPPED.keys())]
-        data = {
-            name: digest([_hashed(file) for file in _files(package, files)])[:8] for name, package, files in shipped
-        }
+        data = {name: digest([_hashed(f) for f in _files(package, files)])[:8] for name, package, files in shipped}
         packs = os.environ.get("CLKIT_DATA") if found & READERS else None
         for name in sorted({word.removeprefix("pack ").partition("/")[0].removesuffix(".zip") for word in words}):
             for end in (".zip", "") if packs and re.fullmatch(r"[\w-]{1,99}", name) else ():
@@ -160,7 +151,7 @@ class Code:
         names = {word.rpartition("/")[2] for word in words}
         for path in (path for path in self.folders[0].rglob("*.toml") if path.name in names):
             data[path.relative_to(self.folders[1]).as_posix()] = _hashed(path)
-        return {"code": self.digests(found), "data": data}
+        return {"code": {file: digest(parts)[:8] for file, parts in sorted(code.items())}, "data": data}
 
 
 def record(values: Iterable[Any], code: Code, notebook: str) -> dict[str, Any]:
@@ -221,14 +212,11 @@ def stale(names: Sequence[str], root: Path, *, environments: bool = False) -> di
     Of results among the figures of a repository that begin with one of `names`, or all. With `environments` also what
     versions and device they were made with, where others are here; that alone makes no result stale.
     """
-    code, found = Code(root), {}
+    code, found, here = Code(root), {}, environment()
     for file, content in _stored(names, root):
         known = content.get("provenance") or {}
-        reasons = changes(known, code)
-        if environments and known:
-            here = environment()
-            there = known.get("environment", {}).items()
-            reasons += [f"{n} {was} there, {here.get(n)} here" for n, was in there if here.get(n) != was]
+        there = known.get("environment", {}).items() if environments else ()
+        reasons = changes(known, code) + [f"{n} {v} there, {here.get(n)} here" for n, v in there if here.get(n) != v]
         found |= {file.stem: reasons} if reasons else {}
     return found
 
@@ -257,9 +245,8 @@ def keep(reason: str, names: Sequence[str], root: Path) -> list[str]:
 def _stored(names: Sequence[str], root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The files of results and what they hold; ValueError where no file is named so."""
     files = sorted((root / "figures").glob("*.json"))
-    for name in names:
-        if not any(file.name.startswith(name) for file in files):
-            raise ValueError(f"names: no result begins with {name!r}; give names as they stand in {root / 'figures'}")
+    if lost := [name for name in names if not any(file.name.startswith(name) for file in files)]:
+        raise ValueError(f"names: no result begins with {lost[0]!r}; give names as they stand in {root / 'figures'}")
     for file in files:
         if file.name.startswith(tuple(names) or ""):
             content = store.read_json(file)
@@ -287,17 +274,15 @@ def _roots(values: Iterable[Any], notebook: str) -> tuple[set[str], set[str]]:
             waiting += value
         elif isinstance(module, str) and isinstance(name, str):
             roots.add(f"{notebook if module == '__main__' else module}.{name.partition('.')[0]}")
-            waiting += _captured(inspect.unwrap(value)) if callable(value) else []
+            waiting += _captured(own) if isinstance(own := inspect.unwrap(value), FunctionType) else []
         elif type(value).__module__.partition(".")[0] not in ("builtins", "torch", "numpy"):
             waiting += [type(value), *getattr(value, "__dict__", {}).values()]
         seen[id(value)] = value
     return roots | ({"clkit.training.run"} if "clkit.experiments.sweep.Comparison" in roots else set()), words
 
 
-def _captured(function: Any) -> list[Any]:
+def _captured(function: FunctionType) -> list[Any]:
     """What a function has by default and in its cells; one without a name of its own also what it uses."""
-    if not isinstance(function, FunctionType):
-        return []
     found = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     found += [cell.cell_contents for cell in function.__closure__ or ()]
     codes, spaces = [function.__code__] if "<" in function.__qualname__ else [], [function.__globals__]

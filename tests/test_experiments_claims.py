@@ -225,6 +225,14 @@ def test_a_verdict_that_differs_from_its_record_raises(claims, capsys, monkeypat
         assert (row["verdict"], row["scale"]) == ("does not hold", profile)
 
 
+def test_checks_of_the_real_profile_leave_recorded_claims(claims):
+    claims.claim("gain", "it gains", rows_of(LEVELS), ("b", "a"))
+    claims.done()
+    page("03-x", "real").checks().done()
+    [row] = json.loads((claims.page.figures / "03-x-claims.json").read_text())["claims"]
+    assert row["key"] == "gain"
+
+
 def test_with_changed_parameters_claims_take_fewer_seeds_and_only_report(claims, capsys):
     for seeds in ([0, 1, 2, 3, 4], [0]):
         opened = page("03-x", SEEDS=seeds).claims()

@@ -78,7 +78,7 @@ class Page:
         recorded = recorded if isinstance(recorded, dict) else {}
         self.parameters = {n: _fitting(value, recorded.get(n, value)) for n, value in parameters.items()}
         self.changed = [n for n in recorded if n in parameters and _legible(self.parameters[n]) != recorded[n]]
-        self._done = dict(self.recorded) if profile == "fast" and not self.changed else {}
+        self._done = dict(self.recorded) if profile != "paper" and not self.changed else {}
         for n, value in parameters.items():
             if n in recorded and _legible(value) != recorded[n]:
                 print(f"{n}: {value!r}, recorded {recorded[n]!r}; taken as {self.parameters[n]!r}")

@@ -212,7 +212,7 @@ def sided(table: "pd.DataFrame") -> "pd.DataFrame":
     Rivals are task arithmetic, TIES, WiSE-FT (which is p = 1), L2 and EWC.
     """
     sides = {"SFA": "SFA, p < 1", "data buffer": "buffer"}
-    sides |= dict.fromkeys(("merging", "WiSE-FT", "L2", "EWC"), "rivals")
+    sides |= dict.fromkeys(("merging", "WiSE-FT", "L2", "EWC", "online EWC"), "rivals")
     kind = table.consolidation.where(table.consolidation != "none", table.learner)
     return table.assign(side=kind.map(sides).where(table.p != 1, "rivals").fillna("neither"))
 

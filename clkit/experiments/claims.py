@@ -119,8 +119,9 @@ class Claims(_Lines):
         if any(key == row["key"] or text == row["text"] for row in self.rows):
             raise ValueError(f"key: {key!r} or its text is claimed twice; give each its own")
         shuffle, within = ((c,) if isinstance(c, str) else c for c in (shuffle, within))
-        for column in ("seed", *shuffle, *within, *([] if callable(effect) else [value])):
-            checks.choice(f"{key}: column", column, table.columns)
+        uses = {"table": ["seed"], "shuffle": shuffle, "within": within, "value": [] if callable(effect) else [value]}
+        for argument, column in ((name, column) for name in uses for column in uses[name]):
+            checks.choice(f"{argument}: of {key!r} the column", column, table.columns)
         measure = effect if callable(effect) else _gap(table, key, *effect, shuffle[0], value)
         found = _measured(measure, table, key)
         mean, lower, upper, n = difference(found)
@@ -180,8 +181,7 @@ def _gap(table: pd.DataFrame, key: str, a: str, b: str, column: str, value: str)
     if not sizes[a].equals(sizes[b]):
         raise ValueError(f"{key}: {a!r} and {b!r} are not paired by seed; run both with every seed")
 
-    place, seeds = pd.factorize(table["seed"], sort=True)
-    values = table[value].to_numpy(float)
+    (place, seeds), values = pd.factorize(table["seed"], sort=True), table[value].to_numpy(float)
 
     def mean(chosen: np.ndarray) -> np.ndarray:
         sums, counts = (np.bincount(place[chosen], by, len(seeds)) for by in (values[chosen], None))

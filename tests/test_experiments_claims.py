@@ -246,7 +246,7 @@ def test_with_changed_parameters_claims_take_fewer_seeds_and_only_report(claims,
 
 
 REFUSED = {
-    "four seeds": ({"table": rows_of(LEVELS, 4)}, "x: 4 seeds; claim from five"),
+    "four seeds": ({"table": rows_of(LEVELS, 4)}, "effect: of x it has 4 seeds; give five at least"),
     "a label that is not there": ({"effect": ("z", "a")}, "x: method: 'z' is unknown"),
     "a column that is not there": ({"shuffle": "alpha"}, "shuffle: of 'x' the column: 'alpha'"),
     "no pairs": ({"table": rows_of(LEVELS).query("seed < 4 or method == 'a'")}, "not paired by seed"),

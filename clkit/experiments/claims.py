@@ -126,7 +126,7 @@ class Claims(_Lines):
         found = _measured(measure, table, key)
         mean, lower, upper, n = difference(found)
         if n < LEAST and scale != "real" and not self.page.changed:
-            raise ValueError(f"{key}: {n} seeds; claim from five at least, or at scale='real'")
+            raise ValueError(f"effect: of {key} it has {n} seeds; give five at least; at scale='real' fewer are open")
         nulls = [_measured(measure, rows, f"{key}, shuffled") for rows in _shuffled(table, shuffle, within)]
         if not self.page.changed and all(np.array_equal(null, found) for null in nulls):
             raise ValueError(f"shuffle: {shuffle} changes nothing of {key!r}; name what its effect compares")

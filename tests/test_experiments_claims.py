@@ -143,7 +143,7 @@ FORCED = {
 def test_what_cannot_fail_is_refused(claims, capsys, name):
     rows, effect, options = FORCED[name]
     claims.claim("forced", name, rows, effect, **options)
-    with pytest.raises(ValueError, match=r"'forced'.* cannot fail"):
+    with pytest.raises(ValueError, match=r"'forced'.* claim more than chance gives"):
         claims.done()
     assert not list(claims.page.figures.glob("*")) and capsys.readouterr().out == f"holds: {name}\n"
 

@@ -155,7 +155,7 @@ class Claims(_Lines):
         for row in rows:
             print(f"{row['verdict']}: {row['text']}" + (row["note"] and f" ({row['note']})"))
         if forced := [row["key"] for row in rows if row["null"] > MOST]:
-            self._complain(ValueError(f"claims: {forced} hold on shuffled tables, too; they cannot fail"))
+            self._complain(ValueError(f"claims: {forced} hold on shuffled tables, too; claim more than chance gives"))
         parts = (rows, self.page.recorded.get("claims", rows))  # of a new notebook nothing is recorded
         found, known = ({row["key"]: row["verdict"] for row in part} for part in parts)
         other = [key for key in known | found if found.get(key) != known.get(key)]

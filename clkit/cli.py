@@ -90,6 +90,8 @@ def figures(argv: Sequence[str]) -> int:
     chosen = vars(parser.parse_all(argv))
     stale, environments, reason = (chosen.pop(option) for option in ("stale", "all", "keep"))
     try:
+        if environments and not stale:
+            raise ValueError("--all: it goes with --stale; alone it would execute notebooks")
         if stale or reason is not None:
             return _stale(chosen["names"], reason, environments)
         if chosen["write"] and chosen["profile"] == "paper":
@@ -119,7 +121,10 @@ def _stale(names: Sequence[str], reason: str | None, environments: bool) -> int:
     for name, reasons in found.items():
         more = f" and {len(reasons) - 4} more" if len(reasons) > 4 else ""
         print(f"{name:<{width}}  {', '.join(reasons[:4])}{more}")
-    return int(bool(found))
+    remedy = (
+        "compute them again with: clkit figures --write NAMES, or keep them with: clkit figures --keep REASON NAMES"
+    )
+    return _complain(remedy, 1) if found else 0
 
 
 def run(argv: Sequence[str]) -> int:

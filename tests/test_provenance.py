@@ -220,7 +220,8 @@ def test_stale_results_are_listed_with_the_file_and_kept_with_a_reason(place, ca
     assert main(["figures", "--stale"]) == 0 and capsys.readouterr().out == ""
     edit(place, "studied", STUDIED, "SCALE = 2", "SCALE = 4")
     assert main(["figures", "--stale"]) == 1
-    assert capsys.readouterr().out == "03-x-halves-runs  notebooks/studied.py\n"
+    told = capsys.readouterr()
+    assert told.out == "03-x-halves-runs  notebooks/studied.py\n" and "clkit figures --write" in told.err
     assert main(["figures", "--keep", " "]) == 2 and "say in a sentence" in capsys.readouterr().err
     assert main(["figures", "--keep", "hours, and rounding alone", "03"]) == 0
     assert capsys.readouterr().out == "03-x-halves-runs\n"
@@ -246,7 +247,10 @@ def test_names_of_no_result_are_refused_and_a_cut_off_record_is_none(place, caps
     file.write_text(json.dumps(cut))
     assert stale(place) == {"03-x-halves-runs": ["notebooks/studied.py"], "03-x-more-runs": [MISSING]}
     assert main(["figures", "--stale", "--all"]) == 1
-    assert main(["figures", "--keep", "a reason"]) == 2 and "03-x-more-runs has no record" in capsys.readouterr().err
+    assert main(["figures", "--keep", "a reason"]) == 2 and "names: there are none" in capsys.readouterr().err
+    assert main(["figures", "--all"]) == 2 and "--all: it goes with --stale" in capsys.readouterr().err
+    assert main(["figures", "--keep", "a reason", "03"]) == 2
+    assert "03-x-more-runs has no record" in capsys.readouterr().err
     assert "03-x-halves-runs" in stale(place)  # none is kept where not all can be
 
 

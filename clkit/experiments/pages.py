@@ -193,8 +193,8 @@ class Page:
             if self.profile != "real":
                 remedy = f"compute it with: clkit figures --profile real {self.name}"
                 raise ValueError(f"name: {self.committed / file} {have}; {remedy}")
-            if not store.expand(packs := os.environ.get("CLKIT_DATA") or "/dev/null").is_dir():
-                raise ValueError(f"CLKIT_DATA: {packs!r} is no folder; give that of the packs")
+            if not store.expand(packs := os.environ.get("CLKIT_DATA", "")).is_dir() or not packs:
+                raise ValueError(f"CLKIT_DATA: {packs!r} is no folder; set it to that of the packs")
         return self._kept(file, facts, compute or whole.run, whole, real=True)
 
     def show(self, thing: Any) -> None:

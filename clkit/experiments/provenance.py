@@ -224,10 +224,12 @@ def stale(names: Sequence[str], root: Path, *, environments: bool = False) -> di
 def keep(reason: str, names: Sequence[str], root: Path) -> list[str]:
     """Writes down why stale results stay as they are, and what is here now; returns their names.
 
-    Raises ValueError without a reason, and for results without a record, which only their page can make.
+    Raises ValueError without a reason, without names, and for results without a record, which only their page can make.
     """
     if not reason.strip():
         raise ValueError("keep: say in a sentence why these results stay as they are")
+    if not names:
+        raise ValueError("names: there are none; name the notebooks or results to keep")
     code, kept = Code(root), {}
     for file, content in _stored(names, root):
         known = content.get("provenance") or {}

@@ -201,7 +201,7 @@ def test_a_real_set_is_drawn_by_the_seed_and_settings_are_chosen_on_other_images
     monkeypatch.setenv("CLKIT_DATA", str(packs))
     test, held_out, other = (awm.few(*args)[0] for args in ((0, "usps"), (0, "usps", True), (1, "usps")))
     assert rows(test.train) == rows(held_out.train) != rows(other.train)
-    assert not rows(held_out.train) & rows(held_out.test) and len(test.test) == awm.IMAGES
+    assert not rows(held_out.train) & rows(held_out.test) and len(test.test) == awm.TEST_IMAGES
     assert test.train.y.bincount().tolist() == [awm.IMAGES // 10] * 10
     few = replace(test, train=test.train[::7], test=test.test[::40])
     method = awm.real().methods["mask"]

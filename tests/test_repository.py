@@ -203,6 +203,6 @@ class TestNotebook:
         assert path.stat().st_size < 300_000
         assert statistics.median(lines.values()) <= 8 and max(lines.values()) <= 18
         asked = [cell["id"] for cell in cells(path) if "exercise" in cell["metadata"].get("tags", [])]
-        assert sum(n for cell, n in lines.items() if cell not in asked) <= 255  # grids of methods are shown
+        assert sum(n for cell, n in lines.items() if cell not in asked) <= 280  # grids are shown, at each scale
         definitions = sum(text(cell).count("\ndef ") + text(cell).startswith("def ") for cell in cells(path))
         assert definitions <= 3

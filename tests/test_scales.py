@@ -34,7 +34,7 @@ GREY = ("mnist", "usps")
 UNTRIED = ()
 FEWER = {
     "studies.awm.IMAGES": 14,
-    "studies.awm.TESTED": 14,
+    "studies.awm.TEST_IMAGES": 14,
     "studies.sfa.real.SIZE": 32,
     "studies.sfa.real.TRAIN": 2,
     "studies.sfa.real.TEST": 1,

@@ -57,7 +57,7 @@ LITE0 = partial(models.efficientnet_lite0, size=64)
 FEW = replace(TRAINING, epochs=10)
 QUICK = replace(TRAINING, epochs=5, batch=48)
 REAL = ("pacs48/photo", "pacs48/art_painting", "pacs48/cartoon", "pacs48/sketch", "cifar10", "usps")
-IMAGES, TESTED = 140, 280  # of a real set: images that are trained on, and that are tested on
+IMAGES, TEST_IMAGES = 140, 280  # of a real set: those that are trained on, and that are tested on
 
 
 def latin(seed: int = 0, *, per_class: int = 480, size: int = 28) -> data.Stream:
@@ -169,7 +169,7 @@ def _pictures(name: str, size: int, limit: int | None) -> Dataset:
 
 
 def few(seed: int, name: str, held_out: bool = False) -> Stream:
-    """A real image set as one task: `IMAGES` to train on, of every class as many, and `TESTED` of its test images.
+    """A real image set as one task: `IMAGES` to train on, of every class as many, and `TEST_IMAGES` of its test images.
 
     The seed draws them. With `held_out` other training images are in the place of the test images, to choose settings
     by.
@@ -178,7 +178,7 @@ def few(seed: int, name: str, held_out: bool = False) -> Stream:
     count = IMAGES // len(known.classes)
     both = drawn(name, seed, 2 * count).train
     first = torch.cat([torch.arange(n) for n in both.y.bincount().tolist()]) < count  # they come class by class
-    rows = torch.randperm(len(known.test), generator=torch.Generator().manual_seed(seed))[:TESTED]
+    rows = torch.randperm(len(known.test), generator=torch.Generator().manual_seed(seed))[:TEST_IMAGES]
     augment = Augment(crop=known.train.x.shape[-1] // 8, flip=name != "usps")
     test = both[~first] if held_out else known.test[rows]
     return data.split(replace(known, train=both[first], test=test, augment=augment), 1, scenario="task")

@@ -294,6 +294,8 @@ def test_colours_are_kept_and_never_shared():
     assert list(found) == ["one", "CLeWI", "two", "ER"] and len(set(found.values())) == 4
     assert found["CLeWI"] == plotting.COLOURS["CLeWI"]
     assert len(plotting.colours(map(str, range(20)))) == 20
+    alike = plotting.colours(["TIES, sequential", "ordinary", "ordinary + linear", "average", "fine-tuning", "CLeWI"])
+    assert len(set(alike.values())) == 6 and alike["ordinary"] == plotting.COLOURS["ordinary"]
 
 
 def test_a_new_method_has_the_same_colour_in_every_figure():

@@ -8,6 +8,7 @@ from zlib import crc32
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from pandas import DataFrame
 
@@ -59,7 +60,7 @@ LESS_IS_MORE = ("forgetting", "loss", "old_bits", "new_bits")  # their axes run 
 RC: Any = {
     "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "legend.edgecolor": "none", "legend.framealpha": 0.6,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "axes.grid": True, "grid.color": "#E5E5E5", "grid.linewidth": 0.6,
+    "axes.prop_cycle": cycler(color=PALETTE), "axes.grid": True, "grid.color": "#E5E5E5", "grid.linewidth": 0.6,
     "lines.linewidth": 2.0, "lines.markersize": 4.5,
     "figure.dpi": 100, "figure.constrained_layout.use": True, "savefig.dpi": 200,
     "svg.fonttype": "none", "svg.hashsalt": "clkit",
@@ -91,8 +92,8 @@ def family(name: str) -> str:
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name, that of its method; a variant of the method before it is darker.
 
-    A method that is not in `COLOURS` has the same colour of the palette in every figure, unless another one has that
-    colour there. Variants of one such method go from dark to light.
+    A method that is not in `COLOURS` has the same colour of the palette in every figure. Where another method of the
+    figure has a method's colour, the later one takes a free one. Variants of one unknown method go from dark to light.
     """
     return {name: look["color"] for name, look in looks(names).items()}
 
@@ -105,17 +106,18 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         families.setdefault(family(name), []).append(name)
     if len(families) == 1 < len(order) and not families.keys() & COLOURS.keys():
         return {name: {"color": c, "marker": "o"} for name, c in zip(order, shades(len(order)), strict=True)}
-    found, taken = {}, {COLOURS[method] for method in families if method in COLOURS}
+    found, given, taken = {}, set[str](), {COLOURS[method] for method in families if method in COLOURS}
     for method, variants in families.items():
         start = crc32(method.encode()) % len(PALETTE)
         free = [c for c in PALETTE[start:] + PALETTE[:start] if c not in taken] or PALETTE[start:]
-        colour = COLOURS.get(method, free[0])
+        colour = free[0] if COLOURS.get(method) in (None, *given) else COLOURS[method]
+        given.add(colour)
         taken.add(colour)
         for i, name in enumerate(variants):
             light = 1 - i * min(0.45, 0.65 / max(len(variants) - 1, 1))
             darker = "#" + "".join(f"{round(light * int(colour[k : k + 2], 16)):02X}" for k in (1, 3, 5))
             look = {"linestyle": ("-", "--", "-.", ":")[i % 4], "marker": "os^Dv"[i % 5]}
-            found[name] = look | {"color": COLOURS.get(name, darker)}
+            found[name] = look | {"color": darker}
     return {name: found[name] for name in order}
 
 

@@ -62,7 +62,7 @@ def plane(ax: Axes, plane: Plane, *, value: str = "accuracy", names: Sequence[st
         ax.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8, bbox=box)
     ax.set_aspect("equal")
     ax.grid(False)
-    ax.set_xlabel("distance in weight space")
+    ax.set(xlabel="distance in weight space", ylabel="distance in weight space")
 
 
 def examples_grid(ax: Axes, stream: Any, columns: int = 10) -> None:

@@ -75,9 +75,8 @@ def claims(root: Path | None = None) -> pd.DataFrame:
         parts.append(rows.assign(notebook=file.stem.removesuffix("-claims")))
     found = pd.concat(parts, ignore_index=True).reindex(columns=["notebook", *columns])
     gaps = [
-        min(math.inf if low is None else row.effect - low, math.inf if high is None else high - row.effect)
-        for row in found.itertuples()
-        for low, high in [row.claimed]
+        min(math.inf if low is None else effect - low, math.inf if high is None else high - effect)
+        for effect, (low, high) in zip(found["effect"], found["claimed"], strict=True)
     ]
     width = (found.upper - found.lower).astype(float)
     return found.assign(inside=2 * np.array(gaps) / width)

@@ -31,7 +31,6 @@ from studies import awm, clewi, hcmm_streams, sfa
 SETS = {"cifar10": (10, 32), "cifar100": (100, 32), "tiny-imagenet": (200, 32), "mnist": (10, 28), "usps": (10, 16)}
 SETS |= dict.fromkeys(awm.PAPER, (4, 32)) | {f"pacs48/{domain}": (7, 48) for domain in hcmm_streams.DOMAINS}
 GREY = ("mnist", "usps")
-UNTRIED = ()
 FEWER = {
     "studies.awm.IMAGES": 14,
     "studies.awm.TEST_IMAGES": 14,
@@ -67,7 +66,7 @@ def grids():
     """The grids of both scales by name: those with a profile, and `real` and `paper`, with each part that they name."""
     found = {name: makers for name, makers in WITH_PROFILE.items() if name in dict(functions())}
     for name, function in functions():
-        if name.rpartition(".")[2] in ("real", "paper") and name not in UNTRIED:
+        if name.rpartition(".")[2] in ("real", "paper"):
             named = re.findall(r'"([\w-]+)"', function.__doc__ or "")
             parts = named if "part" in inspect.signature(function).parameters else []
             found[name] = [partial(function, part) for part in parts] or [function]

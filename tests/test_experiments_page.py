@@ -284,6 +284,8 @@ def test_a_real_table_is_computed_under_its_profile_alone_and_read_under_the_oth
         page("03-x", "real").real(made, "main")
     monkeypatch.setenv("CLKIT_DATA", str(place))
     table = page("03-x", "real").real(made, "main")
+    with pytest.raises(ValueError, match=r"03-x-main-real\.json holds stored results"):
+        page("03-x").save(drawing(), "main-real")
     pd.testing.assert_frame_equal(page("03-x").real(made, "main"), table)
     pd.testing.assert_frame_equal(page("03-x", "paper").real(made, "main"), table)
     other = study(halved, range(3), p=(0.1, 0.2))

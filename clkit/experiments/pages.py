@@ -120,9 +120,13 @@ class Page:
         A table goes to a .csv, anything else into the .json. That has the profile, the configuration (text where it is
         no plain value), the seeds and the hash of all that, too. The same figure gives the same bytes. Seeds are those
         of the table, where it has any; `seeds` tells them of other data.
+
+        Raises ValueError for the name of a stored result, whose file it would replace.
         """
         _check_name("name", name)
         stem = f"{self.name}-{name}{suffix(self.profile)}"
+        if "results" in self._read(f"{stem}.json"):
+            raise ValueError(f"name: {stem}.json holds stored results; give the figure another name than {name!r}")
         with mpl.rc_context({"svg.hashsalt": stem}):
             for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
                 write_atomically(

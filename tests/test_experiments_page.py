@@ -418,9 +418,18 @@ def test_an_edited_notebook_runs_through_and_leaves_the_figures(notebooks):
 
 
 def test_an_exercise_is_right_or_not_yet(place, capsys):
-    page("03-x").check("the first task is kept", np.bool_(True))
-    page("03-x").check("the first task is kept", False)
-    assert capsys.readouterr().out == "right: the first task is kept\nnot yet: the first task is kept\n"
+    page("03-x").check("the first task is kept", np.bool_(True), "merge")
+    page("03-x").check("the first task is kept", False, "merge")
+    assert capsys.readouterr().out == "right: the first task is kept\nnot yet: the first task is kept; merge\n"
+
+
+def test_a_prediction_is_compared_and_the_truth_is_told_only_then(capsys):
+    for guess, found, words in ((None, 0.4, "not yet"), (0.3, 0.4, "right"), (1, np.float32(0.4), "not yet")):
+        page("03-x").predict("the share", guess, found, within=0.11)
+        out = capsys.readouterr().out
+        assert out.startswith(f"{words}: the share") and ("0.4" in out) is (guess is not None)
+    with pytest.raises(ValueError, match="guess: 'half'; give"):
+        page("03-x").predict("the share", "half", 0.4, within=0.1)  # type: ignore[arg-type]
 
 
 def test_checks_take_one_truth_value_each(place):

@@ -208,9 +208,20 @@ class Page:
 
         display(Markdown(f"```python\n{inspect.getsource(inspect.unwrap(thing))}```"))
 
-    def check(self, text: str, right: Any) -> None:
-        """Prints of the answer to an exercise whether it is right yet."""
-        print(f"{'right' if right else 'not yet'}: {text}")
+    def check(self, text: str, right: Any, hint: str = "") -> None:
+        """Prints of the answer to an exercise whether it is right yet; where it is not, `hint`, what to try next."""
+        print(f"right: {text}" if right else f"not yet: {text}; {hint}")
+
+    def predict(self, text: str, guess: float | None, found: float, within: float) -> None:
+        """Compares the number that the reader wrote down before with what was `found`, which it tells only then.
+
+        It is right if it is off by at most `within`. Raises ValueError for a guess that is no number.
+        """
+        if guess is None:
+            return self.check(text, False, "write a number down first, then run this cell")
+        guess, found = checks.value("guess", guess, float), float(found)
+        told = f"you said {guess:.3g}, it is {found:.3g}"
+        self.check(f"{text}: {told}", abs(guess - found) <= within, "what did you not think of?")
 
     def _facts(self, name: str, config: Any) -> dict[str, Any]:
         """What results of a configuration are known by."""

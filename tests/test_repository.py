@@ -32,6 +32,12 @@ def text(cell: dict) -> str:
     return "".join(cell["source"])
 
 
+def words(markdown: str) -> int:
+    """The words of a text cell that are read: without code in fences, formulas, tags and the targets of links."""
+    hidden = r"```.*?```|\$\$.*?\$\$|\$.*?\$|<[^>]*>|\]\([^)]*\)"
+    return len(re.findall(r"\w[^\s|]*", re.sub(hidden, " ", markdown, flags=re.S)))
+
+
 def code_lines(source: str) -> int:
     """The lines of a cell but for its imports."""
     imports = [n for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom)]
@@ -206,3 +212,24 @@ class TestNotebook:
         assert sum(n for cell, n in lines.items() if cell not in asked) <= 280  # grids are shown, at each scale
         definitions = sum(text(cell).count("\ndef ") + text(cell).startswith("def ") for cell in cells(path))
         assert definitions <= 3
+
+    def test_it_teaches_alone(self, path):
+        """Goals, what comes before, minutes; short cells; five questions; its words; cells beside the point folded."""
+        every = {cell["id"]: cell for cell in cells(path, "markdown", "code")}
+        if "goals" not in every:
+            pytest.skip("not rewritten yet")
+        told = {name: text(every[name]) for name in ("goals", "recall", "words")}
+        leads = re.findall(r"^\*\*(Afterwards you can|Before:|Time:)", told["goals"], re.M)
+        assert leads == ["Afterwards you can", "Before:", "Time:"]
+        assert re.search(r"\*\*Time:\*\* about \d+ minutes for you, .*for the machine\.", told["goals"])
+        asked = re.findall(r"<details><summary>.+?</summary>(.+?)</details>", told["recall"], re.S)
+        assert told["recall"].startswith("## Recall") and len(asked) == 5 and all(map(str.strip, asked))
+        assert (
+            told["words"].startswith("## Words\n")
+            and 5 <= len(re.findall(r"^\| (?!word|-)", told["words"], re.M)) <= 10
+        )
+        texts = {name: text(cell) for name, cell in every.items() if cell["cell_type"] == "markdown"}
+        assert not {name: words(said) for name, said in texts.items() if words(said) > 150}
+        assert not {name for name, said in texts.items() if len(re.findall(r"^##? ", said, re.M)) > 1}
+        assert any(cell["metadata"].get("jupyter", {}).get("source_hidden") for cell in every.values())
+        assert any("interact." in text(cell) for cell in cells(path))

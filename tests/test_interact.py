@@ -1,4 +1,4 @@
-"""The slider: its knob, its picture, and what a saved notebook holds of both."""
+"""Handles: their knobs, their picture, and what a saved notebook holds of both."""
 
 import base64
 import io
@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 
 from clkit.experiments import execute
 from clkit.experiments.notebooks import WIDGET
-from clkit.interact import slider
+from clkit.interact import handles, knobs
 
-VALUES = [0.0, 0.5, 1.0]
+VALUES = (0.0, 0.5, 1.0)
 
 
 @pytest.fixture
@@ -26,48 +26,111 @@ def drawing():
     (line,) = ax.plot([0, 1], [0, 1])
     called = []
 
-    def draw(value):
-        called.append(value)
-        line.set_ydata([value, 1 - value])
+    def draw(*values):
+        called.append(values if len(values) > 1 else values[0])
+        line.set_ydata([sum(values), 1 - values[0]])
         return figure
 
     return draw, called
 
 
-def test_moving_the_knob_changes_the_picture_and_the_value_beside_it(drawing):
+def text(shown, label):
+    """What stands beside a knob."""
+    return shown.widget.children[list(shown.knobs).index(label)].children[1].value
+
+
+def test_moving_a_knob_changes_the_picture_and_the_value_beside_it(drawing):
     draw, called = drawing
-    shown = slider(draw, VALUES, "α")
-    knob, value = shown.widget.children
+    shown = handles(draw, {"α": VALUES})
     seen = [shown.png]
-    for index, text in ((1, "0.5"), (2, "1"), (0, "0")):
-        knob.value = index
+    for index, value in ((1, "0.5"), (2, "1"), (0, "0")):
+        shown.knobs["α"].value = index
         seen.append(shown.png)
-        assert shown.index == index and value.value == text
+        assert shown.at == {"α": VALUES[index]} and text(shown, "α") == value
     assert seen[0].startswith(b"\x89PNG") and len(set(seen)) == 3 and seen[0] == seen[3]
-    assert called == VALUES
+    assert called == [*VALUES]
     assert not plt.get_fignums()
+
+
+def test_each_knob_keeps_the_others_where_they_are(drawing):
+    draw, called = drawing
+    shown = handles(draw, {"p": VALUES, "β": (0.1, 0.2)}, start={"β": 0.2})
+    shown.knobs["p"].value = 2
+    shown.move({"β": 0.1})
+    shown.move({"p": 0.0, "β": 0.2})
+    assert called == [(0.0, 0.2), (1.0, 0.2), (1.0, 0.1), (0.0, 0.1)]
+    assert shown.at == {"p": 0.0, "β": 0.2} and text(shown, "β") == "0.2"
 
 
 def test_pictures_are_drawn_when_they_are_needed(drawing):
     draw, called = drawing
-    slider(draw, range(50), start=7)
-    assert called == [7]
+    handles(draw, {"x": range(50), "y": range(50)}, start={"x": 7})
+    assert called == [(7, 0)]
+
+
+def test_a_start_is_found_among_sums_of_decimals_and_words(drawing):
+    shown = handles(lambda *_: drawing[0](0), {"α": [0.1 * i for i in range(11)], "merge": ["ties", "dare"]},
+                    start={"α": 0.3, "merge": "dare"})  # fmt: skip
+    assert text(shown, "α") == "0.3" and shown.at["merge"] == "dare"
 
 
 def test_neither_label_nor_value_is_cut(drawing):
     names = ["x", "the plain average of a sequence of networks"]
-    knob, value = slider(drawing[0], [0, 1], "a label that is longer than most").widget.children
+    label = "a label that is longer than most"
+    shown = handles(lambda name: drawing[0](0), {label: names}, start={label: names[1]})
+    knob, value = shown.widget.children[0].children
     assert knob.style.description_width == "initial" and not knob.readout
     assert int(knob.layout.width.removesuffix("ch")) > len(knob.description) + 20
-    knob, value = slider(lambda name: drawing[0](0), names, "merge", start=1).widget.children
     assert value.layout.width == "max-content" and value.value == names[1]
-    knob.value = 0
-    assert value.value == "x"
+
+
+def test_a_knob_waits_to_be_let_go_while_drawing_is_slow(drawing, monkeypatch):
+    now, takes = [0.0], [0.01]
+    monkeypatch.setattr(knobs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def draw(*values):
+        now[0] += takes[0]
+        return drawing[0](*values)
+
+    shown = handles(draw, {"α": VALUES, "β": (0.0, 1.0)})
+    pair = shown.knobs.values()
+    assert all(knob.continuous_update for knob in pair)
+    takes[0] = 0.5
+    shown.move({"α": 0.5})
+    assert not any(knob.continuous_update for knob in pair)
+    shown.move({"α": 0.0})  # a kept picture tells nothing
+    assert not any(knob.continuous_update for knob in pair)
+    takes[0] = 0.01
+    shown.move({"α": 1.0})
+    assert all(knob.continuous_update for knob in pair)
+    takes[0] = 0.5
+    for beta in (1.0, 0.0):
+        for alpha in VALUES:
+            shown.move({"α": alpha, "β": beta})
+    assert all(knob.continuous_update for knob in pair)  # every picture is kept
+
+
+def test_what_a_later_drawing_raises_is_shown_and_the_page_goes_on(drawing):
+    def draw(value):
+        if value == 0.5:
+            raise ValueError("no <b> picture for 0.5")
+        return drawing[0](value)
+
+    shown = handles(draw, {"α": VALUES})
+    before, message = shown.png, shown.widget.children[-1]
+    assert message.value == "" and shown.error is None
+    shown.knobs["α"].value = 1
+    assert "ValueError: no &lt;b&gt; picture for 0.5" in message.value
+    assert shown.png == before and isinstance(shown.error, ValueError)
+    shown.knobs["α"].value = 2
+    assert message.value == "" and shown.png != before and shown.error is None
+    with pytest.raises(ValueError, match="no <b> picture"):
+        handles(draw, {"α": VALUES}, start={"α": 0.5})
 
 
 PREPARE = """
 import matplotlib.pyplot as plt
-from clkit.interact import slider
+from clkit.interact import handles
 
 figure = plt.figure(figsize=(3, 2), dpi=40)
 line = figure.subplots().plot([0, 1], [0, 1])[0]
@@ -77,9 +140,9 @@ def draw(value):
     line.set_ydata([value, 1 - value])
     return figure
 
-shown = slider(draw, [0.0, 0.5, 1.0], "α", start=1)
+shown = handles(draw, {"α": [0.0, 0.5, 1.0]}, start={"α": 0.5})
 """
-CELLS = [PREPARE, "shown", "shown.widget.children[0].value = 2"]
+CELLS = [PREPARE, "shown", 'shown.move({"α": 1.0})']
 
 
 def test_what_is_saved_is_the_picture_last_shown_in_its_own_size(tmp_path, monkeypatch):
@@ -90,7 +153,7 @@ def test_what_is_saved_is_the_picture_last_shown_in_its_own_size(tmp_path, monke
     assert outcome.error == ""
     _, shown, moved = nbformat.read(path, as_version=4).cells
     knob, picture = shown.outputs
-    assert knob.data == {"text/plain": "Slider(α: 3 values from 0 to 1)"}  # the view was taken out
+    assert knob.data == {"text/plain": "Handles(α: 3 values from 0 to 1)"}  # the view was taken out
     assert picture.data["text/plain"] == "α = 1" and picture.output_type == "display_data"
     png = base64.b64decode(picture.data["image/png"])
     assert Image.open(io.BytesIO(png)).size == (120, 80)
@@ -110,29 +173,36 @@ def displayed(monkeypatch):
     return bundles
 
 
-def test_the_knob_and_the_picture_are_outputs_of_their_own(drawing, displayed):
-    shown = slider(drawing[0], VALUES, "α", start=1)
+def test_the_knobs_and_the_picture_are_outputs_of_their_own(drawing, displayed):
+    shown = handles(drawing[0], {"α": VALUES, "β": (1, 2)}, start={"α": 0.5})
     shown._ipython_display_()
-    knob, picture = displayed
-    assert WIDGET in knob and "image/png" not in knob
+    box, picture = displayed
+    assert WIDGET in box and "image/png" not in box
     assert WIDGET not in picture and picture["image/png"] == shown.png
     shown._ipython_display_()  # in another cell: both follow the knob
-    shown.widget.children[0].value = 0
-    assert [bundle["text/plain"] for bundle in displayed[4:]] == ["α = 0", "α = 0"]
+    shown.knobs["α"].value = 0
+    assert [bundle["text/plain"] for bundle in displayed[4:]] == ["α = 0, β = 1"] * 2
 
 
 def test_bad_input_names_itself(drawing):
-    with pytest.raises(ValueError, match="values"):
-        slider(drawing[0], [])
-    with pytest.raises(ValueError, match="start: 3"):
-        slider(drawing[0], VALUES, start=3)
-    with pytest.raises(ValueError, match=r"start: -1; give a whole number, at least 0"):
-        slider(drawing[0], VALUES, start=-1)
+    with pytest.raises(ValueError, match=r"values: \{\}; give at least one label"):
+        handles(drawing[0], {})
+    with pytest.raises(ValueError, match=r"values.*'α': \[\]"):
+        handles(drawing[0], {"α": []})
+    with pytest.raises(ValueError, match=r"start: 'a' is unknown; choose one of α"):
+        handles(drawing[0], {"α": VALUES}, start={"a": 0.5})
+    with pytest.raises(ValueError, match=r"α: '0.3' is unknown; choose one of 0, 0.5, 1"):
+        handles(drawing[0], {"α": VALUES}, start={"α": 0.3})
     with pytest.raises(ValueError, match=r"dpi: 0; give a whole number, at least 1 or 'figure'"):
-        slider(drawing[0], VALUES, dpi=0)
+        handles(drawing[0], {"α": VALUES}, dpi=0)
+    shown = handles(drawing[0], {"α": VALUES})
+    with pytest.raises(ValueError, match="α: '2' is unknown"):
+        shown.move({"α": 2})
+    with pytest.raises(ValueError, match="to: 'β' is unknown"):
+        shown.move({"β": 0})
 
 
 def test_a_picture_is_as_fine_as_its_figure_unless_asked_otherwise():
     figure = plt.figure(figsize=(2, 1), dpi=50)
-    width = [int.from_bytes(slider(lambda _: figure, VALUES, **dpi).png[16:20], "big") for dpi in ({}, {"dpi": 100})]
-    assert width == [100, 200]
+    made = [handles(lambda _: figure, {"α": VALUES}, **dpi) for dpi in ({}, {"dpi": 100})]
+    assert [int.from_bytes(shown.png[16:20], "big") for shown in made] == [100, 200]

@@ -1,9 +1,9 @@
 """Handles: knobs with the picture that belongs to their position.
 
 A cell that shows them has two outputs: the knobs, a widget, and the picture, an output like that of any figure, which
-is exchanged when a knob moves. So the picture has its own size, live and stored, and it is what is saved: read without a
-kernel, the last one shown stands still. Nothing is captured or printed, so notebooks that hold handles can be executed
-and compared by machine.
+is exchanged when a knob moves. So the picture has its own size, live and stored, and it is what is saved: read without
+a kernel, the last one shown stands still. Nothing is captured or printed, so notebooks that hold handles can be
+executed and compared by machine.
 """
 
 import html

@@ -164,7 +164,7 @@ def test_exercises_ask_for_something_written(path):
     found = exercises(path)
     assert len(found) >= 3
     for _, source, answers in found:
-        assert len(re.findall(MARK, source)) == 1 and "page.check(" in source and answers, source
+        assert len(re.findall(MARK, source)) == 1 and re.search(r"page\.(check|predict)\(", source) and answers, source
         assert not re.search(rf"{MARK}.*[(=]", source), "what may be written stands in the answers, which a test runs"
     for cell in cells(path, "markdown"):
         for hidden in re.findall(r"<details>.*?</details>", text(cell), re.S):

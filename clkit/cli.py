@@ -6,26 +6,20 @@ here names a method.
 """
 
 import argparse
-import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 from pandas import DataFrame
 
-from clkit import benchmarks, checks, data, experiments, models, training
-from clkit.consolidation import CONSOLIDATIONS
-from clkit.experiments import provenance
+from clkit import benchmarks, checks, experiments, training
+from clkit.experiments import parts, provenance
 from clkit.experiments.pages import PROFILES
-from clkit.learners import LEARNERS
-from clkit.modulation import RULES, modulated
 
-DEFAULTS = {"stream": "digits", "model": "convnet", "rule": "none", "learner": "fine-tuning", "consolidation": "none"}
-GROUPS = ("training", *DEFAULTS)
+GROUPS = ("training", *parts.DEFAULTS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,10 +126,10 @@ def run(argv: Sequence[str]) -> int:
     first = Parser(add_help=False, allow_abbrev=False)
     _add_choices(first)
     try:
-        chosen, _ = first.parse_known_args(argv)
-        parts = {part: getattr(chosen, part) for part in DEFAULTS} | {"training": "training"}
-        if chosen.data is not None:
-            parts["stream"] = "folder"
+        parsed, _ = first.parse_known_args(argv)
+        chosen = {part: getattr(parsed, part) for part in parts.DEFAULTS} | {"training": "training"}
+        if parsed.data is not None:
+            chosen["stream"] = "folder"
         parser = Parser(
             prog="clkit run",
             allow_abbrev=False,
@@ -144,7 +138,7 @@ def run(argv: Sequence[str]) -> int:
             "of the parts chosen; name others to see theirs: clkit run --learner ER --consolidation CLeWI --help",
         )
         _add_choices(parser)
-        destinations = _add_settings(parser, parts)
+        destinations = _add_settings(parser, chosen)
         parsed = parser.parse_all(argv)
         settings: dict[str, dict[str, Any]] = {part: {} for part in GROUPS}
         if parsed.data is not None:
@@ -155,8 +149,8 @@ def run(argv: Sequence[str]) -> int:
                 settings[part][option.name] = checks.parse(option.name, text, option.hint)
             elif option.required and option.name not in settings[part]:
                 flag = destination.replace("_", "-")
-                raise ValueError(f"{parts[part]} needs --{flag}, {checks.expects(option.hint)}")
-        result = _run(parsed, parts, settings)
+                raise ValueError(f"{chosen[part]} needs --{flag}, {checks.expects(option.hint)}")
+        result = _run(parsed, chosen, settings)
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _complain(error)
     except (ArithmeticError, RuntimeError) as error:
@@ -174,22 +168,18 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(parsed: argparse.Namespace, parts: Mapping[str, str], settings: Mapping[str, Any]) -> training.Result:
-    """Runs one configuration: `parts` names what is chosen, `settings` has what is not the default of each.
+def _run(parsed: argparse.Namespace, chosen: Mapping[str, str], settings: Mapping[str, Any]) -> training.Result:
+    """Runs one configuration: `chosen` names its parts, `settings` has what is not the default of each.
 
     With a rule (modulation, a mask, ...) the model is a frozen network whose weights it makes, as `PerTask` needs it.
     """
-    makers = {part: _maker(part, name) for part, name in parts.items()}
     training.find_device(parsed.device)
-    recipe, learner, consolidation, dataset = (
-        makers[part](**settings[part]) for part in ("training", "learner", "consolidation", "stream")
+    settings = {**settings, "split": {name: getattr(parsed, name) for name in ("tasks", "order", "scenario")}}
+    recipe = parts.Recipe(
+        {part: parts.maker(part, name) for part, name in chosen.items()}, chosen, settings, parsed.seed
     )
-    stream = data.split(dataset, parsed.tasks, order=parsed.order, scenario=parsed.scenario)
-    model = partial(makers["model"], **settings["model"])
-    if parts["rule"] != "none":
-        model = partial(modulated, model=model, rule=makers["rule"](**settings["rule"]))
-    options: Any = {name: getattr(parsed, name) for name in ("seed", "device", "progress", "checkpoint")}
-    return training.run(stream, model, learner, consolidation, recipe, keep=False, **options)
+    options: Any = {name: getattr(parsed, name) for name in ("device", "progress", "checkpoint")}
+    return recipe.run(keep=False, **options)
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -219,12 +209,12 @@ def bench(argv: Sequence[str]) -> int:
 def _add_choices(parser: argparse.ArgumentParser) -> None:
     """The parts of a run and what is not a part's own."""
     group = parser.add_argument_group("what to run")
-    for part, default in DEFAULTS.items():
-        names = ", ".join(choices(part))
+    for part, default in parts.DEFAULTS.items():
+        names = ", ".join(parts.makers(part))
         group.add_argument(f"--{part}", default=default, metavar="NAME", help=f"{names}; default: %(default)s")
     group.add_argument("--data", metavar="PATH", help="a folder or zip of images, a subfolder a class, for the stream")
     group.add_argument("--tasks", type=_count, default=5, help="tasks to split the classes into; default: %(default)s")
-    group.add_argument("--scenario", default="class", help="class or task; default: %(default)s")
+    group.add_argument("--scenario", default="class", help="class, domain or task; default: %(default)s")
     group.add_argument("--order", type=int, metavar="SEED", help="shuffle the classes; default: their own order")
     group.add_argument("--seed", type=int, default=0, help="of weights, batches and memories; default: %(default)s")
     group.add_argument("--device", default="auto", help="cpu, cuda or auto; default: %(default)s")
@@ -234,88 +224,21 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
 
 
-def _add_settings(parser: argparse.ArgumentParser, parts: dict[str, str]) -> dict[str, tuple[str, "Option"]]:
+def _add_settings(parser: argparse.ArgumentParser, chosen: dict[str, str]) -> dict[str, tuple[str, parts.Option]]:
     """The options of the parts chosen; where two parts share a name, the later one's gets its part in front."""
     taken = {action.dest for action in parser._actions}
     destinations = {}
     for part in GROUPS:
-        title = part if part == "training" else f"{part} {parts[part]}"
-        group = parser.add_argument_group(title, about(part, parts[part]).replace("%", "%%"))
-        for option in options(part, parts[part]):
+        title = part if part == "training" else f"{part} {chosen[part]}"
+        maker = parts.maker(part, chosen[part])
+        group = parser.add_argument_group(title, parts.about(maker).replace("%", "%%"))
+        for option in parts.options(maker):
             destination = option.name if option.name not in taken else f"{part}_{option.name}"
             taken.add(destination)
             takes = f"{checks.expects(option.hint)}; " + ("required" if option.required else f"default: {option.shown}")
             group.add_argument(f"--{destination.replace('_', '-')}", metavar="VALUE", help=takes.replace("%", "%%"))
             destinations[destination] = (part, option)
     return destinations
-
-
-class Option(NamedTuple):
-    """A setting of a part: its name, its default and the annotation that says which values it takes."""
-
-    name: str
-    default: Any
-    hint: Any
-
-    @property
-    def shown(self) -> str:
-        """The default, as one would write it in a shell."""
-        if isinstance(self.default, tuple | list):
-            return ",".join(map(str, self.default))
-        return str(self.default).lower() if self.default in (None, True, False) else str(self.default)
-
-    @property
-    def required(self) -> bool:
-        """Whether it has no default."""
-        return self.default is inspect.Parameter.empty
-
-
-def choices(part: str) -> list[str]:
-    """The names to choose from for a part: stream, model, rule, learner, consolidation or training."""
-    return list(_makers(part))
-
-
-def about(part: str, name: str) -> str:
-    """The first sentence of a choice's documentation."""
-    text = inspect.getdoc(checks.innermost(_maker(part, name))) or ""
-    return " ".join(text.partition("\n\n")[0].split())
-
-
-def options(part: str, name: str) -> list[Option]:
-    """The options of a part's choice, in order; those that no text can express are left out."""
-    maker = _maker(part, name)
-    function = checks.innermost(maker)
-    hints = get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)
-    found = []
-    for parameter in inspect.signature(maker).parameters.values():
-        hint = checks.readable(hints.get(parameter.name, str))
-        if parameter.name not in ("stream", "seed", "progress") and hint and parameter.kind != parameter.VAR_KEYWORD:
-            found.append(Option(parameter.name, parameter.default, hint))
-    return found
-
-
-def _makers(part: str) -> Mapping[str, Callable[..., Any]]:
-    """What makes each choice of a part: all that the library has, by name."""
-    known = {"learner": LEARNERS, "consolidation": CONSOLIDATIONS, "training": {"training": training.Training}}
-    known["rule"] = {"none": _no_rule, **RULES}
-    if part in known:
-        return known[part]
-    public = vars(models if part == "model" else data).items()
-    functions = {n: f for n, f in public if n[0] != "_" and inspect.isfunction(inspect.unwrap(f) if callable(f) else f)}
-    if part == "model":
-        return {n: f for n, f in functions.items() if next(iter(inspect.signature(f).parameters), "") == "stream"}
-    made = {name: f for name, f in functions.items() if get_type_hints(f).get("return") is data.Dataset}
-    loader = made.pop("load")
-    return {**made, **{name: partial(loader, name) for name in data.TORCHVISION}}
-
-
-def _maker(part: str, name: str) -> Callable[..., Any]:
-    makers = _makers(part)
-    return makers[checks.choice(part, name, makers)]
-
-
-def _no_rule() -> None:
-    """The model computes with its own weights."""
 
 
 def _count(text: str) -> int:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from clkit import benchmarks, checks, cli
+from clkit.experiments import parts
 from clkit.learners import LEARNERS, PerTask
 
 QUICK = [
@@ -73,10 +74,10 @@ def test_where_two_parts_share_an_option_the_later_one_takes_its_parts_name(caps
     assert content["training"]["batch"] == 16 and "batch=4" in content["learner"]
 
 
-@pytest.mark.parametrize("name", cli.choices("learner"))
+@pytest.mark.parametrize("name", parts.makers("learner"))
 def test_every_learner_runs_with_its_defaults_written_out(capsys, name):
-    taken = {o.name for part in CHOSEN for o in cli.options(part, CHOSEN[part])}
-    options = cli.options("learner", name)
+    taken = {o.name for part in CHOSEN for o in parts.options(parts.maker(part, CHOSEN[part]))}
+    options = parts.options(parts.maker("learner", name))
     brief = {option.name: 1 for option in options if option.name.endswith("epochs")}
     argv = ["run", *QUICK, "--json", "--learner", name]
     if LEARNERS[name] is PerTask:
@@ -144,10 +145,10 @@ def test_a_diverging_run_is_one_line_and_status_1(capsys):
 
 @pytest.mark.parametrize("part", ["stream", "model", "learner", "consolidation"])
 def test_every_choice_has_options_that_take_their_own_defaults(part):
-    names = cli.choices(part)
-    assert names
-    for name in names:
-        for option in cli.options(part, name):
+    known = parts.makers(part)
+    assert known
+    for name, maker in known.items():
+        for option in parts.options(maker):
             if isinstance(option.default, int | float | str | None):
                 assert checks.parse(option.name, option.shown, option.hint) == option.default, (name, option)
 

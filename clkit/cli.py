@@ -1,25 +1,27 @@
-"""The command line: `clkit figures`, `clkit run`, `clkit bench`.
+"""The command line: `clkit figures`, `clkit run`, `clkit merge`, `clkit bench`.
 
 What a shell can choose from is derived from the library itself. The options of a learner, a consolidation or a training
-are the fields of its dataclass; those of a stream or a model are the parameters of the function that makes it. Nothing
-here names a method.
+are the fields of its dataclass; those of a stream, a model or a merge are the parameters of its function. Nothing here
+names a method.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from pandas import DataFrame
+from torch import Tensor
 
-from clkit import benchmarks, checks, experiments, training
+from clkit import benchmarks, checks, experiments, merging, store, training, weights
 from clkit.experiments import parts, provenance
 from clkit.experiments.pages import PROFILES
-
-GROUPS = ("training", *parts.DEFAULTS)
+from clkit.weights import Weights
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,9 +43,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 1 if something that was run failed, 2 on bad arguments."""
-    commands = {"figures": figures, "run": run, "bench": bench}
+    commands = {"figures": figures, "run": run, "merge": merge, "bench": bench}
     parser = Parser(prog="clkit", description="Continual learning in weight space.", allow_abbrev=False)
-    parser.add_argument("command", choices=commands, metavar="command", help="figures, run or bench")
+    parser.add_argument("command", choices=commands, metavar="command", help=", ".join(commands))
     parser.epilog = "clkit <command> --help tells more."
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
@@ -127,7 +129,7 @@ def run(argv: Sequence[str]) -> int:
     _add_choices(first)
     try:
         parsed, _ = first.parse_known_args(argv)
-        chosen = {part: getattr(parsed, part) for part in parts.DEFAULTS} | {"training": "training"}
+        chosen = {"training": "training"} | {part: getattr(parsed, part) for part in parts.DEFAULTS}
         if parsed.data is not None:
             chosen["stream"] = "folder"
         parser = Parser(
@@ -138,19 +140,11 @@ def run(argv: Sequence[str]) -> int:
             "of the parts chosen; name others to see theirs: clkit run --learner ER --consolidation CLeWI --help",
         )
         _add_choices(parser)
-        destinations = _add_settings(parser, chosen)
+        makers = {part: parts.maker(part, name) for part, name in chosen.items()}
+        destinations = _add_settings(parser, chosen, makers)
         parsed = parser.parse_all(argv)
-        settings: dict[str, dict[str, Any]] = {part: {} for part in GROUPS}
-        if parsed.data is not None:
-            settings["stream"]["path"] = parsed.data
-        for destination, (part, option) in destinations.items():
-            text = getattr(parsed, destination)
-            if text is not None:
-                settings[part][option.name] = checks.parse(option.name, text, option.hint)
-            elif option.required and option.name not in settings[part]:
-                flag = destination.replace("_", "-")
-                raise ValueError(f"{chosen[part]} needs --{flag}, {checks.expects(option.hint)}")
-        result = _run(parsed, chosen, settings)
+        stream = {"path": parsed.data} if parsed.data is not None else {}
+        result = _run(parsed, chosen, makers, _settings(parsed, chosen, destinations, stream=stream))
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _complain(error)
     except (ArithmeticError, RuntimeError) as error:
@@ -168,18 +162,146 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(parsed: argparse.Namespace, chosen: Mapping[str, str], settings: Mapping[str, Any]) -> training.Result:
+def _run(
+    parsed: argparse.Namespace, chosen: Mapping[str, str], makers: Mapping[str, Any], settings: Mapping[str, Any]
+) -> training.Result:
     """Runs one configuration: `chosen` names its parts, `settings` has what is not the default of each.
 
     With a rule (modulation, a mask, ...) the model is a frozen network whose weights it makes, as `PerTask` needs it.
     """
     training.find_device(parsed.device)
     settings = {**settings, "split": {name: getattr(parsed, name) for name in ("tasks", "order", "scenario")}}
-    recipe = parts.Recipe(
-        {part: parts.maker(part, name) for part, name in chosen.items()}, chosen, settings, parsed.seed
-    )
+    recipe = parts.Recipe(makers, chosen, settings, parsed.seed)
     options: Any = {name: getattr(parsed, name) for name in ("device", "progress", "checkpoint")}
     return recipe.run(keep=False, **options)
+
+
+def merge(argv: Sequence[str]) -> int:
+    """Merges files of weights into one and prints what came together."""
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    parser = Parser(
+        prog=f"clkit merge {name or ''}".strip(),
+        usage=f"clkit merge {name or 'NAME'} FILE [FILE ...] [--base FILE] --out FILE [...]",
+        allow_abbrev=False,
+        description="Merge files of weights of one architecture: safetensors, or what torch.save wrote of a "
+        "state_dict(). Names, shapes and dtypes stay. BatchNorm's statistics are averaged; counters are taken from the "
+        "base or, without one, from the first file.",
+        epilog=None
+        if name
+        else f"NAME is one of {', '.join(_by_weights())}; clkit merge NAME --help tells its options.",
+    )
+    group = parser.add_argument_group("what to merge")
+    place: Any = {"type": store.expand, "metavar": "FILE"}
+    group.add_argument("files", nargs="+", **place, help="weights as trained")
+    group.add_argument("--base", **place, help="weights that training began from, for a merge of task vectors")
+    group.add_argument("--out", **place, required=True, help="what to write, by rename; it ends in .safetensors")
+    group.add_argument("--force", action="store_true", help="overwrite it")
+    if not name:
+        parser.print_help()
+        return 0 if argv else 2
+    try:
+        row = merging.MERGES[checks.choice("merge", name, merging.MERGES)]
+        destinations = _add_settings(parser, {"merge": name}, {"merge": row.function}, elsewhere=())
+        parsed = parser.parse_all(argv[1:])
+        settings = _settings(parsed, {"merge": name}, destinations)["merge"]
+        _merge(name, parsed.files, parsed.base, parsed.out, parsed.force, settings)
+    except (ValueError, TypeError, OSError) as error:
+        return _complain(error)
+    return 0
+
+
+def _merge(name: str, files: list[Path], base: Path | None, out: Path, force: bool, settings: dict[str, Any]) -> None:
+    """Writes the merge of files of weights and prints a report. Raises before any work for what does not fit."""
+    row, paths = merging.MERGES[name], [*([base] if base else []), *files]
+    if row.needs:
+        python = f"call clkit.merging.merge({name!r}, ws, {row.needs}=...), or run with Merging({name!r})"
+        others = ", ".join(_by_weights())
+        raise ValueError(f"merge: {name} needs {row.needs}, which files of weights lack; {python}, or take {others}")
+    row.check(settings)
+    if row.arity not in (None, len(files)):
+        raise ValueError(f"files: {len(files)} were given and {name} merges {row.arity}; give {row.arity}")
+    if row.base and not base:
+        raise ValueError(f"base: {name} takes task vectors from one; give the weights before training as --base FILE")
+    if base and not row.base:
+        raise ValueError(f"base: {base} was given and {name} takes none; leave it out")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out: {out} is no name for safetensors; give one that ends in .safetensors")
+    if store.writable(out).exists() and not force:
+        raise ValueError(f"out: {out} is there already; give another path, or --force to overwrite it")
+    read = [dict(sorted(_weights(path).items())) for path in paths]  # one order, and one lot, whatever the format
+    tied = dict(set.intersection(*map(_tied, read)))
+    own = [
+        {entry: t for entry, t in w.items() if entry not in tied and weights.floating(f"{path}: {entry!r}", t)}
+        for path, w in zip(paths, read, strict=True)
+    ]
+    _check_alike([str(path) for path in paths], own)
+    try:
+        merged = row(own[bool(base) :], base=own[0], **settings)
+    except ValueError as error:
+        raise ValueError(re.sub(r"ws\[(\d+)\]", lambda found: str(files[int(found[1])]), str(error))) from error
+    whole = read[0] | merged
+    whole |= {entry: whole[first].clone() for entry, first in tied.items()}
+    store.save_tensors(out, whole, {"merge": name, "options": settings, "files": [str(path) for path in paths]})
+
+    options = parts.options(row.function, elsewhere=())
+    used = [f"{option.name} {settings.get(option.name, option.shown)}" for option in options]
+    print(f"{out}: {', '.join([name, *used])}")
+    moved = [entry for entry, t in merged.items() if not weights.is_statistic(entry) and t.isfinite().all()]
+    print(f"{sum(merged[entry].numel() for entry in moved):,} parameters in {len(moved)} tensors are merged")
+    if averaged := len(weights.statistics(merged)):
+        print(f"{averaged} running statistics are averaged; re-estimate them by clkit.normalization.refresh")
+    if counters := len(whole) - len(merged) - len(tied):
+        print(f"{counters} counters are those of {paths[0]}")
+
+    def distance(a: Weights, b: Weights) -> str:
+        return f"{sum(float((a[entry].double() - b[entry]).square().sum()) for entry in moved) ** 0.5:.4g}"
+
+    ends = {"from base": own[0], "from merged": merged} if base else {"from merged": merged}
+    points = zip([*paths, out], [*own, merged], strict=True)
+    _print_table([*ends], [(path, *(distance(point, end) for end in ends.values())) for path, point in points])
+
+
+def _by_weights() -> list[str]:
+    """The merges that need nothing but weights."""
+    return [name for name, row in merging.MERGES.items() if not row.needs]
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file: safetensors, or a state dict that torch saved. Raises ValueError on anything else."""
+    if path.suffix == ".safetensors":
+        tensors, header = store.load_tensors(path)
+        if "tree" in header:
+            python = "store.save_tensors('a.safetensors', Result.load(path).weights[-1], {})"
+            raise ValueError(f"{path} holds a saved run and no weights; write those of its last task: {python}")
+        return tensors
+    remedy = "give safetensors, or what torch.save(model.state_dict(), path) wrote"
+    with store.regular(path, "file", remedy) as file:
+        try:
+            found = dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever a file that is none leads to; torch advises to trust it
+            raise ValueError(f"{path} holds no state dict, or something beside it; {remedy}") from error
+    if other := [name for name, tensor in found.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(f"{path} holds {other[0]!r}, which is no tensor; {remedy}")
+    return found
+
+
+def _check_alike(names: Sequence[str], ws: Sequence[Weights]) -> None:
+    """Raises ValueError unless all weights have the same names, shapes and dtypes."""
+    weights.check_same(*ws, names=names)
+    for name, w in zip(names, ws, strict=True):
+        for entry, tensor in ws[0].items():
+            if w[entry].dtype != tensor.dtype:
+                kinds = f"{w[entry].dtype} and {tensor.dtype}".replace("torch.", "")
+                raise ValueError(
+                    f"{name} and {names[0]} differ in the dtype of {entry!r}: {kinds}; convert one of them"
+                )
+
+
+def _tied(w: Weights) -> set[tuple[str, str]]:
+    """The further names of tensors that stand under several names, as tied weights do, each with its first."""
+    first: dict[Any, str] = {}
+    names = {n: first.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else n, n) for n, t in w.items()}
+    return {(name, owner) for name, owner in names.items() if name != owner}
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -224,21 +346,43 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
 
 
-def _add_settings(parser: argparse.ArgumentParser, chosen: dict[str, str]) -> dict[str, tuple[str, parts.Option]]:
+def _add_settings(
+    parser: argparse.ArgumentParser,
+    chosen: Mapping[str, str],
+    makers: Mapping[str, Any],
+    elsewhere: Sequence[str] = parts.ELSEWHERE,
+) -> dict[str, tuple[str, parts.Option]]:
     """The options of the parts chosen; where two parts share a name, the later one's gets its part in front."""
     taken = {action.dest for action in parser._actions}
     destinations = {}
-    for part in GROUPS:
-        title = part if part == "training" else f"{part} {chosen[part]}"
-        maker = parts.maker(part, chosen[part])
-        group = parser.add_argument_group(title, parts.about(maker).replace("%", "%%"))
-        for option in parts.options(maker):
+    for part, name in chosen.items():
+        title = part if part == "training" else f"{part} {name}"
+        group = parser.add_argument_group(title, parts.about(makers[part]).replace("%", "%%"))
+        for option in parts.options(makers[part], elsewhere=elsewhere):
             destination = option.name if option.name not in taken else f"{part}_{option.name}"
             taken.add(destination)
             takes = f"{checks.expects(option.hint)}; " + ("required" if option.required else f"default: {option.shown}")
             group.add_argument(f"--{destination.replace('_', '-')}", metavar="VALUE", help=takes.replace("%", "%%"))
             destinations[destination] = (part, option)
     return destinations
+
+
+def _settings(
+    parsed: argparse.Namespace,
+    chosen: Mapping[str, str],
+    destinations: Mapping[str, tuple[str, parts.Option]],
+    **given: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """The settings of every part that are not its defaults: those `given`, and those of the options parsed."""
+    settings = {part: given.get(part, {}) for part in chosen}
+    for destination, (part, option) in destinations.items():
+        text = getattr(parsed, destination)
+        if text is not None:
+            settings[part][option.name] = checks.parse(option.name, text, option.hint)
+        elif option.required and option.name not in settings[part]:
+            flag = destination.replace("_", "-")
+            raise ValueError(f"{chosen[part]} needs --{flag}, {checks.expects(option.hint)}")
+    return settings
 
 
 def _count(text: str) -> int:

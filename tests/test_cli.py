@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import nbformat
 import pytest
 import torch
 from PIL import Image
 
-from clkit import benchmarks, checks, cli
+import merging_toys
+import toys
+from clkit import benchmarks, checks, cli, data, merging, models, store, training
 from clkit.experiments import parts
 from clkit.learners import LEARNERS, PerTask
+from clkit.weights import equal, get_weights, set_weights
 
 QUICK = [
     "--epochs",
@@ -39,14 +43,14 @@ def call(capsys, *argv: str) -> tuple[int, str, str]:
 
 def test_help_names_the_commands_and_the_options_of_what_is_chosen(capsys):
     status, out, _ = call(capsys, "--help")
-    assert status == 0 and "figures, run or bench" in out
+    assert status == 0 and "figures, run, merge, bench" in out
     assert call(capsys)[0] == 2
     status, out, _ = call(capsys, "run", "--learner", "ER", "--consolidation", "CLeWI", "--help")
     assert status == 0
     for option in ("--memory", "--alpha", "--epochs", "--widths", "--data", "--label-smoothing"):
         assert option in out
     assert "--alpha" not in call(capsys, "run", "--help")[1]
-    for command in ("figures", "bench"):
+    for command in ("figures", "merge", "bench"):
         assert call(capsys, command, "--help")[0] == 0
 
 
@@ -169,6 +173,160 @@ def test_bench_writes_only_where_there_is_a_place_for_it(capsys, monkeypatch, tm
     (tmp_path / "pyproject.toml").touch()
     status, _, err = call(capsys, "bench", "merging", "--quiet", "--write")
     assert status == 2 and "README.md has no line" in err and not (tmp_path / "figures").exists()
+
+
+BY_WEIGHTS = [name for name, row in merging.MERGES.items() if not row.needs]
+IMAGES = data.split(data.digits(), 2)
+COUNTER = {"norm.num_batches_tracked": torch.tensor(7)}
+
+
+class Files:
+    """Weights of a toy network in files, and `clkit merge` of them."""
+
+    def __init__(self, folder, capsys):
+        self.folder, self.capsys = folder, capsys
+
+    def write(self, name, w, ending=".safetensors"):
+        path = self.folder / f"{name}{ending}"
+        store.save_tensors(path, w, {"by": "us"}) if ending == ".safetensors" else torch.save(w, path)
+        return str(path)
+
+    def toys(self, row, dtype=torch.float32, ending=".safetensors", seed=0):
+        """Files, the base's option, and what they hold."""
+        ws, base = merging_toys.several(row, seed, dtype)
+        files = [self.write(f"w{i}", w | COUNTER, ending) for i, w in enumerate(ws)]
+        given = ["--base", self.write("base", base | COUNTER, ending)] if row.base else []
+        return files, given, ws, base
+
+    def merge(self, name, *argv, out="merged.safetensors"):
+        """What a merge that succeeds writes, and what it prints."""
+        path = self.folder / out
+        status, printed, err = call(self.capsys, "merge", name, *argv, "--out", str(path), "--force")
+        assert (status, err) == (0, "")
+        return store.load_tensors(path)[0], printed
+
+    def refuse(self, *argv, status=2):
+        found, out, err = call(self.capsys, "merge", *argv)
+        assert found == status and out == "" and err.startswith("clkit: ") and err.count("\n") == 1
+        return err
+
+
+@pytest.fixture
+def files(tmp_path, capsys):
+    return Files(tmp_path, capsys)
+
+
+def flags(options):
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value).lower())]
+
+
+@pytest.mark.parametrize(("dtype", "ending"), [(torch.float32, ".safetensors"), (torch.bfloat16, ".pt")], ids=str)
+@pytest.mark.parametrize("name", BY_WEIGHTS)
+class TestEveryMerge:
+    def test_it_gives_the_bits_and_dtypes_that_it_gives_in_python(self, files, name, dtype, ending):
+        row = merging.MERGES[name]
+        paths, given, ws, base = files.toys(row, dtype, ending)
+        merged, printed = files.merge(name, *paths, *given)
+        ordered = [dict(sorted(w.items())) for w in (*ws, base)]  # as lots are drawn
+        assert equal(merged, row(ordered[:-1], base=ordered[-1]) | COUNTER)
+        assert {key: t.dtype for key, t in merged.items()} == {key: t.dtype for key, t in (ws[0] | COUNTER).items()}
+        assert f": {name}" in printed and "2 running statistics are averaged" in printed and "1 counters" in printed
+        written = {option.name: option.shown for option in parts.options(row.function, elsewhere=())}
+        assert equal(files.merge(name, *paths, *given, *flags(written))[0], merged)
+
+    def test_copies_merge_to_the_copy_and_order_matters_only_where_it_is_said_to(self, files, name, dtype, ending):
+        row = merging.MERGES[name]
+        paths, given, ws, _ = files.toys(row, dtype, ending)
+        if row.exact is not None:
+            copies, _ = files.merge(name, *paths[:1] * len(paths), *given, *flags(row.exact))
+            for key, tensor in ws[0].items():
+                torch.testing.assert_close(
+                    copies[key], tensor, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+                )
+        if row.symmetric:
+            forth, back = (files.merge(name, *order, *given)[0] for order in (paths, paths[::-1]))
+            for key, tensor in forth.items():
+                torch.testing.assert_close(back[key], tensor, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_a_file_of_a_network_with_tied_weights_and_counters_goes_back_into_it(files):
+    for make, stream in ((models.gpt, toys.tokens()), (partial(models.resnet18, width=4), IMAGES)):
+        nets = [make(stream, seed=seed) for seed in range(3)]
+        a, b, base = (files.write(f"n{i}", net.state_dict(), ".pth") for i, net in enumerate(nets))
+        merged, printed = files.merge("ties", a, b, "--base", base, "--density", "0.5")
+        first, second, start = map(get_weights, nets)
+        nets[0].load_state_dict(merged)
+        assert equal(get_weights(nets[0]), merging.merge("ties", [first, second], base=start, density=0.5))
+        count = sum(p.numel() for p in nets[0].parameters())
+        assert f"{count:,} parameters in {len(list(nets[0].parameters()))} tensors are merged" in printed
+
+
+def test_weights_of_a_run_and_of_torch_may_be_mixed_and_the_file_says_what_it_is(files):
+    nets = [models.resnet18(IMAGES, width=2, seed=seed) for seed in range(2)]
+    a = files.write("a", get_weights(nets[0]))
+    b = files.write("b", nets[1].state_dict(), ".pt")
+    merged, printed = files.merge("interpolate", a, b, "--t", "0.25")
+    set_weights(nets[0], merged)
+    assert "counters" not in printed and not [key for key in merged if key.endswith("num_batches_tracked")]
+    header = store.load_tensors(files.folder / "merged.safetensors")[1]
+    assert header == {"merge": "interpolate", "options": {"t": 0.25}, "files": [a, b]}
+    rows = [line.split() for line in printed.splitlines()[-3:]]
+    assert [row[-1] for row in rows][-1] == "0" and float(rows[1][-1]) == pytest.approx(
+        3 * float(rows[0][-1]), rel=1e-3
+    )
+
+
+def test_what_merge_cannot_use_is_refused_by_name_before_any_work(files, monkeypatch):
+    w = merging_toys.weights(0, torch.float32)
+    a, b = files.write("a", w), files.write("b", w)
+    out = ["--out", str(files.folder / "merged.safetensors")]
+    monkeypatch.setattr(merging.Merge, "__call__", lambda *_, **__: pytest.fail("it worked"))
+
+    def refused(message, *argv, out=out):
+        assert message in files.refuse(*argv, *out)
+
+    refused("merge: 'tiess' is unknown", "tiess", a, b)
+    refused("greedy_soup needs score, which files of weights lack; call clkit.merging.merge('greedy_soup', ws, score=",
+            "greedy_soup", a, b)  # fmt: skip
+    refused("or take average, interpolate,", "regmean", a, b)
+    refused("density: 1.5; give a number in (0, 1]", "ties", a, b, "--base", a, "--density", "1.5")
+    refused("did you mean --density?", "ties", a, b, "--base", a, "--desity", "1")
+    refused("base: ties takes task vectors from one; give the weights before training as --base FILE", "ties", a, b)
+    refused(f"base: {a} was given and average takes none; leave it out", "average", a, b, "--base", a)
+    refused("files: 3 were given and slerp merges 2; give 2", "slerp", a, b, b)
+    refused("nowhere.pt cannot be read (there is no such file)", "average", a, "nowhere.pt")
+    refused("--out", "average", a, b, out=[])
+    refused("the following arguments are required: FILE", "average")
+    refused("merged.pt is no name for safetensors", "average", a, b, out=["--out", str(files.folder / "merged.pt")])
+    refused(f"out: {b} is there already; give another path, or --force", "average", a, b, out=["--out", b])
+    less, whole = {key: t for key, t in w.items() if key != "scalar"}, dict(w)
+    refused("b.pt and " + a + " have different names: missing ['scalar'], unexpected []", "average", a,
+            files.write("b", less, ".pt"))  # fmt: skip
+    shapes = whole | {"norm.weight": torch.zeros(5)}
+    refused("differ in the shape of 'norm.weight': (5,) and (4,)", "average", a, files.write("c", shapes))
+    halves = whole | {"norm.weight": torch.zeros(4, dtype=torch.float16)}
+    refused("differ in the dtype of 'norm.weight': float16 and float32; convert one", "average", a,
+            files.write("d", halves))  # fmt: skip
+    complex_ = whole | {"norm.weight": torch.zeros(4, dtype=torch.complex64)}
+    refused("'norm.weight': torch.complex64 is no dense tensor", "average", a, files.write("e", complex_, ".pt"))
+    refused("holds 'epoch', which is no tensor; give safetensors, or what torch.save", "average", a,
+            files.write("f", whole | {"epoch": 3}, ".pt"))  # fmt: skip
+    refused("holds no state dict", "average", a, files.write("g", torch.nn.Linear(2, 2), ".pt"))
+    run = files.folder / "run.safetensors"
+    training.run(toys.stream(2), models.mlp, training=toys.QUICK, progress=False).save(run)
+    refused(
+        "holds a saved run and no weights; write those of its last task: store.save_tensors(", "average", a, str(run)
+    )
+    assert not (files.folder / "merged.safetensors").exists()
+
+
+def test_a_file_that_is_not_finite_is_named_and_what_was_there_stays(files):
+    w = merging_toys.weights(0, torch.float32)
+    a, b = files.write("a", w), files.write("b", w | {"scalar": torch.tensor(torch.nan)})
+    kept = files.folder / "merged.safetensors"
+    kept.write_bytes(b"kept")
+    assert f"{b}: 'scalar' holds a NaN" in files.refuse("average", a, b, "--out", str(kept), "--force")
+    assert kept.read_bytes() == b"kept"
 
 
 def write_notebook(path, source):

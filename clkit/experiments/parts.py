@@ -81,8 +81,8 @@ def about(maker: Any) -> str:
     return " ".join(text.partition("\n\n")[0].split())
 
 
-def options(maker: Any) -> list[Option]:
-    """The settings of a choice, in order; those that no text can express are left out."""
+def options(maker: Any, elsewhere: Sequence[str] = ELSEWHERE) -> list[Option]:
+    """The settings of a choice, in order; those `elsewhere` and those that no text can express are left out."""
     if not makes(maker):
         return []
     function = checks.innermost(maker)
@@ -91,7 +91,7 @@ def options(maker: Any) -> list[Option]:
     for p in inspect.signature(maker).parameters.values():
         plain = type(p.default) if isinstance(p.default, bool | int | float) else str
         hint = checks.readable(hints.get(p.name, plain))
-        if p.name not in ELSEWHERE and hint and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+        if p.name not in elsewhere and hint and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
             found.append(Option(p.name, p.default, hint))
     return found
 

@@ -10,8 +10,8 @@ table = page.table(sfa.plane(methods, head="shared"), "few")
 """
 
 from studies.sfa.images import (
-    PERCEPTRON, conflicting, contradiction, course, elsewhere, ends, even_odd, long_streams, merges, parts, permuted,
-    plane, pretrained, retained, rotated, sided, small_mlp, twenty,
+    PERCEPTRON, checkpoints, conflicting, conflicts, contradiction, course, elsewhere, ends, even_odd, hundred,
+    long_streams, merges, parts, permuted, plane, pretrained, retained, rotated, sided, similarity, small_mlp, twenty,
 )  # fmt: skip
 from studies.sfa.language import (
     ADAM, CONTEXT, DOMAINS, ORDERS, barriers, by_domain, reading, real_texts, text, texts, well_read, writes,

@@ -14,8 +14,8 @@ from torch import nn
 from clkit import checks, data, landscape, models, weights
 from clkit.consolidation import SFA, Context, Merged
 from clkit.data import Stream
-from clkit.experiments import Comparison, Method
-from clkit.learners import Learner
+from clkit.experiments import Comparison, Method, grid
+from clkit.learners import EWC, L2, DataBuffer, Joint, Learner, OnlineEWC
 from clkit.training import Result, Training, run
 from studies.named import dataset, drawn
 
@@ -144,6 +144,54 @@ def long_streams(methods: Mapping[str, Method], profile: str = "fast") -> Compar
     return Comparison(
         {"letters, 20 tasks": twenty}, {"vit 48 x 2, pretrained": pretrained}, methods, adam, range(3), course
     )
+
+
+def similarity() -> Comparison:
+    """How often to merge, by how alike two tasks are: upright digits, then turned ones, or some pixels permuted."""
+    streams = {f"rotated by {angle}": partial(rotated, angle=angle) for angle in (0, 30, 60, 90, 180)}
+    shares = {f"{share:.0%} of pixels permuted": share for share in (0.25, 0.5, 1.0)}
+    streams |= {name: partial(permuted, tasks=2, pixels=share) for name, share in shares.items()}
+    methods = grid(Learner) | grid(SFA, "SFA p={p:g} β={beta:g}", p=[i / 10 for i in range(1, 11)], beta=0.5)
+    return Comparison(streams, PERCEPTRON, methods, Training(8, 32, 0.1), range(3), ends)
+
+
+def hundred() -> Comparison:
+    """A hundred tasks, in each another permutation of half of the pixels: does SFA still learn, and what does it keep?
+
+    "1-1/k" is the β that gives each of k tasks an equal part.
+    """
+    methods = grid(Learner) | grid(SFA, "SFA p={p:g} β={beta:g}", p=0.25, beta=(0.5, 0.2))
+    methods |= grid(SFA, "SFA p=1 β={beta}", p=1.0, beta={"0.5": 0.5, "1-1/k": "equal"})
+    methods |= grid(OnlineEWC, strength=0.5, gamma=0.9)
+    methods |= grid(DataBuffer, "buffer {share:.0%}, concatenate", share=0.05)
+    streams = {"100 tasks": partial(permuted, tasks=100, pixels=0.5)}
+    return Comparison(streams, PERCEPTRON, methods, Training(3, 32, 0.1), range(2), course)
+
+
+def checkpoints() -> Comparison:
+    """Anchors of one checkpoint or of several, over ten permutations of half of the pixels, beside buffers."""
+    ps, anchors = (0.25, 1.0), ("previous", "uniform", "recency")
+    methods = grid(Learner) | grid(Joint)
+    methods |= grid(SFA, "SFA p={p:g} β={beta:g}, {anchor}", p=ps, beta=(0.2, 0.5), anchor=anchors)
+    methods |= grid(SFA, "SFA p={p:g} β=1-1/k, {anchor}", p=ps, beta="equal", anchor=anchors[:2])
+    methods |= grid(SFA, "SFA p={p:g}, 0.3 + 0.2 + 0.1 of the last three", p=ps, beta=0.6, anchor=[(0.3, 0.2, 0.1)])
+    methods |= grid(DataBuffer, "buffer {share:.0%}, {mixing}", share=(0.05, 0.1), mixing=("concatenate", "half"))
+    streams = {"10 tasks": partial(permuted, tasks=10, pixels=0.5)}
+    return Comparison(streams, PERCEPTRON, methods, Training(8, 32, 0.1), range(3), course)
+
+
+def conflicts() -> Comparison:
+    """Methods by the share of classes on which two tasks contradict each other, with and without a mark of the task."""
+    degrees = [(c, marked) for marked in (False, True) for c in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    streams = {
+        f"c={c:g}{', marked' if marked else ''}": partial(conflicting, conflict=c, marked=marked)
+        for c, marked in degrees
+    }
+    methods = grid(Learner) | grid(L2, "L2 λ={strength:g}", strength=0.1)
+    methods |= grid(EWC, "EWC λ={strength:g}", strength=30.0)
+    methods |= grid(SFA, "SFA p={p:g} β={beta:g}", p=(0.25, 1.0), beta=(0.2, 0.5))
+    methods |= grid(DataBuffer, "buffer {share:.0%}, {mixing}", share=0.1, mixing="half")
+    return Comparison(streams, PERCEPTRON, methods, Training(16, 32, 0.1), range(3), ends)
 
 
 def ends(result: Result) -> dict[str, float]:

@@ -206,6 +206,14 @@ def readable(hint: Any) -> Any:
     return Union[parts] if any(part is not NoneType for part in parts) else None  # noqa: UP007
 
 
+def words(hint: Any) -> tuple[Any, ...]:
+    """The words that an annotation chooses from, None among them if it may be; () where it takes anything else."""
+    kinds = [kind for kind, _ in _parts(hint)]
+    if not all(get_origin(kind) is Literal or kind is NoneType for kind in kinds):
+        return ()
+    return tuple(word for kind in kinds for word in (get_args(kind) or (None,)))
+
+
 def expects(hint: Any) -> str:
     """What an annotation allows, in words: "a whole number, at least 1, or none"."""
     return " or ".join(dict.fromkeys(_words(*part) for part in _parts(hint)))

@@ -1,4 +1,5 @@
-"""What a notebook lets one move: handles on a picture."""
+"""What a notebook lets one move: handles on a picture, and the explorer of runs."""
 
+from clkit.interact.explore import Explorer, explorer
 from clkit.interact.knobs import Handles, handles
 from clkit.interact.slider import Slider, slider

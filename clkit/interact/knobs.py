@@ -52,15 +52,15 @@ def handles(
 class Handles:
     """What `handles` returns; the last expression of a cell shows it. `at` has the knobs' values, by label.
 
-    `knobs` are the sliders by label and `widget` the box that holds them; `png` is the picture, as bytes; `error` is
-    what the last drawing raised, or None.
+    `knobs` are the sliders by label and `widget` the box that holds them; `png` is the picture, as bytes, and `shown`
+    the outputs that it is shown in; `error` is what the last drawing raised, or None.
     """
 
     def __init__(self, draw: Callable[..., Any], values: dict[str, list[Any]], start: list[int], dpi: Any) -> None:
         import ipywidgets
 
         self.values, self.dpi, self.png, self.error = values, dpi, b"", None
-        self._draw, self._pictures, self._shown = draw, {}, []
+        self._draw, self._pictures, self.shown = draw, {}, []
         self._position = dict(zip(values, start, strict=True))
         self.knobs: dict[str, Any] = {}
         self._texts: dict[str, Any] = {}
@@ -109,11 +109,11 @@ class Handles:
             self.png, self.error = self._picture(where), None
         except Exception as error:
             self.error = error
-        self._message.value = "" if self.error is None else _told(self.error)
+        self._message.value = "" if self.error is None else message(self.error)
         for label, value in self.at.items() if waits else ():
             self._texts[label].value = _text(value)
-        for place in self._shown if self.error is None else ():
-            place.update(self._bundle(), raw=True)
+        for place in self.shown if self.error is None else ():
+            place.update(self.bundle(), raw=True)
 
     def _picture(self, where: tuple[int, ...]) -> bytes:
         """The picture for a position, drawn when it is first asked for."""
@@ -134,9 +134,10 @@ class Handles:
         from IPython.core.display_functions import display
 
         display(self.widget._repr_mimebundle_() | {"text/plain": repr(self)}, raw=True)
-        self._shown.append(display(self._bundle(), raw=True, display_id=True))
+        self.shown.append(display(self.bundle(), raw=True, display_id=True))
 
-    def _bundle(self) -> dict[str, Any]:
+    def bundle(self) -> dict[str, Any]:
+        """The picture with what it stands for in words, as an output has them."""
         at = ", ".join(f"{label} = {_text(value)}" for label, value in self.at.items())
         return {"image/png": self.png, "text/plain": at}
 
@@ -167,5 +168,6 @@ def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _told(error: Exception) -> str:
+def message(error: Exception) -> str:
+    """An error as it is shown on a page: in HTML."""
     return f"<span style='color: var(--jp-error-color1, #b00)'>{html.escape(f'{type(error).__name__}: {error}')}</span>"

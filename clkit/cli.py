@@ -1,4 +1,4 @@
-"""The command line: `clkit figures`, `clkit run`, `clkit merge`, `clkit bench`.
+"""The command line: `clkit figures`, `clkit run`, `clkit merge`, `clkit bench`, `clkit student`.
 
 What a shell can choose from is derived from the library itself. The options of a learner, a consolidation or a training
 are the fields of its dataclass; those of a stream, a model or a merge are the parameters of its function. Nothing here
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 1 if something that was run failed, 2 on bad arguments."""
-    commands = {"figures": figures, "run": run, "merge": merge, "bench": bench}
+    commands = {"figures": figures, "run": run, "merge": merge, "bench": bench, "student": student}
     parser = Parser(prog="clkit", description="Continual learning in weight space.", allow_abbrev=False)
     parser.add_argument("command", choices=commands, metavar="command", help=", ".join(commands))
     parser.epilog = "clkit <command> --help tells more."
@@ -325,6 +325,26 @@ def bench(argv: Sequence[str]) -> int:
         return 0
     shown = DataFrame(rows).set_index("name")[["ours", "theirs", "ratio", "unit"]]
     print(shown.rename_axis(None).to_string(na_rep="not installed", float_format="%.4g"))
+    return 0
+
+
+def student(argv: Sequence[str]) -> int:
+    """Writes notebooks for a class and tabulates them."""
+    about = "Write notebooks without outputs and solutions into a folder that a class works in, with all they read."
+    parser = Parser(prog="clkit student", allow_abbrev=False, description=about)
+    parser.add_argument("names", nargs="*", help="paths, or how names in the repository begin (03); default: all there")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where to; new, or made by this command"
+    )
+    pasted = "with the solutions pasted into the exercises: the teacher's half"
+    parser.add_argument("--solutions", action="store_true", help=pasted)
+    chosen = parser.parse_all(argv)
+    try:
+        given = experiments.student(experiments.find(chosen.names), chosen.out, solutions=chosen.solutions)
+    except (ValueError, OSError) as error:
+        return _complain(error)
+    _print_table(("exercises", "minutes", "for the machine"), given)
+    print(f"{chosen.out}/README.md says how a class begins")
     return 0
 
 

@@ -43,14 +43,14 @@ def call(capsys, *argv: str) -> tuple[int, str, str]:
 
 def test_help_names_the_commands_and_the_options_of_what_is_chosen(capsys):
     status, out, _ = call(capsys, "--help")
-    assert status == 0 and "figures, run, merge, bench" in out
+    assert status == 0 and "figures, run, merge, bench, student" in out
     assert call(capsys)[0] == 2
     status, out, _ = call(capsys, "run", "--learner", "ER", "--consolidation", "CLeWI", "--help")
     assert status == 0
     for option in ("--memory", "--alpha", "--epochs", "--widths", "--data", "--label-smoothing"):
         assert option in out
     assert "--alpha" not in call(capsys, "run", "--help")[1]
-    for command in ("figures", "merge", "bench"):
+    for command in ("figures", "merge", "bench", "student"):
         assert call(capsys, command, "--help")[0] == 0
 
 

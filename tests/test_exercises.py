@@ -1,10 +1,8 @@
-"""Every hint and solution of the notebooks runs, and every exercise can tell a right answer from none.
+"""Every solution of the notebooks is right, and every exercise can tell it from none.
 
-An exercise is a cell with the tag `exercise`. One statement of it is marked `# your turn`: that is what the reader
-writes anew. As committed the cell runs and a `page.check` of it prints "not yet". The text cell below holds answers:
-each block of python code there takes the marked statement's place, and then all checks print "right". Of the notebook
-only those statements run that an exercise depends on, with the first of several seeds and, where the answers are the
-same, in fewer epochs.
+What runs are the notebooks that `clkit student` writes: without solutions, where an exercise runs and says "not yet",
+with a hint, and with them, where all its checks say "right". Of a notebook only those statements run that an exercise
+depends on, with the first of several seeds and, where the answers are the same, in fewer epochs.
 """
 
 import ast
@@ -14,34 +12,42 @@ import io
 import math
 import re
 import symtable
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import pytest
 
-from clkit import Training
+from clkit import Training, experiments
+from clkit.experiments import teaching
+from clkit.experiments.notebooks import opened
+from clkit.experiments.teaching import MARK, marked, statements
 from test_repository import NOTEBOOKS, cells, text
 
-MARK = "# your turn"
 EPOCHS = {"00-start-here": 1}  # at most; elsewhere as many as the notebook has
+HINTS_MISSING = {
+    "02-alignment",
+    "04-sfa",
+    "05-math-law-code",
+    "06-weight-modulation",
+    "07-holistic-merging",
+    "10-ledger",
+}  # notebooks that are still to get hints and the three kinds of exercises
 
 
-def all_cells(path):
-    return cells(path, "code", "markdown")
-
-
-def is_exercise(cell):
-    return "exercise" in cell["metadata"].get("tags", [])
+@pytest.fixture(scope="module")
+def handed_out(tmp_path_factory):
+    """The folders that a class and its teacher get, made once."""
+    folders = {solutions: tmp_path_factory.mktemp("solved" if solutions else "class") for solutions in (False, True)}
+    for solutions, folder in folders.items():
+        experiments.student(NOTEBOOKS, folder, solutions=solutions)
+    return folders
 
 
 def exercises(path):
-    """The exercises of a notebook: the cell's position and text, and the answers given below it."""
-    found, book = [], all_cells(path)
-    for place, cell in enumerate(book):
-        if is_exercise(cell):
-            below = text(book[place + 1]) if place + 1 < len(book) else ""
-            hidden = "".join(re.findall(r"<details>.*?</details>", below, re.S))
-            found.append((place, text(cell), re.findall(r"```python\n(.*?)```", hidden, re.S)))
-    return found
+    """The exercises of a committed notebook: the cell's text, the statement marked in it, and the solutions below."""
+    book = opened(path).cells
+    pairs = [pair for pair in pairwise(book) if teaching.is_exercise(pair[0])]
+    return [(cell.source, marked(cell.source), teaching.solved(below)) for cell, below in pairs]
 
 
 @functools.cache
@@ -67,15 +73,6 @@ def uses(statement):
                 changes |= {place.id} if isinstance(place, ast.Name) else set()
     whole = isinstance(node, ast.Assign | ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
     return reads, later, sets if whole else set(), sets | changes
-
-
-def statements(source):
-    """The statements of a cell, as text."""
-    lines, found = source.splitlines(), []
-    for node in ast.parse(source).body:
-        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        found.append("\n".join(lines[first - 1 : node.end_lineno]))
-    return found
 
 
 def needed(before, source, later=frozenset()):
@@ -106,15 +103,6 @@ def test_a_cell_needs_what_it_depends_on_and_no_more():
     assert needed(before, "len(b)") == {1, 3, 5, 11}
 
 
-def answered(source, answer):
-    """A cell with its marked statement replaced."""
-    marked = [statement for statement in statements(source) if MARK in statement]
-    lines = [line for line in source.splitlines() if MARK in line]
-    (statement,) = marked or [s for s in statements(source) if s in lines[0]]
-    assert len(lines) == 1
-    return source.replace(statement, answer.rstrip("\n"))
-
-
 def repeated(source, fixed):
     """The statements of a cell but the `fixed` ones, those that read what they change, and those that make it."""
     again = set()
@@ -131,7 +119,7 @@ def repeated(source, fixed):
 
 
 def checked(source, space, fixed, shared):
-    """What the checks of a cell print: whether each answer is right.
+    """What the checks of a cell print, a line a check.
 
     What the `fixed` statements set that depend on no other one is the same in every cell of an exercise: they run once
     and leave it in `shared`.
@@ -148,51 +136,73 @@ def checked(source, space, fixed, shared):
                 shared[statement] = {name: space[name] for name in space if space[name] is not before.get(name, out)}
             space |= shared[statement]
     plt.close("all")
-    return [line.startswith("right: ") for line in out.getvalue().splitlines() if re.match("(right|not yet): ", line)]
+    return [line for line in out.getvalue().splitlines() if re.match("(right|not yet): ", line)]
 
 
 def test_what_no_answer_changes_runs_once():
     cell = "a = 1  # your turn\nb = [ran.append(0)]\nc, d = [ran.append(a)], []\ne = []\ne.append(a)"
     cell += "\nprint('right: a' if a > 4 and e == [a] else 'not yet: a')"
     ran, fixed, shared = [], set(statements(cell)[1:]), {}
-    assert checked(cell, {"ran": ran}, fixed, shared) == [False] and ran == [0, 1]
-    assert checked(answered(cell, "a = 5"), {"ran": ran}, fixed, shared) == [True] and ran == [0, 1, 5]
+    assert checked(cell, {"ran": ran}, fixed, shared) == ["not yet: a"] and ran == [0, 1]
+    solved = cell.replace(marked(cell), "a = 5")
+    assert checked(solved, {"ran": ran}, fixed, shared) == ["right: a"] and ran == [0, 1, 5]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_exercises_ask_for_something_written(path):
     found = exercises(path)
     assert len(found) >= 3
-    for _, source, answers in found:
-        assert len(re.findall(MARK, source)) == 1 and re.search(r"page\.(check|predict)\(", source) and answers, source
-        assert not re.search(rf"{MARK}.*[(=]", source), "what may be written stands in the answers, which a test runs"
+    for source, statement, solutions in found:
+        assert statement and solutions and re.search(r"page\.(check|predict)\(", source), source
+        assert not re.search(rf"{MARK}.*[(=]", source), "what may be written stands in the solution, which a test runs"
     for cell in cells(path, "markdown"):
         for hidden in re.findall(r"<details>.*?</details>", text(cell), re.S):
             assert not re.search(r"<code>[^<]*[(=]", hidden), hidden
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_asks_to_predict_to_build_and_to_break(path):
+    if path.stem in HINTS_MISSING:
+        pytest.skip("not rewritten yet")
+    found = exercises(path)
+    predicted = [statement for source, statement, _ in found if "page.predict(" in source]
+    assert predicted and all(statement.startswith(f"guess = None  {MARK}") for statement in predicted)
+    built = [solutions[0] for *_, solutions in found if "def " in solutions[0]]
+    assert any(len([line for line in solution.splitlines() if line.strip()]) >= 5 for solution in built)
+    broken = [source for source, statement, _ in found if re.search(r"\bwhy\b.*=", statement)]
+    assert any("len(why.split()) > 7" in source for source in broken)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")
-def test_answers_are_right_and_committed_cells_are_not_yet(path, monkeypatch, tmp_path):
-    monkeypatch.chdir(path.parent)
+def test_what_a_class_gets_is_not_yet_and_its_solutions_are_right(path, handed_out, monkeypatch, tmp_path):
+    given, solved = (folder / "notebooks" / path.name for folder in handed_out.values())
+    monkeypatch.chdir(given.parent)
     monkeypatch.setenv("CLKIT_FIGURES", str(tmp_path))
-    book, found, ran, most = all_cells(path), exercises(path), set(), EPOCHS.get(path.stem, math.inf)
+    book, ran, most = opened(given).cells, set(), EPOCHS.get(path.stem, math.inf)
+    written = {cell.id: cell.source for cell in opened(solved).cells}
+    others = {source: solutions[1:] for source, _, solutions in exercises(path)}
 
     def shorter(epochs, *args, **options):
         return Training(min(epochs, most), *args, **options)
 
     space = {"display": lambda *_: None, "__name__": "__main__"}
-    for place, source, answers in found:
-        before = [s for cell in book[:place] if cell["cell_type"] == "code" for s in statements(text(cell))]
-        cells_to_run = [source, *(answered(source, answer) for answer in answers)]
-        for i in sorted(set().union(*(needed(before, cell) for cell in cells_to_run)) - ran):
+    for place, cell in enumerate(book):
+        if not teaching.is_exercise(cell):
+            continue
+        source = cell.source
+        solutions = [written[cell.id], *(source.replace(str(marked(source)), other) for other in others[source])]
+        before = [s for cell in book[:place] if cell.cell_type == "code" for s in statements(cell.source)]
+        for i in sorted(set().union(*(needed(before, cell) for cell in [source, *solutions])) - ran):
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(before[i], path.stem, "exec"), space)
             space |= {"SEEDS": space["SEEDS"][:1]} if "SEEDS" in space else {}
             space |= {"Training": shorter} if "Training" in space else {}
             ran.add(i)
         fixed, shared = {s for s in statements(source) if MARK not in s}, {}
-        committed = checked(source, space, fixed, shared)
-        assert committed and not all(committed), f"right as it stands: {source}"
-        for answer, cell in zip(answers, cells_to_run[1:], strict=True):
-            assert all(checked(cell, space, fixed, shared)), answer
+        unsolved = [line for line in checked(source, space, fixed, shared) if line.startswith("not yet: ")]
+        assert unsolved, f"right as it stands: {source}"
+        if path.stem not in HINTS_MISSING:
+            assert not [line for line in unsolved if line.rstrip().endswith(";")], "a check without a hint"
+        for solution in solutions:
+            assert all(line.startswith("right: ") for line in checked(solution, space, fixed, shared)), solution

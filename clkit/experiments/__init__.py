@@ -23,3 +23,4 @@ from clkit.experiments.notebooks import Outcome, execute, find
 from clkit.experiments.pages import Page, page, repository
 from clkit.experiments.statistics import Difference, contrasts, difference, paired_difference, summarise
 from clkit.experiments.sweep import Comparison, Study, accuracies, stored_weights, study, sweep
+from clkit.experiments.teaching import Handout, student

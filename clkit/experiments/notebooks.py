@@ -87,7 +87,7 @@ def execute(
         raise ValueError("check: it keeps nothing; leave out write and figures")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or (cores if profile == "fast" else 1), len(notebooks) or 1)
-    books = [_book(path) for path in notebooks]
+    books = [opened(path) for path in notebooks]
     if figures:
         writable(expand(figures) / "figure.png")
     cells = sum(cell.cell_type == "code" for book in books for cell in book.cells)
@@ -106,7 +106,8 @@ def execute(
         return outcomes
 
 
-def _book(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """A notebook as nbformat has it. Raises ValueError for what is none, FileNotFoundError where nothing is."""
     import nbformat
 
     text = content(path, "notebooks", "give one (.ipynb)")

@@ -1,0 +1,190 @@
+"""A class's folder: notebooks with the solutions of their exercises taken out, or pasted in, and all that they read.
+
+An exercise is a code cell with the tag `exercise`. One statement of it is marked `# your turn`: that is what a student
+writes anew. The text cell below has the solution, a block of python code in `<details>`.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clkit import store
+from clkit.experiments.notebooks import normalise, opened
+from clkit.experiments.pages import repository
+
+MARK = "# your turn"
+RECORD = "made-by-clkit-student.json"
+DETAILS, CODE = re.compile(r"<details>.*?</details>", re.S), re.compile(r"```python\n(.*?)```", re.S)
+QUESTION = re.compile(r"<details><summary>(.*?)</summary>.*?</details>", re.S)
+EMPTY = re.compile(r"<details><summary>.*?</summary>\s*</details>", re.S)
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")
+TIME = re.compile(r"\*\*Time:\*\* about (.+?) minutes for you, (.+?) for the machine")
+
+README = """# Notebooks for a class
+
+Made by `clkit student`. With Python 3.11 or newer, in this folder:
+
+```bash
+python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/jupyter lab notebooks
+```
+
+| notebook | exercises | minutes for you | for the machine |
+|---|---|---|---|
+{rows}
+
+Run the cells of a notebook in order. {told}
+
+Leave `figures` and `notebooks/studies` where they are: stored results lie there, which take hours to compute.
+"""
+STUDENT = f"""An exercise is a cell with `{MARK}` in it. As it stands it runs, and says "not yet" and
+what to try next. Write the marked statement anew and run the cell again, until all its checks say "right"."""
+TEACHER = """Exercises have their solutions, so that all their checks say "right"; explanations are folded below."""
+
+
+class Handout(NamedTuple):
+    """A notebook handed out: how many exercises it has, and how long it takes a person, in minutes, and the machine.
+
+    Times are what its goals tell, "-" where they tell nothing.
+    """
+
+    notebook: str
+    exercises: int
+    minutes: str
+    machine: str
+
+
+def student(notebooks: Sequence[Path], out: Path | str, *, solutions: bool = False) -> list[Handout]:
+    """Writes notebooks into a folder for a class, without outputs, and returns what was handed out.
+
+    Without `solutions` these are taken out, and the answers to the questions of "## Recall"; checks stay. With them
+    they are pasted in place of the marked statements, and explanations stay. The folder stands alone: it has the
+    packages and stored results that notebooks read, the pictures and pages that they link to, and the package to
+    install. Notebooks that were handed out to it before stay.
+
+    Raises ValueError before anything is written: for notebooks that are not those of one repository, for an exercise
+    without its mark or its solution, and for an `out` that was not made by this function or is the other half, or in
+    which a file was changed since.
+    """
+    paths, place = [path.resolve() for path in notebooks], store.expand(out)
+    root = repository(next(iter(paths), Path()).parent)
+    if apart := [path for path in paths if path.parent != root / "notebooks"]:
+        raise ValueError(f"names: {apart[0]} is not in {root / 'notebooks'}; put it there, or leave it out")
+    record = _record(place, solutions)
+    books = {path.stem: opened(path) for path in paths}
+    handouts = {name: _handout(name, book) for name, book in books.items()}
+    told = record["notebooks"] | {name: handout[1:] for name, handout in handouts.items()}
+    rows = "\n".join(f"| {' | '.join([name, *map(str, told[name])])} |" for name in sorted(told))
+    files = {"pyproject.toml": b""}  # by which notebooks find the folder's root
+    files |= {name: file.read_bytes() for name, file in _beside(root, books.values()).items()}
+    files |= {f"notebooks/{name}.ipynb": version(book, name, solutions=solutions) for name, book in books.items()}
+    files["README.md"] = README.format(rows=rows, told=TEACHER if solutions else STUDENT).encode()
+    digests = {name: sha256(content).hexdigest() for name, content in files.items()}
+    for name in files:
+        _check_unchanged(place / name, record["files"].get(name), digests[name])
+    store.writable(place / RECORD)
+    for name, content in files.items():
+        store.write_atomically(place / name, lambda file, content=content: file.write_bytes(content))
+    store.write_json(place / RECORD, record | {"notebooks": told, "files": record["files"] | digests})
+    return list(handouts.values())
+
+
+def version(book: Any, name: str, *, solutions: bool) -> bytes:
+    """The file of a notebook without outputs, and without solutions or with them pasted in.
+
+    Of several solutions the first is pasted in, and the others stay below. Raises ValueError for an exercise with other
+    than one marked statement, and, with `solutions`, without one.
+    """
+    import nbformat
+
+    book = deepcopy(book)
+    for before, cell, below in zip([None, *book.cells[:-1]], book.cells, [*book.cells[1:], None], strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+        if is_exercise(cell):
+            statement, found = marked(cell.source), solved(below)
+            if statement is None or (solutions and not found):
+                want = "no solution below" if statement else "not one statement marked"
+                remedy = f"mark one with {MARK!r}, and give a block of python code in <details> below"
+                raise ValueError(f"notebooks: exercise {cell.get('id')} of {name} has {want}; {remedy}")
+            cell.source = cell.source.replace(statement, found[0]) if solutions else cell.source
+        elif cell.cell_type == "markdown" and is_exercise(before):
+            pasted = f"```python\n{next(iter(solved(cell)), '')}\n```"
+            text = EMPTY.sub("", cell.source.replace(pasted, "")) if solutions else DETAILS.sub("", cell.source)
+            cell.source = re.sub(r"\n{3,}", "\n\n", text).strip()
+        elif cell.cell_type == "markdown" and cell.source.startswith("## Recall") and not solutions:
+            cell.source = QUESTION.sub(r"1. \1", cell.source)
+    book.cells = [cell for cell in book.cells if cell.source.strip()]
+    return (nbformat.writes(normalise(book)) + "\n").encode()
+
+
+def is_exercise(cell: Any) -> bool:
+    """Whether a cell of a notebook, None for none, is an exercise."""
+    return cell is not None and "exercise" in cell.metadata.get("tags", [])
+
+
+def marked(source: str) -> str | None:
+    """The statement of a cell's code that a student writes anew, as text; None where not exactly one is marked."""
+    found = [statement for statement in statements(source) if MARK in statement]
+    return found[0] if len(found) == source.count(MARK) == 1 else None
+
+
+def statements(source: str) -> list[str]:
+    """The statements of a cell's code, as text."""
+    lines, found = source.splitlines(), []
+    for node in ast.parse(source).body:
+        first = min([node.lineno, *(part.lineno for part in getattr(node, "decorator_list", []))])
+        found.append("\n".join(lines[first - 1 : node.end_lineno]))
+    return found
+
+
+def solved(below: Any) -> list[str]:
+    """The solutions in the text cell below an exercise, as code."""
+    hidden = "".join(DETAILS.findall(below.source)) if below is not None else ""
+    return [code.rstrip("\n") for code in CODE.findall(hidden)]
+
+
+def _handout(name: str, book: Any) -> Handout:
+    told = TIME.search("\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown"))
+    return Handout(name, sum(map(is_exercise, book.cells)), *(told.groups() if told else "--"))
+
+
+def _beside(root: Path, books: Iterable[Any]) -> dict[str, Path]:
+    """What notebooks of a repository read and link to: paths in it and their files."""
+    folders = [root / "clkit", *(path.parent for path in (root / "notebooks").glob("*/__init__.py"))]
+    found = [file for folder in folders for file in folder.rglob("*") if "__pycache__" not in file.parts]
+    for file in (root / "figures").glob("*.json"):
+        content = store.read_json(file)
+        found += [file] if isinstance(content, dict) and content.keys() & {"results", "claims"} else []
+    texts = [(root / "notebooks", cell.source) for book in books for cell in book.cells if cell.cell_type == "markdown"]
+    for folder, text in texts:
+        linked = {(folder / link).resolve() for link in LINK.findall(text)}
+        linked = {file for file in linked.difference(found) if file.is_file() and file.is_relative_to(root)}
+        new = [file for file in linked if file.suffix != ".ipynb"]
+        texts += [(file.parent, file.read_text(encoding="utf-8")) for file in new if file.suffix == ".md"]
+        found += new
+    return {file.relative_to(root).as_posix(): file for file in [*found, root / "pyproject.toml"] if file.is_file()}
+
+
+def _record(place: Path, solutions: bool) -> dict[str, Any]:
+    """What was handed out to a folder before: of a new or an empty one, nothing."""
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"out: {place} is a file; give a folder")
+    if not place.exists() or not any(place.iterdir()):
+        return {"solutions": solutions, "notebooks": {}, "files": {}}
+    if not (place / RECORD).is_file():
+        raise ValueError(f"out: {place} holds files that clkit student did not write; give a new folder")
+    record = store.read_json(place / RECORD)
+    if record["solutions"] != solutions:
+        raise ValueError(f"out: {place} is {'without' if solutions else 'with'} solutions; give another folder")
+    return record
+
+
+def _check_unchanged(file: Path, before: str | None, now: str) -> None:
+    if file.exists():
+        there = sha256(store.content(file, "out", "give a new folder")).hexdigest()
+        if there not in (before, now):
+            raise ValueError(f"out: {file} was changed since it was written; give a new folder, or take it away")

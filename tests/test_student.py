@@ -1,0 +1,177 @@
+"""The folder of a class: what `clkit student` writes, what it refuses, and a notebook executed from inside of it."""
+
+import json
+import re
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from clkit import cli
+from clkit.experiments import Handout, execute, repository, student, teaching
+from test_repository import NOTEBOOKS, ROOT
+
+GOALS = """**Afterwards you can** count.
+**Before:** nothing.
+**Time:** about 20 minutes for you, half a minute for the machine."""
+TEXT = """<details><summary>Why</summary>
+
+Two is one more.
+
+```python
+a = 2
+```
+
+Or so.
+
+```python
+a = 1 + 1
+```
+</details>
+
+**2. Build.** See [the picture](../figures/a-b.png), [more](more.md), [the web](https://web.org),
+[this](01-one.ipynb)."""
+RECALL = """## Recall
+
+<details><summary>What is one?</summary>A number.</details>
+
+<details><summary>And two?</summary>
+
+Another.
+</details>"""
+
+
+@pytest.fixture
+def lesson(tmp_path, monkeypatch):
+    """A repository with two notebooks, what they read and link to, and more; the working folder is in it."""
+    root = tmp_path / "repository"
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "clkit/__init__.py",
+        "clkit/__pycache__/a.pyc",
+        "notebooks/studies/a.csv",
+    ):
+        write(root / name)
+    for name in ("studies/__init__.py", "other/a.py", "lonely.py"):
+        write(root / "notebooks" / name)
+    write(root / "notebooks" / "more.md", "[its picture](../figures/more.png), [nothing](lost.md), [out](../../out.md)")
+    write(root / "out.md")
+    for name, content in {"a-runs.json": {"results": 1}, "a-claims.json": {"claims": []}, "a-b.json": {}}.items():
+        write(root / "figures" / name, json.dumps(content))
+    for name in ("a-b.png", "more.png", "c.png"):
+        write(root / "figures" / name, name)
+    exercise = new_code_cell(
+        "a = 1  # your turn: a number\nprint(a)", execution_count=3, metadata={"tags": ["exercise"]}
+    )
+    exercise.outputs = [nbformat.v4.new_output("stream", text="1\n")]
+    book = [new_markdown_cell(GOALS), exercise, new_markdown_cell(TEXT), new_markdown_cell(RECALL)]
+    nbformat.write(new_notebook(cells=book), root / "notebooks" / "00-zero.ipynb")
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# One")]), root / "notebooks" / "01-one.ipynb")
+    monkeypatch.chdir(root / "notebooks")
+    return root
+
+
+def write(path, content=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def sources(folder, name="00-zero"):
+    return [cell.source for cell in nbformat.read(folder / "notebooks" / f"{name}.ipynb", 4).cells]
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_class_gets_exercises_and_a_teacher_their_solutions(lesson, tmp_path, capsys):
+    assert cli.main(["student", "00", "--out", str(tmp_path / "class")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"00-zero +1 +20 +half a minute\n", out) and "class/README.md" in out
+    assert cli.main(["student", "00", "--out", str(tmp_path / "teacher"), "--solutions"]) == 0
+    asked = "**2. Build.** See [the picture]"
+    goals, exercise, below, recall = sources(tmp_path / "class")
+    assert (goals, exercise) == (GOALS, "a = 1  # your turn: a number\nprint(a)") and below.startswith(asked)
+    assert recall == "## Recall\n\n1. What is one?\n\n1. And two?"
+    _, exercise, below, recall = sources(tmp_path / "teacher")
+    assert exercise == "a = 2\nprint(a)" and recall == RECALL
+    assert below.startswith(
+        "<details><summary>Why</summary>\n\nTwo is one more.\n\nOr so.\n\n```python\na = 1 + 1\n```"
+    )
+    for half in ("class", "teacher"):
+        book = nbformat.read(tmp_path / half / "notebooks" / "00-zero.ipynb", 4)
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in book.cells)
+        nbformat.validate(book)
+
+
+def test_the_folder_has_what_notebooks_read_and_link_to_and_no_more(lesson, tmp_path):
+    assert student([lesson / "notebooks" / "00-zero.ipynb"], tmp_path / "class") == [
+        Handout("00-zero", 1, "20", "half a minute")
+    ]
+    beside = {"README.md", "pyproject.toml", teaching.RECORD, "clkit/__init__.py", "notebooks/00-zero.ipynb"}
+    beside |= {"notebooks/studies/__init__.py", "notebooks/studies/a.csv", "notebooks/more.md"}
+    beside |= {f"figures/{name}" for name in ("a-runs.json", "a-claims.json", "a-b.png", "more.png")}
+    assert files(tmp_path / "class") == beside
+    assert repository(tmp_path / "class" / "notebooks") == tmp_path / "class"
+    assert "| 00-zero | 1 | 20 | half a minute |" in (tmp_path / "class" / "README.md").read_text()
+
+
+def test_what_is_there_stays_or_is_refused(lesson, tmp_path):
+    folder, zero, one = tmp_path / "class", *sorted((lesson / "notebooks").glob("*.ipynb"))
+    student([zero], folder)
+    student([one], folder)  # a second notebook beside the first
+    student([zero, one], folder)
+    told = (folder / "README.md").read_text()
+    assert "00-zero" in told and "| 01-one | 0 | - | - |" in told and len(sources(folder)) == 4
+    with pytest.raises(ValueError, match=r"out: .*class is without solutions; give another folder"):
+        student([zero], folder, solutions=True)
+    (folder / "notebooks" / "00-zero.ipynb").write_text("a student's work")
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    (lesson / "clkit" / "__init__.py").write_text("# a new version")
+    with pytest.raises(ValueError, match=r"out: .*00-zero.ipynb was changed since .*; give a new folder"):
+        student([zero, one], folder)
+    assert before == {name: (folder / name).read_bytes() for name in files(folder)}
+    student([one], folder)
+    assert (folder / "clkit" / "__init__.py").read_text() == "# a new version"
+    assert (folder / "notebooks" / "00-zero.ipynb").read_text() == "a student's work"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["0", "--out", "../figures"],
+            "out: ../figures holds files that clkit student did not write; give a new folder",
+        ),
+        (["0", "--out", "more.md"], "out: more.md is a file; give a folder"),
+        (["0"], "--out"),
+        (["7", "--out", "../new"], "names: '7' is unknown"),
+        (["{elsewhere}", "--out", "../new"], "put it there, or leave it out"),
+        (["02", "--out", "../new"], "exercise bad of 02-two has not one statement marked; mark one with '# your turn'"),
+        (["03", "--solutions", "--out", "../new"], "exercise bad of 03-three has no solution below; mark one"),
+    ],
+)
+def test_errors_name_argument_value_and_remedy_and_nothing_is_written(lesson, tmp_path, capsys, names, message):
+    for name, source in {"02-two": "a = 1", "03-three": "a = 1  # your turn"}.items():
+        cell = new_code_cell(source, id="bad", metadata={"tags": ["exercise"]})
+        nbformat.write(new_notebook(cells=[cell]), lesson / "notebooks" / f"{name}.ipynb")
+    nbformat.write(new_notebook(), tmp_path / "elsewhere.ipynb")
+    before = files(tmp_path)
+    status = cli.main(["student", *(name.format(elsewhere=tmp_path / "elsewhere.ipynb") for name in names)])
+    assert status == 2 and message in capsys.readouterr().err and files(tmp_path) == before
+
+
+def test_a_notebook_runs_whole_from_inside_either_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    first = NOTEBOOKS[0]
+    halves = {half: tmp_path / half for half in ("class", "teacher")}
+    for half, folder in halves.items():
+        student([first], folder, solutions=half == "teacher")
+    stored = {name: (halves["class"] / name).read_bytes() for name in files(halves["class"]) if "-runs" in name}
+    monkeypatch.chdir(halves["class"])
+    outcomes = execute([folder / "notebooks" / first.name for folder in halves.values()], progress=False)
+    recorded = json.loads((ROOT / "figures" / f"{first.stem}-claims.json").read_text())["claims"]
+    for outcome, folder in zip(outcomes, halves.values(), strict=True):
+        assert outcome.error == "" and outcome.figures > 1 and outcome.holds + outcome.open == len(recorded)
+        assert stored == {name: (folder / name).read_bytes() for name in stored}  # nothing was computed again

@@ -476,12 +476,12 @@ BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->\n"
 
 
 def record(found: Iterable[Row], root: Path | None = None) -> list[Row]:
-    """Writes rows to figures/bench.json, in the place of older ones of their benchmarks, and its table to README.md.
+    """Writes rows to figures/bench.json, in the place of older ones of their benchmarks, and to clkit/README.md.
 
     Machine, versions and date go with them. Both files are those of the repository, by default the one around. Gives
     the rows. Raises ValueError before the first is taken if the README has no place for the table.
     """
-    path, readme = (root or repository()) / "figures" / "bench.json", (root or repository()) / "README.md"
+    path, readme = (root or repository()) / "figures" / "bench.json", (root or repository()) / "clkit" / "README.md"
     before, mark, rest = (readme.read_text(encoding="utf-8") if readme.exists() else "").partition(BEGIN)
     if not mark:
         raise ValueError(f"write: {readme} has no line {BEGIN.strip()}; write from within clkit's repository")

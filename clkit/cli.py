@@ -310,7 +310,7 @@ def bench(argv: Sequence[str]) -> int:
     parser = Parser(prog="clkit bench", allow_abbrev=False, description=about)
     parser.add_argument("names", nargs="*", help=f"{', '.join(benchmarks.benchmarks())}; default: all")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    parser.add_argument("--write", action="store_true", help="record rows in figures/bench.json and in README.md")
+    parser.add_argument("--write", action="store_true", help="record rows in figures/bench.json and in clkit/README.md")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     chosen = parser.parse_all(argv)
     try:

@@ -72,7 +72,8 @@ def rows_of(name: str, ratio: float | None) -> list[dict]:
 
 
 def test_a_record_replaces_the_rows_of_its_benchmarks_alone(tmp_path):
-    readme = tmp_path / "README.md"
+    readme = tmp_path / "clkit" / "README.md"
+    readme.parent.mkdir()
     readme.write_text(f"before\n{benchmarks.BEGIN}{benchmarks.END}after\n")
     benchmarks.record([*rows_of("merging", 2.0), *rows_of("fisher", None)], tmp_path)
     benchmarks.record(rows_of("merging", 0.5), tmp_path)
@@ -90,6 +91,6 @@ def test_a_record_replaces_the_rows_of_its_benchmarks_alone(tmp_path):
 def test_the_readme_shows_all_that_was_recorded():
     whole = json.loads((ROOT / "figures" / "bench.json").read_text(encoding="utf-8"))
     assert whole.keys() == benchmarks.benchmarks().keys()
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "clkit" / "README.md").read_text(encoding="utf-8")
     assert text.count(benchmarks.BEGIN + benchmarks.table(whole) + benchmarks.END) == 1
     assert benchmarks.table(whole).count("| ") and len(benchmarks.table(whole).splitlines()) <= 24

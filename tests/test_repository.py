@@ -19,6 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+KERNEL = (ROOT / "clkit" / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -117,7 +118,7 @@ def code_lines_of_a_file(path: Path) -> int:
 
 
 def test_the_reading_order_is_short_and_needs_no_looking_ahead():
-    part = README[README.index("<!-- reading order -->") : README.index("<!-- end -->")]
+    part = KERNEL[KERNEL.index("<!-- reading order -->") : KERNEL.index("<!-- end -->")]
     paths = re.findall(r"^\d+\. `([\w/.]+)`", part, re.M)
     assert len(paths) == 12 and sum(code_lines_of_a_file(ROOT / path) for path in paths) <= 1650
     names = [path.removesuffix(".py").replace("/", ".") for path in paths]
@@ -126,9 +127,15 @@ def test_the_reading_order_is_short_and_needs_no_looking_ahead():
             assert not (isinstance(node, ast.ImportFrom) and node.module in names[i + 1 :]), (path, node.module)
 
 
-def test_every_module_is_in_the_readme():
-    modules = {p.name.removesuffix(".py") for p in (ROOT / "clkit").iterdir() if p.name[0] not in "._"}
-    assert modules <= set(re.findall(r"`(\w+)`", README))
+def test_every_module_is_on_the_kernels_page():
+    files = [p for p in (ROOT / "clkit").iterdir() if p.name[0] not in "._" and p.suffix != ".md"]
+    assert {p.name.removesuffix(".py") for p in files} <= set(re.findall(r"`(\w+)`", KERNEL))
+
+
+def test_the_front_page_is_short():
+    assert (
+        len(README.splitlines()) <= 200 and max(map(len, re.sub(r"^\|.*$", "", README, flags=re.M).splitlines())) <= 130
+    )
 
 
 def test_names_are_exported_by_no_list():
@@ -137,7 +144,8 @@ def test_names_are_exported_by_no_list():
 
 
 def test_every_figure_of_the_text_is_there():
-    texts = [(ROOT, README)]
+    pages = [ROOT / "README.md", ROOT / "clkit" / "README.md", *(ROOT / "notebooks").glob("*.md")]
+    texts = [(path.parent, path.read_text(encoding="utf-8")) for path in pages]
     texts += [(path.parent, text(cell)) for path in NOTEBOOKS for cell in cells(path, "markdown")]
     for folder, content in texts:
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", content):

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from clkit.experiments import repository
 ROWS = tomllib.loads(Path(__file__).with_name("published").joinpath("ledger.toml").read_text(encoding="utf-8"))
 SCALES = ("fast", "real", "paper")
 PAPERS = {"C": "CLeWI", "A": "AWM", "S": "SFA", "H": "HCMM"}
+SHORT = ("item", "published", "fast", "real", "claims")
 HEAD = ("item", "published", *SCALES, "seeds", "verdict", "what it would take")
 MARKS = "<!-- ledger -->\n", "<!-- end of ledger -->\n"
 
@@ -33,8 +35,31 @@ def table(root: Path | None = None, *, headline: bool = False) -> pd.DataFrame:
     verdicts with effects and 95 % intervals, or the reason why there is none; what it would take at the paper's scale.
     """
     figures = (root or repository()) / "figures"
-    rows = {key: row for key, row in ROWS.items() if row.get("headline") or not headline}
+    rows = {key: row for key, row in ROWS.items() if "headline" in row or not headline}
     return pd.DataFrame([_row(row, figures) for row in rows.values()], list(rows), list(HEAD))
+
+
+def short(root: Path | None = None) -> pd.DataFrame:
+    """The headlines in brief: a row an item, of those methods alone that its `headline` lists.
+
+    Columns: what it is and what was published; means at the fast and the real scale; how many claims hold, do not hold
+    and are open.
+    """
+    figures = (root or repository()) / "figures"
+    rows = {key: row for key, row in ROWS.items() if "headline" in row}
+    papers = [PAPERS.get(key[0], "CLeWI") for key in rows]
+    return pd.DataFrame([_short(row, figures) for row in rows.values()], papers, list(SHORT))
+
+
+def _short(row: Mapping[str, Any], figures: Path) -> list[str]:
+    means = []
+    for scale in ("fast", "real"):
+        only = [name for name in row["headline"] if name in row.get(scale, {}).get("only", row["headline"])]
+        means.append(_means(figures, **{**row[scale], "only": only})[0] if scale in row and only else "-")
+    told = Counter(claimed(key, figures).split("**")[1] for key in row.get("claims", []))
+    words = {"holds": ("holds", "hold"), "does not hold": ("does not", "do not"), "open": ("open", "open")}
+    counts = [f"{told[verdict]} {one if told[verdict] == 1 else more}" for verdict, (one, more) in words.items()]
+    return [row["item"], row.get("published", "-"), *means, ", ".join(text for text in counts if text[0] != "0")]
 
 
 def _row(row: Mapping[str, Any], figures: Path) -> list[str]:
@@ -133,8 +158,7 @@ def pages(root: Path) -> dict[Path, str]:
     """The files that are made of the ledger, with what they should hold."""
     readme = (root / "README.md").read_text(encoding="utf-8")
     before, rest = readme.split(MARKS[0])
-    short = markdown(table(root, headline=True).drop(columns=["paper", "what it would take"]))
-    made = before + MARKS[0] + short + MARKS[1] + rest.split(MARKS[1])[1]
+    made = before + MARKS[0] + markdown(short(root)) + MARKS[1] + rest.split(MARKS[1])[1]
     return {root / "README.md": made, root / "figures" / "README.md": gallery(root)}
 
 

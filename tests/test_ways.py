@@ -47,8 +47,9 @@ def space(tmp_path_factory):
         yield found
 
 
-def test_every_block_has_at_most_ten_lines():
-    assert len(BLOCKS) == len(NAMES) and all(len(block.splitlines()) <= 10 for _, block in BLOCKS)
+def test_every_block_has_at_most_ten_lines_of_code():
+    lines = [sum(bool(line.strip()) for line in block.splitlines()) for _, block in BLOCKS]
+    assert len(lines) == len(NAMES) and max(lines) <= 10
 
 
 def test_images_and_a_network_of_ones_own(space):

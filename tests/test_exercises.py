@@ -25,12 +25,8 @@ from test_repository import NOTEBOOKS, cells, text
 
 EPOCHS = {"00-start-here": 1}  # at most; elsewhere as many as the notebook has
 HINTS_MISSING = {
-    "02-alignment",
-    "04-sfa",
     "05-math-law-code",
-    "06-weight-modulation",
     "07-holistic-merging",
-    "10-ledger",
 }  # notebooks that are still to get hints and the three kinds of exercises
 
 

@@ -26,7 +26,6 @@ from test_repository import NOTEBOOKS, cells, text
 EPOCHS = {"00-start-here": 1}  # at most; elsewhere as many as the notebook has
 HINTS_MISSING = {
     "05-math-law-code",
-    "07-holistic-merging",
 }  # notebooks that are still to get hints and the three kinds of exercises
 
 

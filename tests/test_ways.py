@@ -1,5 +1,8 @@
 """The ways in and out, as people type them: every block of the page, as it stands, in its order."""
 
+import importlib
+import inspect
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -11,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clkit
 from clkit import cli, merging, run, store
 from clkit.consolidation import CLeWI
 from clkit.training import Training
@@ -122,3 +126,19 @@ def test_onnx_computes_the_same(space, monkeypatch):
     x = torch.cat([space["inputs"]] * 2)
     [found] = onnx.ReferenceEvaluator("model.onnx").run(None, {"input": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), space["net"](x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_api_pages_have_every_public_name(tmp_path):
+    pytest.importorskip("pdoc", reason="needs pdoc, which is not installed: pip install 'clkit[docs]'")
+    command = [sys.executable, "-W", "error", "-m", "pdoc", "clkit", "-o", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    missing = []
+    for info in pkgutil.walk_packages(clkit.__path__, "clkit."):
+        page = (tmp_path / info.name.replace(".", "/")).with_suffix(".html").read_text(encoding="utf-8")
+        for name, thing in vars(importlib.import_module(info.name)).items():
+            named = inspect.isroutine(thing) or isinstance(thing, type)
+            if named and name[0] != "_" and thing.__module__ == info.name:
+                missing += [f"{info.name}.{name}"] * (f'id="{name}"' not in page)
+    assert not missing

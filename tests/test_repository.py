@@ -144,7 +144,7 @@ def test_names_are_exported_by_no_list():
 
 
 def test_every_figure_of_the_text_is_there():
-    pages = [ROOT / "README.md", ROOT / "clkit" / "README.md", *(ROOT / "notebooks").glob("*.md")]
+    pages = [ROOT / name for name in ("README.md", "clkit/README.md", "notebooks/clusters.md", "notebooks/ways-in.md")]
     texts = [(path.parent, path.read_text(encoding="utf-8")) for path in pages]
     texts += [(path.parent, text(cell)) for path in NOTEBOOKS for cell in cells(path, "markdown")]
     for folder, content in texts:

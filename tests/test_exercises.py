@@ -24,9 +24,7 @@ from clkit.experiments.teaching import MARK, marked, statements
 from test_repository import NOTEBOOKS, cells, text
 
 EPOCHS = {"00-start-here": 1}  # at most; elsewhere as many as the notebook has
-HINTS_MISSING = {
-    "05-math-law-code",
-}  # notebooks that are still to get hints and the three kinds of exercises
+HINTS_MISSING = set()  # notebooks that are still to get hints and the three kinds of exercises
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def test_the_handle_measures_from_the_new_weights_to_the_old_ones(two):
     two._shown.value = 1
     run, line = two.runs[0], two.line
     result, net = run.result, run.result.model
-    line.move({"old weights": "plain"})
+    line.move({"line": "plain"})
     for alpha, weights in ((0.0, result.trained[1]), (1.0, result.weights[0])):
         before = line.png
         line.move({"α": 0.5})
@@ -120,7 +120,7 @@ def test_the_handle_measures_from_the_new_weights_to_the_old_ones(two):
         assert np.allclose(evaluate(net, run.stream).accuracy, there)
         net.load_state_dict(live)
     assert line.png != before
-    line.move({"old weights": "aligned, re-estimated"})
+    line.move({"line": "aligned, re-estimated"})
     assert line.error is None
     assert two._code.value == f"<pre>{two.script(1)}</pre>"
     two._shown.value = 2

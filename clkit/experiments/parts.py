@@ -155,7 +155,8 @@ class Recipe:
 
     def code(self, part: str) -> str:
         """A part as Python code, without the imports: `ER(memory=50)`."""
-        return _Script(self).part(part)
+        script = _Script(self)
+        return script.model() if part == "model" else script.part(part)
 
     def script(self) -> str:
         """The lines that make the same run: imports, the stream, the run. A thing as it is goes by its name."""

@@ -272,8 +272,8 @@ class Explorer:
         if not tasks:
             return self._show("picture", _image(picture(_matrix(run.result.accuracy)[0], DPI), "1 task"))
         way = _Way(run)
-        knobs = {"α": ALPHAS, "after task": tasks, "old weights": landscape.VARIANTS}
-        line = handles(way.draw, knobs, start={"after task": len(run.stream), "old weights": way.variant}, dpi=DPI)
+        knobs = {"α": ALPHAS, "after task": tasks, "line": landscape.VARIANTS}
+        line = handles(way.draw, knobs, start={"after task": len(run.stream), "line": way.variant}, dpi=DPI)
         line.shown += self._places["picture"]
         self._line.children = (line.widget,)
         self.line = line

@@ -26,7 +26,7 @@ COLUMNS = {"data": ("stream", "split"), "model": ("model", "rule"), "learner": (
 COLUMNS |= {"consolidation": ("consolidation",), "training": ("training",)}
 OPEN = 4  # settings of a choice that stand open, the others are folded
 DPI = 80
-LABELS = {"description_width": "104px"}
+LABELS = {"description_width": "84px"}
 WIDE = {"width": "auto", "min_width": "0"}
 ALPHAS = [round(0.05 * i, 2) for i in range(21)]
 MEASURES = ("acc", "forgetting", "last")
@@ -104,13 +104,12 @@ class Explorer:
         self._shown = w.Dropdown(options=[("none yet", None)], description="look at", layout={"width": "420px"})
         self._against = w.Dropdown(options=[("none", None)], description="minus", layout={"width": "420px"})
         self._code = w.HTML(layout={"display": "none"})
-        toggle = w.ToggleButton(description="Show the code", icon="code", layout={"width": "150px"})
+        toggle = _toggle("Show the code", self._code, {"width": "150px"})
         self._line = w.VBox()
         self._run.on_click(lambda _: self._pressed())
         self._halt.on_click(lambda _: self.stop())
         self._shown.observe(lambda _: self._look(), "value")
         self._against.observe(lambda _: self._tabulate(), "value")
-        toggle.observe(lambda change: setattr(self._code.layout, "display", "" if change["new"] else "none"), "value")
         row = w.HBox([self._run, self._halt, self._bar, self._status], layout={"margin": "6px 0"})
         found = w.HBox([self._shown, self._against, toggle])
         self.widget: Any = w.VBox([w.HBox(boxes, layout={"width": "100%"}), row, found, self._code, self._line])
@@ -307,6 +306,8 @@ class _Choice:
 
         self.part, self.makers = part, makers
         self.menu = w.Dropdown(options=[*makers], value=parts.DEFAULTS.get(part, part), layout=WIDE)
+        if part == "rule":  # the second menu of its column
+            self.menu.description, self.menu.style = part, LABELS
         self.fields: dict[str, tuple[parts.Option, Any]] = {}
         self._settings = w.VBox()
         self.box = w.VBox([self.menu, self._settings] if len(makers) > 1 else [self._settings])
@@ -320,7 +321,8 @@ class _Choice:
         self.menu.tooltip = parts.about(maker)
         self.fields = {option.name: (option, _field(option)) for option in parts.options(maker)}
         fields = [field for _, field in self.fields.values()]
-        folded = [w.Accordion([w.VBox(fields[OPEN:])], titles=["more"])] if len(fields) > OPEN else []
+        rest = w.VBox(fields[OPEN:], layout={"display": "none"})
+        folded = (_toggle("more", rest, WIDE), rest) if len(fields) > OPEN else ()
         self._settings.children = (*fields[:OPEN], *folded)
 
     def choose(self, name: str | None, settings: Mapping[str, Any]) -> None:
@@ -357,6 +359,15 @@ def _field(option: parts.Option) -> Any:
         return w.Dropdown(options=[(str(word).lower() if word is None else word, word) for word in words],
                           value=option.default, **shape)  # fmt: skip
     return w.Text("" if option.required else option.shown, continuous_update=False, **shape)
+
+
+def _toggle(label: str, box: Any, layout: Any) -> Any:
+    """A button that shows a box, and hides it again."""
+    import ipywidgets as w
+
+    button = w.ToggleButton(description=label, layout=layout)
+    button.observe(lambda change: setattr(box.layout, "display", "" if change["new"] else "none"), "value")
+    return button
 
 
 def _read(name: str, text: str, hint: Any) -> Any:

@@ -138,6 +138,93 @@ def test_what_is_there_stays_or_is_refused(lesson, tmp_path):
     assert (folder / "notebooks" / "00-zero.ipynb").read_text() == "a student's work"
 
 
+SOLUTION = "<details><summary>A solution</summary>\n\n```python\na = 42\n```\n</details>"
+OPEN, LOUD = SOLUTION.replace("<details>", "<details open>"), SOLUTION.replace("details", "DETAILS")
+INNER = f"<details><summary>More</summary>\n{SOLUTION}\nOr 42.\n</details>"
+ASKED = "<details>\n<summary>How many?</summary>42</details>"
+ATTACHED = {"attachments": {"42.txt": {"text/plain": "42"}, "one.txt": {"text/plain": "1"}}}
+
+
+def handed_out(cells, lesson, folder, **options):
+    """The cells of a notebook as it is handed out."""
+    exercise = new_code_cell("a = 1  # your turn", id="task", metadata={"tags": ["exercise"], "answer": "a = 42"})
+    book = new_notebook(cells=[exercise, *cells])
+    for cell in book.cells:
+        cell.id = cell.id.replace("42", "43")
+    nbformat.write(book, lesson / "notebooks" / "02-two.ipynb")
+    student([lesson / "notebooks" / "02-two.ipynb"], folder, **options)
+    return (folder / "notebooks" / "02-two.ipynb").read_text()
+
+
+@pytest.mark.parametrize(
+    "below",
+    [
+        [OPEN], [LOUD], [INNER], [SOLUTION.removesuffix("</details>")], [SOLUTION, "More.", "<details>42</details>"],
+        [SOLUTION, new_code_cell("b = 1"), f"Well.\n\n# Recall\n\n{ASKED}"], [SOLUTION, "## Recall", ASKED],
+        [new_markdown_cell(f"![](attachment:one.txt) {SOLUTION}", **ATTACHED)],
+    ],
+    ids=["open", "loud", "inner", "unclosed", "later", "any heading", "apart", "attached"],
+)  # fmt: skip
+def test_nothing_of_a_solution_or_an_answer_is_left_however_it_is_folded(lesson, tmp_path, below):
+    cells = [new_markdown_cell(cell) if isinstance(cell, str) else cell for cell in below]
+    given = handed_out(cells, lesson, tmp_path / "class")
+    assert "42" not in given and ("How many?" in given) == ("How many?" in str(below))
+    assert ("one.txt" in given) == ("attachment" in str(below))
+    assert '"a = 42"' in handed_out(cells, lesson, tmp_path / "teacher", solutions=True)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([new_code_cell("b = 1"), new_markdown_cell(SOLUTION)], "exercise task of 02-two has no solution below"),
+        ([new_markdown_cell("Think."), new_markdown_cell(SOLUTION)], "in the next cell"),
+        (
+            [
+                new_markdown_cell(SOLUTION),
+                new_code_cell("%time a = 1  # your turn", id="odd", metadata={"tags": ["exercise"]}),
+            ],
+            r"exercise odd of 02-two is no Python \(invalid syntax.*; mend it",
+        ),
+    ],
+)
+def test_an_exercise_whose_solution_would_stay_is_refused(lesson, tmp_path, cells, message):
+    with pytest.raises(ValueError, match=message):
+        handed_out(cells, lesson, tmp_path / "class")
+    assert not (tmp_path / "class").exists()
+
+
+def test_an_empty_notebook_and_a_text_with_the_tag_are_handed_out_as_they_are(lesson, tmp_path):
+    book = new_notebook(cells=[new_markdown_cell("One.", metadata={"tags": ["exercise"]})])
+    for name, content in {"02-two": new_notebook(), "03-three": book}.items():
+        nbformat.write(content, lesson / "notebooks" / f"{name}.ipynb")
+    given = student(sorted((lesson / "notebooks").glob("0[23]*.ipynb")), tmp_path / "class")
+    assert [handout.exercises for handout in given] == [0, 0]
+    assert sources(tmp_path / "class", "02-two") == [] and sources(tmp_path / "class", "03-three") == ["One."]
+
+
+def test_pictures_are_found_however_they_are_linked_to(lesson, tmp_path):
+    shown = "![](../figures/a%20b.png) ![](<../figures/c.png>) <img src='../figures/more.png'> [](far.md)"
+    write(lesson / "figures" / "a b.png")
+    (lesson / "notebooks" / "far.md").write_bytes(b"\xff [](../figures/a-b.png)")
+    nbformat.write(new_notebook(cells=[new_markdown_cell(shown)]), lesson / "notebooks" / "02-two.ipynb")
+    student([lesson / "notebooks" / "02-two.ipynb"], tmp_path / "class")
+    pictures = {f"figures/{name}.png" for name in ("a b", "c", "more", "a-b")}
+    assert pictures == {name for name in files(tmp_path / "class") if name.endswith(".png")}
+
+
+def test_a_folder_inside_of_the_package_does_not_hold_itself(lesson):
+    for _ in range(2):
+        student([lesson / "notebooks" / "01-one.ipynb"], lesson / "clkit" / "class")
+    assert not (lesson / "clkit" / "class" / "clkit" / "class").exists()
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", '{"solutions": false, "notebooks": {"x": 1}, "files": {}}'])
+def test_a_damaged_record_is_named(lesson, tmp_path, record):
+    write(tmp_path / "class" / teaching.RECORD, record)
+    with pytest.raises(ValueError, match=f"out: .*{teaching.RECORD} is damaged .*; give a new folder"):
+        student([lesson / "notebooks" / "01-one.ipynb"], tmp_path / "class")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

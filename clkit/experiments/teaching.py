@@ -11,17 +11,20 @@ from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from clkit import store
+from clkit.checks import explained
 from clkit.experiments.notebooks import normalise, opened
 from clkit.experiments.pages import repository
 
 MARK = "# your turn"
 RECORD = "made-by-clkit-student.json"
-DETAILS, CODE = re.compile(r"<details>.*?</details>", re.S), re.compile(r"```python\n(.*?)```", re.S)
-QUESTION = re.compile(r"<details><summary>(.*?)</summary>.*?</details>", re.S)
+KEPT = ("tags", "jupyter", "slideshow")  # what a cell's metadata may tell a class
+FOLD, CODE = re.compile(r"<(/?)details\b[^>]*>", re.I), re.compile(r"```python\n(.*?)```", re.S)
+SUMMARY = re.compile(r"<summary>(.*?)</summary>", re.S | re.I)
 EMPTY = re.compile(r"<details><summary>.*?</summary>\s*</details>", re.S)
-LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")
+LINK = re.compile(r"(?:\]\(<?|\bsrc=[\"'])(?!\w+:)([^)#\s\"'>]+)")
 TIME = re.compile(r"\*\*Time:\*\* about (.+?) minutes for you, (.+?) for the machine")
 
 README = """# Notebooks for a class
@@ -60,8 +63,9 @@ class Handout(NamedTuple):
 def student(notebooks: Sequence[Path], out: Path | str, *, solutions: bool = False) -> list[Handout]:
     """Writes notebooks into a folder for a class, without outputs, and returns what was handed out.
 
-    Without `solutions` these are taken out, and the answers to the questions of "## Recall"; checks stay. With them
-    they are pasted in place of the marked statements, and explanations stay. The folder stands alone: it has the
+    Without `solutions` these are taken out, with all else that is folded between an exercise and the next cell of code,
+    and the answers to the questions of "## Recall"; checks stay. With them they are pasted in place of the marked
+    statements, and explanations stay. The folder stands alone: it has the
     packages and stored results that notebooks read, the pictures and pages that they link to, and the package to
     install. Notebooks that were handed out to it before stay.
 
@@ -79,7 +83,7 @@ def student(notebooks: Sequence[Path], out: Path | str, *, solutions: bool = Fal
     told = record["notebooks"] | {name: handout[1:] for name, handout in handouts.items()}
     rows = "\n".join(f"| {' | '.join([name, *map(str, told[name])])} |" for name in sorted(told))
     files = {"pyproject.toml": b""}  # by which notebooks find the folder's root
-    files |= {name: file.read_bytes() for name, file in _beside(root, books.values()).items()}
+    files |= {name: file.read_bytes() for name, file in _beside(root, books.values(), place.resolve()).items()}
     files |= {f"notebooks/{name}.ipynb": version(book, name, solutions=solutions) for name, book in books.items()}
     files["README.md"] = README.format(rows=rows, told=TEACHER if solutions else STUDENT).encode()
     digests = {name: sha256(content).hexdigest() for name, content in files.items()}
@@ -95,35 +99,44 @@ def student(notebooks: Sequence[Path], out: Path | str, *, solutions: bool = Fal
 def version(book: Any, name: str, *, solutions: bool) -> bytes:
     """The file of a notebook without outputs, and without solutions or with them pasted in.
 
-    Of several solutions the first is pasted in, and the others stay below. Raises ValueError for an exercise with other
-    than one marked statement, and, with `solutions`, without one.
+    Of several solutions the first is pasted in, and the others stay below. Raises ValueError for an exercise that is no
+    Python, with other than one marked statement, or without a solution, which may stand where it would not be found.
     """
     import nbformat
 
-    book = deepcopy(book)
-    for before, cell, below in zip([None, *book.cells[:-1]], book.cells, [*book.cells[1:], None], strict=True):
+    book, below, asked = deepcopy(book), False, False
+    for place, cell in enumerate(book.cells):
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key in KEPT}
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+            below = is_exercise(cell)
         if is_exercise(cell):
-            statement, found = marked(cell.source), solved(below)
-            if statement is None or (solutions and not found):
+            with explained(f"notebooks: exercise {cell.get('id')} of {name} is no Python", "mend it", of=SyntaxError):
+                statement, found = marked(cell.source), solved(*book.cells[place + 1 : place + 2])
+            if statement is None or not found:
                 want = "no solution below" if statement else "not one statement marked"
-                remedy = f"mark one with {MARK!r}, and give a block of python code in <details> below"
+                remedy = f"mark one with {MARK!r}, and give a block of python code in <details> in the next cell"
                 raise ValueError(f"notebooks: exercise {cell.get('id')} of {name} has {want}; {remedy}")
             cell.source = cell.source.replace(statement, found[0]) if solutions else cell.source
-        elif cell.cell_type == "markdown" and is_exercise(before):
-            pasted = f"```python\n{next(iter(solved(cell)), '')}\n```"
-            text = EMPTY.sub("", cell.source.replace(pasted, "")) if solutions else DETAILS.sub("", cell.source)
+        if cell.cell_type != "markdown":
+            continue
+        if heads := re.findall(r"^#+ +(.*)", cell.source, re.M):
+            asked = "Recall" in map(str.strip, heads)
+        if solutions and place and is_exercise(book.cells[place - 1]):
+            text = EMPTY.sub("", cell.source.replace(f"```python\n{next(iter(solved(cell)), '')}\n```", ""))
+        else:
+            text = cell.source if solutions or not (below or asked) else _unfolded(cell.source, questions=asked)
+        if text != cell.source:
             cell.source = re.sub(r"\n{3,}", "\n\n", text).strip()
-        elif cell.cell_type == "markdown" and cell.source.startswith("## Recall") and not solutions:
-            cell.source = QUESTION.sub(r"1. \1", cell.source)
+            shown = {name: file for name, file in cell.get("attachments", {}).items() if f"attachment:{name}" in text}
+            cell.update({"attachments": shown} if "attachments" in cell else {})
     book.cells = [cell for cell in book.cells if cell.source.strip()]
     return (nbformat.writes(normalise(book)) + "\n").encode()
 
 
 def is_exercise(cell: Any) -> bool:
     """Whether a cell of a notebook, None for none, is an exercise."""
-    return cell is not None and "exercise" in cell.metadata.get("tags", [])
+    return cell is not None and cell.cell_type == "code" and "exercise" in cell.metadata.get("tags", [])
 
 
 def marked(source: str) -> str | None:
@@ -141,10 +154,29 @@ def statements(source: str) -> list[str]:
     return found
 
 
-def solved(below: Any) -> list[str]:
+def solved(below: Any = None) -> list[str]:
     """The solutions in the text cell below an exercise, as code."""
-    hidden = "".join(DETAILS.findall(below.source)) if below is not None else ""
-    return [code.rstrip("\n") for code in CODE.findall(hidden)]
+    text = below.source if below is not None and below.cell_type == "markdown" else ""
+    return [code.rstrip("\n") for start, stop in folded(text) for code in CODE.findall(text[start:stop])]
+
+
+def folded(text: str) -> list[tuple[int, int]]:
+    """Where a text is folded, as a browser has it: each outermost `<details>`, to the end where it stays open."""
+    spans, depth, begun = [], 0, 0
+    for tag in FOLD.finditer(text):
+        begun = begun if depth else tag.start()
+        depth = max(0, depth - 1) if tag[1] else depth + 1
+        if depth == 0:
+            spans.append((begun, tag.end()))
+    return [*spans, (begun, len(text))] if depth else spans
+
+
+def _unfolded(text: str, *, questions: bool) -> str:
+    """A text without what is folded in it; in its place the `questions`, numbered, as they are asked."""
+    for start, stop in reversed(folded(text)):
+        asked = SUMMARY.search(text, start, stop) if questions else None
+        text = text[:start] + (f"1. {asked[1].strip()}" if asked else "") + text[stop:]
+    return text
 
 
 def _handout(name: str, book: Any) -> Handout:
@@ -152,8 +184,8 @@ def _handout(name: str, book: Any) -> Handout:
     return Handout(name, sum(map(is_exercise, book.cells)), *(told.groups() if told else "--"))
 
 
-def _beside(root: Path, books: Iterable[Any]) -> dict[str, Path]:
-    """What notebooks of a repository read and link to: paths in it and their files."""
+def _beside(root: Path, books: Iterable[Any], out: Path) -> dict[str, Path]:
+    """What notebooks of a repository read and link to, but for what lies in `out`: paths in it and their files."""
     folders = [root / "clkit", *(path.parent for path in (root / "notebooks").glob("*/__init__.py"))]
     found = [file for folder in folders for file in folder.rglob("*") if "__pycache__" not in file.parts]
     for file in (root / "figures").glob("*.json"):
@@ -161,12 +193,15 @@ def _beside(root: Path, books: Iterable[Any]) -> dict[str, Path]:
         found += [file] if isinstance(content, dict) and content.keys() & {"results", "claims"} else []
     texts = [(root / "notebooks", cell.source) for book in books for cell in book.cells if cell.cell_type == "markdown"]
     for folder, text in texts:
-        linked = {(folder / link).resolve() for link in LINK.findall(text)}
+        linked = {(folder / unquote(link)).resolve() for link in LINK.findall(text)}
         linked = {file for file in linked.difference(found) if file.is_file() and file.is_relative_to(root)}
         new = [file for file in linked if file.suffix != ".ipynb"]
-        texts += [(file.parent, file.read_text(encoding="utf-8")) for file in new if file.suffix == ".md"]
+        texts += [
+            (file.parent, file.read_text(encoding="utf-8", errors="replace")) for file in new if file.suffix == ".md"
+        ]
         found += new
-    return {file.relative_to(root).as_posix(): file for file in [*found, root / "pyproject.toml"] if file.is_file()}
+    found = [file for file in [*found, root / "pyproject.toml"] if file.is_file() and not file.is_relative_to(out)]
+    return {file.relative_to(root).as_posix(): file for file in found}
 
 
 def _record(place: Path, solutions: bool) -> dict[str, Any]:
@@ -178,6 +213,9 @@ def _record(place: Path, solutions: bool) -> dict[str, Any]:
     if not (place / RECORD).is_file():
         raise ValueError(f"out: {place} holds files that clkit student did not write; give a new folder")
     record = store.read_json(place / RECORD)
+    with explained(f"out: {place / RECORD} is damaged", "give a new folder", of=(KeyError, TypeError, AttributeError)):
+        record = {"solutions": bool(record["solutions"]), "files": dict(record["files"]),
+                  "notebooks": {name: list(told) for name, told in record["notebooks"].items()}}  # fmt: skip
     if record["solutions"] != solutions:
         raise ValueError(f"out: {place} is {'without' if solutions else 'with'} solutions; give another folder")
     return record

@@ -24,7 +24,6 @@ from clkit.experiments.teaching import MARK, marked, statements
 from test_repository import NOTEBOOKS, cells, text
 
 EPOCHS = {"00-start-here": 1}  # at most; elsewhere as many as the notebook has
-HINTS_MISSING = set()  # notebooks that are still to get hints and the three kinds of exercises
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +154,6 @@ def test_exercises_ask_for_something_written(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_asks_to_predict_to_build_and_to_break(path):
-    if path.stem in HINTS_MISSING:
-        pytest.skip("not rewritten yet")
     found = exercises(path)
     predicted = [statement for source, statement, _ in found if "page.predict(" in source]
     assert predicted and all(statement.startswith(f"guess = None  {MARK}") for statement in predicted)
@@ -195,7 +192,6 @@ def test_what_a_class_gets_is_not_yet_and_its_solutions_are_right(path, handed_o
         fixed, shared = {s for s in statements(source) if MARK not in s}, {}
         unsolved = [line for line in checked(source, space, fixed, shared) if line.startswith("not yet: ")]
         assert unsolved, f"right as it stands: {source}"
-        if path.stem not in HINTS_MISSING:
-            assert not [line for line in unsolved if line.rstrip().endswith(";")], "a check without a hint"
+        assert not [line for line in unsolved if line.rstrip().endswith(";")], "a check without a hint"
         for solution in solutions:
             assert all(line.startswith("right: ") for line in checked(solution, space, fixed, shared)), solution

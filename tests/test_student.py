@@ -9,7 +9,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from clkit import cli
 from clkit.experiments import Handout, execute, repository, student, teaching
-from test_exercises import HINTS_MISSING
 from test_repository import NOTEBOOKS, ROOT, cells, text
 
 GOALS = """**Afterwards you can** count.
@@ -270,7 +269,7 @@ def test_the_map_tells_the_minutes_that_the_notebooks_tell():
     told = dict(re.findall(r"^\| \[(\d\d-[\w-]+)\].*\| (\d+) \|$", page, re.M))
     for path in NOTEBOOKS:
         goals = [text(cell) for cell in cells(path, "markdown") if cell["id"] == "goals"]
-        assert path.stem in HINTS_MISSING or teaching.TIME.findall(goals[0])[0][0] == told[path.stem], path.stem
+        assert teaching.TIME.findall(goals[0])[0][0] == told[path.stem], path.stem
 
 
 def test_the_plans_name_sections_that_the_notebooks_have():
@@ -278,4 +277,4 @@ def test_the_plans_name_sections_that_the_notebooks_have():
     for name, sections in re.findall(r"\| (\d\d), (.+) \|$", plans, re.M):
         [path] = [path for path in NOTEBOOKS if path.stem.startswith(name)]
         heads = re.findall(r"^##+ (.+)$", "\n".join(text(cell) for cell in cells(path, "markdown")), re.M)
-        assert path.stem in HINTS_MISSING or set(sections.split("; ")) <= set(heads), sections
+        assert set(sections.split("; ")) <= set(heads), sections

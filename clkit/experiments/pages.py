@@ -208,7 +208,7 @@ class Page:
 
         display(Markdown(f"```python\n{inspect.getsource(inspect.unwrap(thing))}```"))
 
-    def check(self, text: str, right: Any, hint: str = "") -> None:
+    def check(self, text: str, right: Any, hint: str) -> None:
         """Prints of the answer to an exercise whether it is right yet; where it is not, `hint`, what to try next."""
         print(f"right: {text}" if right else f"not yet: {text}; {hint}")
 

@@ -2,4 +2,3 @@
 
 from clkit.interact.explore import Explorer, explorer
 from clkit.interact.knobs import Handles, handles
-from clkit.interact.slider import Slider, slider

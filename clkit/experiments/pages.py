@@ -218,10 +218,11 @@ class Page:
         It is right if it is off by at most `within`. Raises ValueError for a guess that is no number.
         """
         if guess is None:
-            return self.check(text, False, "write a number down first, then run this cell")
-        guess, found = checks.value("guess", guess, float), float(found)
-        told = f"you said {guess:.3g}, it is {found:.3g}"
-        self.check(f"{text}: {told}", abs(guess - found) <= within, "what did you not think of?")
+            self.check(text, False, "write a number down first, then run this cell")
+            return
+        said = float(checks.value("guess", guess, float))
+        told = f"you said {said:.3g}, it is {float(found):.3g}"
+        self.check(f"{text}: {told}", abs(said - found) <= within, "what did you not think of?")
 
     def _facts(self, name: str, config: Any) -> dict[str, Any]:
         """What results of a configuration are known by."""

@@ -196,10 +196,12 @@ def merge(argv: Sequence[str]) -> int:
     group.add_argument("--base", **place, help="weights that training began from, for a merge of task vectors")
     group.add_argument("--out", **place, required=True, help="what to write, by rename; it ends in .safetensors")
     group.add_argument("--force", action="store_true", help="overwrite it")
-    if not name:
+    if not name and not {"-h", "--help"}.isdisjoint(argv or ["--help"]):
         parser.print_help()
         return 0 if argv else 2
     try:
+        if not name:
+            raise ValueError(f"merge: {argv[0]} stands in the place of its name; give that first, as average")
         row = merging.MERGES[checks.choice("merge", name, merging.MERGES)]
         destinations = _add_settings(parser, {"merge": name}, {"merge": row.function}, elsewhere=())
         parsed = parser.parse_all(argv[1:])
@@ -226,21 +228,23 @@ def _merge(name: str, files: list[Path], base: Path | None, out: Path, force: bo
         raise ValueError(f"base: {base} was given and {name} takes none; leave it out")
     if out.suffix != ".safetensors":
         raise ValueError(f"out: {out} is no name for safetensors; give one that ends in .safetensors")
-    if store.writable(out).exists() and not force:
+    if out.exists() and not force:
         raise ValueError(f"out: {out} is there already; give another path, or --force to overwrite it")
-    read = [dict(sorted(_weights(path).items())) for path in paths]  # one order, and one lot, whatever the format
-    tied = dict(set.intersection(*map(_tied, read)))
+    read = [_weights(path) for path in paths]
+    tied = _tied(read)
+    read = [dict(sorted(w.items())) for w in read]  # one order, and one lot, whatever the format
     own = [
         {entry: t for entry, t in w.items() if entry not in tied and weights.floating(f"{path}: {entry!r}", t)}
         for path, w in zip(paths, read, strict=True)
     ]
     _check_alike([str(path) for path in paths], own)
+    store.writable(out)
     try:
         merged = row(own[bool(base) :], base=own[0], **settings)
     except ValueError as error:
         raise ValueError(re.sub(r"ws\[(\d+)\]", lambda found: str(files[int(found[1])]), str(error))) from error
-    whole = read[0] | merged
-    whole |= {entry: whole[first].clone() for entry, first in tied.items()}
+    whole = {entry: tensor.clone() for entry, tensor in read[0].items() if entry not in tied} | merged
+    whole |= {entry: whole[first].clone() for entry, first in tied.items() if entry in read[0]}
     store.save_tensors(out, whole, {"merge": name, "options": settings, "files": [str(path) for path in paths]})
 
     options = parts.options(row.function, elsewhere=())
@@ -250,7 +254,7 @@ def _merge(name: str, files: list[Path], base: Path | None, out: Path, force: bo
     print(f"{sum(merged[entry].numel() for entry in moved):,} parameters in {len(moved)} tensors are merged")
     if averaged := len(weights.statistics(merged)):
         print(f"{averaged} running statistics are averaged; re-estimate them by clkit.normalization.refresh")
-    if counters := len(whole) - len(merged) - len(tied):
+    if counters := len(whole.keys() - merged.keys() - tied.keys()):
         print(f"{counters} counters are those of {paths[0]}")
 
     def distance(a: Weights, b: Weights) -> str:
@@ -280,14 +284,19 @@ def _weights(path: Path) -> dict[str, Tensor]:
             found = dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:  # whatever a file that is none leads to; torch advises to trust it
             raise ValueError(f"{path} holds no state dict, or something beside it; {remedy}") from error
-    if other := [name for name, tensor in found.items() if not isinstance(tensor, Tensor)]:
-        raise ValueError(f"{path} holds {other[0]!r}, which is no tensor; {remedy}")
-    return found
+    for name, tensor in found.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise ValueError(
+                f"{path} holds {name!r:.60}, which is no {'tensor' if isinstance(name, str) else 'name'}; {remedy}"
+            )
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def _check_alike(names: Sequence[str], ws: Sequence[Weights]) -> None:
-    """Raises ValueError unless all weights have the same names, shapes and dtypes."""
+    """Raises ValueError unless all weights have the same names, shapes and dtypes, and there are some."""
     weights.check_same(*ws, names=names)
+    if not ws[0]:
+        raise ValueError(f"{names[0]} holds no weights; give files of floating tensors")
     for name, w in zip(names, ws, strict=True):
         for entry, tensor in ws[0].items():
             if w[entry].dtype != tensor.dtype:
@@ -297,11 +306,18 @@ def _check_alike(names: Sequence[str], ws: Sequence[Weights]) -> None:
                 )
 
 
-def _tied(w: Weights) -> set[tuple[str, str]]:
-    """The further names of tensors that stand under several names, as tied weights do, each with its first."""
-    first: dict[Any, str] = {}
-    names = {n: first.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else n, n) for n, t in w.items()}
-    return {(name, owner) for name, owner in names.items() if name != owner}
+def _tied(ws: Sequence[Weights]) -> dict[str, str]:
+    """The further names of tensors that stand under several names, as tied weights do, each with its first.
+
+    They are tied in every file that has them: one of ours holds the first name alone.
+    """
+    found = []
+    for w in ws:
+        first: dict[Any, str] = {}
+        places = {n: (t.data_ptr(), t.shape, t.stride()) if t.numel() else n for n, t in w.items()}
+        found.append({n: first.setdefault(place, n) for n, place in places.items()})
+    pairs = {(n, owner) for names in found for n, owner in names.items() if n != owner}
+    return {n: owner for n, owner in sorted(pairs) if all(names.get(n, owner) == owner in names for names in found)}
 
 
 def bench(argv: Sequence[str]) -> int:

@@ -320,6 +320,58 @@ def test_what_merge_cannot_use_is_refused_by_name_before_any_work(files, monkeyp
     assert not (files.folder / "merged.safetensors").exists()
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_tied_weights_of_torch_and_of_a_run_go_together(files, ours):
+    nets = [torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in ("stem", "head")}) for _ in range(3)]
+    for net in nets:
+        net["head"].weight = net["stem"].weight
+    run, base = (files.write(f"n{i}", get_weights(nets[i])) for i in (0, 2))
+    state = files.write("state", nets[1].state_dict(), ".pt")
+    merged, _ = files.merge("dare", *([run, state] if ours else [state, run]), "--base", base if ours else state)
+    first, second, third = (dict(sorted(get_weights(net).items())) for net in nets)
+    ws, start = ([first, second], third) if ours else ([second, first], second)
+    tied = {} if ours else {"head.weight": merged["stem.weight"]}
+    assert equal(merged, merging.merge("dare", ws, base=start) | tied)
+
+
+def test_names_that_are_tied_in_one_file_alone_are_merged_each_for_itself(files):
+    one, two = torch.ones(2), torch.zeros(2)
+    paths = [files.write("a", {"x": one, "y": one}, ".pt"), files.write("b", {"x": two, "y": two + 4}, ".pt")]
+    merged, _ = files.merge("average", *paths)
+    assert equal(merged, {"x": one / 2, "y": one * 2.5})
+
+
+def test_counters_that_share_memory_and_parameters_with_gradients_are_merged(files):
+    lot = torch.arange(6)
+    w = {"a": torch.nn.Parameter(torch.ones(2)), "i": lot[:4], "j": lot[2:], "k": lot[:4]}
+    merged, printed = files.merge("average", *[files.write("w", w, ".pt")] * 2)
+    assert equal(merged, {name: tensor.detach() for name, tensor in w.items()}) and "2 counters are those" in printed
+
+
+def test_what_is_no_file_of_weights_is_refused_and_leaves_no_folder(files):
+    numbers, both = {0: torch.ones(2), 1: torch.ones(2)}, {0: torch.ones(2), "a": torch.ones(2)}
+    out = ["--out", str(files.folder / "new" / "merged.safetensors")]
+    for content, message in (
+        (numbers, "holds 0, which is no name; give safetensors"),
+        (both, "holds 0, which is no name; give safetensors"),
+        (torch.ones(3, 2), "which is no name"),
+        ({}, "holds no weights; give files of floating tensors"),
+        ({"i": torch.arange(3)}, "holds no weights; give files of floating tensors"),
+    ):
+        path = files.write("odd", content, ".pt")
+        assert message in files.refuse("average", path, path, *out)
+    assert not (files.folder / "new").exists()
+
+
+def test_a_merge_whose_name_is_not_in_front_is_refused_and_not_passed_over(files):
+    path = files.write("a", {"x": torch.ones(2)})
+    out = str(files.folder / "merged.safetensors")
+    assert "merge: --out stands in the place of its name; give that first" in files.refuse(
+        "--out", out, "average", path
+    )
+    assert "merge: --force stands" in files.refuse("--force")
+
+
 def test_a_file_that_is_not_finite_is_named_and_what_was_there_stays(files):
     w = merging_toys.weights(0, torch.float32)
     a, b = files.write("a", w), files.write("b", w | {"scalar": torch.tensor(torch.nan)})

@@ -35,9 +35,10 @@ class Parser(argparse.ArgumentParser):
         """Like parse_args, with a hint at the nearest option where one is unknown."""
         chosen, rest = self.parse_known_args(argv)
         if rest:
-            known = [option for action in self._actions for option in action.option_strings]
+            known = [option for action in self._actions for option in action.option_strings if action.dest != "help"]
             close = get_close_matches(rest[0].partition("=")[0], known, 1)
-            self.error(f"unknown argument {rest[0]!r}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+            all_known = f"give one of {', '.join(known)}" if len(known) < 12 else "see --help"
+            self.error(f"unknown argument {rest[0]!r}; " + (f"did you mean {close[0]}?" if close else all_known))
         return chosen
 
 
@@ -202,7 +203,9 @@ def merge(argv: Sequence[str]) -> int:
     try:
         if not name:
             raise ValueError(f"merge: {argv[0]} stands in the place of its name; give that first, as average")
-        row = merging.MERGES[checks.choice("merge", name, merging.MERGES)]
+        if name not in merging.MERGES:
+            raise checks.unknown("merge", name, _by_weights())
+        row = merging.MERGES[name]
         destinations = _add_settings(parser, {"merge": name}, {"merge": row.function}, elsewhere=())
         parsed = parser.parse_all(argv[1:])
         settings = _settings(parsed, {"merge": name}, destinations)["merge"]
@@ -284,6 +287,9 @@ def _weights(path: Path) -> dict[str, Tensor]:
             found = dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:  # whatever a file that is none leads to; torch advises to trust it
             raise ValueError(f"{path} holds no state dict, or something beside it; {remedy}") from error
+    inner = [name for name, entry in found.items() if isinstance(entry, dict)]
+    python = f"torch.save(torch.load({path.name!r})[{inner[0]!r}], 'weights.pt')" if inner else ""
+    remedy += f"; where its weights are one entry: {python}" if inner else ""
     for name, tensor in found.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise ValueError(

@@ -285,12 +285,13 @@ def test_what_merge_cannot_use_is_refused_by_name_before_any_work(files, monkeyp
     def refused(message, *argv, out=out):
         assert message in files.refuse(*argv, *out)
 
-    refused("merge: 'tiess' is unknown", "tiess", a, b)
+    refused("merge: 'tiess' is unknown; choose one of average, interpolate,", "tiess", a, b)
     refused("greedy_soup needs score, which files of weights lack; call clkit.merging.merge('greedy_soup', ws, score=",
             "greedy_soup", a, b)  # fmt: skip
     refused("or take average, interpolate,", "regmean", a, b)
     refused("density: 1.5; give a number in (0, 1]", "ties", a, b, "--base", a, "--density", "1.5")
     refused("did you mean --density?", "ties", a, b, "--base", a, "--desity", "1")
+    refused("'--alpha'; give one of --base, --out, --force, --t", "interpolate", a, b, "--alpha", "0.3")
     refused("base: ties takes task vectors from one; give the weights before training as --base FILE", "ties", a, b)
     refused(f"base: {a} was given and average takes none; leave it out", "average", a, b, "--base", a)
     refused("files: 3 were given and slerp merges 2; give 2", "slerp", a, b, b)
@@ -311,6 +312,8 @@ def test_what_merge_cannot_use_is_refused_by_name_before_any_work(files, monkeyp
     refused("'norm.weight': torch.complex64 is no dense tensor", "average", a, files.write("e", complex_, ".pt"))
     refused("holds 'epoch', which is no tensor; give safetensors, or what torch.save", "average", a,
             files.write("f", whole | {"epoch": 3}, ".pt"))  # fmt: skip
+    nested = files.write("n", {"state_dict": whole}, ".pt")
+    refused("where its weights are one entry: torch.save(torch.load('n.pt')['state_dict'],", "average", a, nested)
     refused("holds no state dict", "average", a, files.write("g", torch.nn.Linear(2, 2), ".pt"))
     run = files.folder / "run.safetensors"
     training.run(toys.stream(2), models.mlp, training=toys.QUICK, progress=False).save(run)

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 import clkit
-from clkit import cli, merging, run, store
+from clkit import ER, cli, merging, run, store
 from clkit.consolidation import CLeWI
 from clkit.training import Training
 from clkit.weights import equal, get_weights
 
 PAGE = (Path(__file__).parent.parent / "notebooks" / "ways-in.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.S | re.M)
-NAMES = "given images network rule merge consolidation landscape files shell merged export onnx".split()
+NAMES = "given images network rule merge consolidation table landscape files shell merged export onnx".split()
 QUICK = Training(epochs=2, batch=8, lr=0.05)
 
 
@@ -73,6 +73,16 @@ def test_a_rule_of_ones_own_is_held_to_where_it_was(space):
     run(space["stream"], space["network"], space["Near"](0.01), CLeWI(0.3), QUICK, progress=False)
 
 
+def test_the_rule_on_top_of_replay(space):
+    found = space | {}
+    exec(BLOCKS[NAMES.index("rule")][1].replace("Near(Learner)", "Near(ER)"), found)
+    ends = [
+        run(space["stream"], space["network"], rule, training=QUICK, progress=False).weights
+        for rule in (ER(memory=50), found["Near"](memory=50, strength=0.0), found["Near"](memory=50, strength=1.0))
+    ]
+    assert equal(ends[0][1], ends[1][1]) and equal(ends[0][0], ends[2][0]) and not equal(ends[0][1], ends[2][1])
+
+
 def test_a_merge_of_ones_own_is_what_the_run_deploys(space):
     result = space["after merge"]
     merged = {name: tensor for name, tensor in space["merged"].items() if "running" not in name}
@@ -82,6 +92,10 @@ def test_a_merge_of_ones_own_is_what_the_run_deploys(space):
 def test_a_consolidation_of_ones_own_goes_the_share_that_it_is_told(space):
     result = run(space["stream"], space["network"], consolidation=space["Halfway"](1.0), training=QUICK, progress=False)
     assert equal(result.weights[1], result.weights[0]) and not equal(result.weights[1], result.trained[1])
+
+
+def test_a_table_of_ones_own(space):
+    assert len(space["table"]) == 9 and set(space["table"].method) == {"ER", "ER + CLeWI", "ER + median"}
 
 
 def test_a_landscape_of_ones_own(space):

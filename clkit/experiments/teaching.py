@@ -29,10 +29,19 @@ TIME = re.compile(r"\*\*Time:\*\* about (.+?) minutes for you, (.+?) for the mac
 
 README = """# Notebooks for a class
 
-Made by `clkit student`. With Python 3.11 or newer, in this folder:
+Made by `clkit student`. With Python 3.11 or newer, once, in this folder:
 
 ```bash
-python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/jupyter lab notebooks
+python3 -m venv .venv
+.venv/bin/pip install .
+```
+
+On Windows write `py` for `python3`, and `.venv\\Scripts\\` for `.venv/bin/`, here and below. This fetches PyTorch, so
+do it at home. On Linux without a GPU much less is fetched if this goes between the two lines:
+`.venv/bin/pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu`. Then, each time:
+
+```bash
+.venv/bin/jupyter lab notebooks
 ```
 
 | notebook | exercises | minutes for you | for the machine |
@@ -42,6 +51,7 @@ python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/jupyter lab notebo
 Run the cells of a notebook in order. {told}
 
 Leave `figures` and `notebooks/studies` where they are: stored results lie there, which take hours to compute.
+A link to a notebook that is not in the table above leads nowhere.
 """
 STUDENT = f"""An exercise is a cell with `{MARK}` in it. As it stands it runs, and says "not yet" and
 what to try next. Write the marked statement anew and run the cell again, until all its checks say "right"."""

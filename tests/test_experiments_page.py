@@ -26,6 +26,7 @@ from clkit.experiments import (
     summarise,
 )  # fmt: skip
 from clkit.experiments.notebooks import WIDGET, normalise
+from clkit.experiments.pages import COLUMNS, _narrow
 from clkit.experiments.statistics import difference
 from clkit.learners import ER
 from clkit.training import Training
@@ -462,6 +463,13 @@ def test_laws_and_checks_are_counted_and_kept_side_by_side(place, capsys):
 def test_show_displays_the_source(place, capsys):
     page("03-x").show(ER)
     assert "Markdown" in capsys.readouterr().out
+
+
+def test_show_breaks_long_docstrings_and_leaves_code_as_it_is():
+    code = f"    return {' + '.join(['value'] * 20)}"
+    shown = _narrow(f'def f(value):\n    """{"words " * 30}end."""\n{code}\n').splitlines()
+    assert shown[-1] == code and all(len(line) <= COLUMNS and line.startswith("    ") for line in shown[1:-1])
+    assert " ".join(" ".join(shown[1:-1]).split()) == f'"""{"words " * 30}end."""'
 
 
 CELLS = {

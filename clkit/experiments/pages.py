@@ -1,10 +1,12 @@
 """A notebook's page: its profile, its results and figures with the numbers beside them, its claims, checks and laws."""
 
+import ast
 import inspect
 import json
 import logging
 import os
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from clkit.training.loop import label
 PROFILES = ("fast", "real", "paper")
 T = TypeVar("T")
 DPI = 200
+COLUMNS = 100  # of source that a page shows beside the list of files
 SHORT = 20.0  # seconds of a run that are worth a look at whether a stored table is still what it was
 log = logging.getLogger("clkit.experiments")
 
@@ -202,11 +205,11 @@ class Page:
         return self._kept(file, facts, compute or whole.run, whole, real=True)
 
     def show(self, thing: Any) -> None:
-        """Displays the library's own source of a class or function."""
+        """Displays the library's own source of a class or function, its docstrings no wider than a page."""
         from IPython.core.display_functions import display
         from IPython.display import Markdown
 
-        display(Markdown(f"```python\n{inspect.getsource(inspect.unwrap(thing))}```"))
+        display(Markdown(f"```python\n{_narrow(textwrap.dedent(inspect.getsource(inspect.unwrap(thing))))}\n```"))
 
     def check(self, text: str, right: Any, hint: str) -> None:
         """Prints of the answer to an exercise whether it is right yet; where it is not, `hint`, what to try next."""
@@ -305,6 +308,17 @@ class Page:
 def _check_name(argument: str, name: str) -> None:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise ValueError(f"{argument}: {name!r} becomes a file name; use small letters, digits and hyphens")
+
+
+def _narrow(source: str) -> str:
+    """Source with the lines of its docstrings broken where they are too long for a page; code stays as it is."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            for at in range(node.lineno - 1, node.end_lineno or node.lineno):
+                indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
+                lines[at] = textwrap.fill(lines[at], COLUMNS, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def _fitting(value: Any, recorded: Any) -> Any:

@@ -2,11 +2,14 @@
 
 import base64
 import io
+import math
 from types import SimpleNamespace
 
 import matplotlib as mpl
 import nbformat
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 mpl.use("agg")
@@ -72,6 +75,59 @@ def test_a_start_is_found_among_sums_of_decimals_and_words(drawing):
     shown = handles(lambda *_: drawing[0](0), {"α": [0.1 * i for i in range(11)], "merge": ["ties", "dare"]},
                     start={"α": 0.3, "merge": "dare"})  # fmt: skip
     assert text(shown, "α") == "0.3" and shown.at["merge"] == "dare"
+
+
+@pytest.mark.parametrize(
+    ("values", "start", "shown"),
+    [
+        (np.linspace(0, 1, 11, dtype=np.float32), 0.3, "0.3"),
+        (torch.linspace(0, 1, 11), 0.3, "0.3"),
+        (torch.arange(4), 2, "2"),
+        ((0.1, math.nan), np.float64("nan"), "nan"),
+        ((np.zeros(2), np.ones(2)), np.ones(2), "[1. 1.]"),
+        ((np.zeros(2), np.ones(3)), np.ones(3), "[1. 1. 1.]"),
+        ((None, ("a", np.float64(1))), ("a", 1.0), "('a', np.float64(1.0))"),
+    ],
+)
+def test_values_of_arrays_and_tensors_are_told_and_found_as_numbers(drawing, values, start, shown):
+    knob = handles(lambda _: drawing[0](0), {"α": values}, start={"α": start})
+    assert text(knob, "α") == shown and knob.bundle()["text/plain"] == f"α = {shown}"
+
+
+def test_no_figure_stays_open_whatever_comes_of_a_drawing():
+    mine = plt.figure()
+    ends: list = [ValueError("no"), None, plt.gca(), KeyboardInterrupt()]
+
+    def draw(value):
+        plt.figure()
+        plt.subplots()
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    for end, error in zip(ends, (ValueError, TypeError, TypeError, KeyboardInterrupt), strict=True):
+        with pytest.raises(error, match="no figure; return the figure" if error is TypeError else None):
+            handles(draw, {"of": [end]})
+        assert plt.get_fignums() == [mine.number]
+    shown = handles(draw, {"of": [mine, *ends]})
+    assert shown.error is None and not plt.get_fignums()
+    shown.move({"of": None})
+    assert isinstance(shown.error, TypeError) and not plt.get_fignums()
+
+
+def test_a_drawing_that_is_interrupted_does_not_wait_for_ever(drawing):
+    def draw(value):
+        if value == 1.0:
+            raise KeyboardInterrupt
+        return drawing[0](value)
+
+    shown = handles(draw, {"α": VALUES})
+    shown.knobs["α"].continuous_update = False
+    with pytest.raises(KeyboardInterrupt):
+        shown.move({"α": 1.0})
+    assert text(shown, "α") == "1"
+    shown.move({"α": 0.5})
+    assert shown.error is None and text(shown, "α") == "0.5"
 
 
 def test_neither_label_nor_value_is_cut(drawing):
@@ -189,6 +245,12 @@ def test_bad_input_names_itself(drawing):
         handles(drawing[0], {})
     with pytest.raises(ValueError, match=r"values.*'α': \[\]"):
         handles(drawing[0], {"α": []})
+    odds: list = [{"α": 0.5}, {"α": "text"}, {1: VALUES}]
+    for odd in odds:
+        with pytest.raises(
+            ValueError, match=r"values: .*; give at least one label, a text, each with a list of values"
+        ):
+            handles(drawing[0], odd)
     with pytest.raises(ValueError, match=r"start: 'a' is unknown; choose one of α"):
         handles(drawing[0], {"α": VALUES}, start={"a": 0.5})
     with pytest.raises(ValueError, match=r"α: '0.3' is unknown; choose one of 0, 0.5, 1"):

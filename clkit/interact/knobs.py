@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from clkit import checks
 
 FRAME = 1 / 15
@@ -39,11 +41,15 @@ def handles(
     first of its own; `dpi` is by default that of the figure. What the first drawing raises stops the cell. What a later
     one raises is shown under the knobs, and the picture before it stays.
 
-    Raises ValueError for no knob, a knob without values, and a start that is none of them.
+    Raises ValueError for no knob, a knob without values, and a start that is none of them, TypeError for a drawing that
+    is no figure.
     """
-    offered = {label: list(own) for label, own in values.items()}
-    if not offered or not all(offered.values()):
-        raise ValueError(f"values: {offered}; give at least one label, each with the values that its knob can take")
+    offered = {
+        label: list(own) if np.iterable(own) and not isinstance(own, str) else [] for label, own in values.items()
+    }
+    if not offered or not all(isinstance(label, str) and own for label, own in offered.items()):
+        told = f"values: {dict(values)!r:.200}"
+        raise ValueError(f"{told}; give at least one label, a text, each with a list of values that its knob can take")
     for label in start or {}:
         checks.choice("start", label, offered)
     return Handles(draw, offered, [_position(label, own, start or {}) for label, own in offered.items()], dpi)
@@ -109,9 +115,10 @@ class Handles:
             self.png, self.error = self._picture(where), None
         except Exception as error:
             self.error = error
+        finally:
+            for label, value in self.at.items() if waits else ():
+                self._texts[label].value = _text(value)
         self._message.value = "" if self.error is None else message(self.error)
-        for label, value in self.at.items() if waits else ():
-            self._texts[label].value = _text(value)
         for place in self.shown if self.error is None else ():
             place.update(self.bundle(), raw=True)
 
@@ -119,7 +126,7 @@ class Handles:
         """The picture for a position, drawn when it is first asked for."""
         if where not in self._pictures:
             begun = time.perf_counter()
-            self._pictures[where] = picture(self._draw(*self.at.values()), self.dpi)
+            self._pictures[where] = _drawn(self._draw, [*self.at.values()], self.dpi)
             follows = time.perf_counter() - begun <= FRAME
             follows |= len(self._pictures) == math.prod(map(len, self.values.values()))
             for knob in self.knobs.values():
@@ -142,6 +149,22 @@ class Handles:
         return {"image/png": self.png, "text/plain": at}
 
 
+def _drawn(draw: Callable[..., Any], values: list[Any], dpi: Any) -> bytes:
+    """The picture that is drawn of values; whatever comes of it, no figure stays open that it began."""
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    before = plt.get_fignums()
+    try:
+        figure = draw(*values)
+        if not isinstance(figure, Figure):
+            raise TypeError(f"draw: it gave {figure!r:.60}, which is no figure; return the figure")
+        return picture(figure, dpi)
+    finally:
+        for number in set(plt.get_fignums()).difference(before):
+            plt.close(number)
+
+
 def picture(figure: Any, dpi: Any = "figure") -> bytes:
     """A figure as PNG; it is closed, or the notebook would show it a second time."""
     import matplotlib.pyplot as plt
@@ -158,13 +181,27 @@ def _position(label: str, own: list[Any], wanted: Mapping[str, Any]) -> int:
         return 0
     value = wanted[label]
     for index, known in enumerate(own):
-        close = isinstance(known, float) and isinstance(value, float) and math.isclose(known, value, abs_tol=1e-12)
-        if close or known == value:
+        if known is value or _same(_plain(known), _plain(value)):
             return index
     raise checks.unknown(label, _text(value), map(_text, own))
 
 
+def _same(known: Any, value: Any) -> bool:
+    if isinstance(known, float) and isinstance(value, float):
+        return math.isclose(known, value, abs_tol=1e-12) or (math.isnan(known) and math.isnan(value))
+    arrays = hasattr(known, "ndim") or hasattr(value, "ndim")
+    return np.array_equal(known, value) if arrays else bool(known == value)
+
+
+def _plain(value: Any) -> Any:
+    """A number of an array or a tensor as Python has it, with no more digits than it had there."""
+    if getattr(value, "ndim", None) != 0:
+        return value
+    return float(f"{value.item():.6g}") if str(value.dtype).endswith("float32") else value.item()
+
+
 def _text(value: Any) -> str:
+    value = _plain(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -282,3 +283,107 @@ def test_nothing_is_drawn_at_random_for_the_page(two):
     two.line.move({"α": 0.35})
     assert (torch.random.get_rng_state() == before).all()
     assert models.mlp(two.runs[0].stream, hidden=(8,)) is not None
+
+
+class Asking(Learner):
+    """Two settings that it cannot be without."""
+
+    def __init__(self, kind: Literal["soft", "hard"], on: bool):
+        self.kind, self.on = kind, on
+
+
+class Outer:
+    class Inner(Learner):
+        pass
+
+
+def test_required_words_and_boxes_begin_somewhere_and_refuse_what_they_cannot_take():
+    page = quick(learners={"asking": Asking})
+    page.choose("learner", "asking")
+    assert page._choices["learner"].settings() == {"kind": "soft", "on": False}
+    page.choose("learner", kind="hard", on=True)
+    assert page._choices["learner"].settings() == {"kind": "hard", "on": True}
+    with pytest.raises(ValueError, match=r"kind: 'sort' is unknown; .* did you mean 'soft'"):
+        page.choose("learner", kind="sort")
+    with pytest.raises(ValueError, match="on: 'yes'; give True or False"):
+        page.choose("learner", on="yes")
+
+
+def test_what_has_no_name_of_its_own_goes_by_that_which_it_was_given():
+    page = quick(learners={"fifty": lambda memory=50: ER(memory), "inner": Outer.Inner})
+    page.choose("learner", "fifty", memory=20)
+    assert ", fifty(memory=20), " in page.script()
+    page.choose("learner", "inner")
+    assert ", Outer.Inner(), " in page.script() and f"from {__name__} import Outer\n" in page.script()
+    odd: list = [{"data": {"my data": data.digits()}}, {"learners": {"my learner": lambda: Learner()}}]
+    for own in odd:
+        with pytest.raises(ValueError, match=r"'my .*' is no name that code has for it"):
+            explorer(**own)
+
+
+class Exits(Learner):
+    def loss(self, model, batch):
+        raise SystemExit(3)
+
+
+class Unseen(Learner):
+    """It predicts while it is trained and not when it is looked into."""
+
+    ended = False
+
+    def predict(self, *args, **options):
+        if Unseen.ended:
+            raise RuntimeError("not any more")
+        return super().predict(*args, **options)
+
+
+def test_whatever_ends_a_run_it_does_not_go_on_without_end():
+    page = quick(learners={"exits": Exits})
+    page.choose("learner", "exits")
+    page.run()
+    with pytest.raises(SystemExit):
+        page.wait()
+    assert not page.running and "SystemExit" in page._status.value
+
+
+def test_a_run_that_cannot_be_looked_into_stands_in_the_table(monkeypatch):
+    page = quick(learners={"unseen": Unseen})
+    page.choose("learner", "unseen")
+    monkeypatch.setattr(page, "_look", lambda look=page._look: (setattr(Unseen, "ended", True), look()))
+    ran(page)
+    assert "RuntimeError: not any more" in page._status.value and page._line.children == ()
+    assert "Unseen()" in page._bundles["table"]["text/plain"] and "image/png" in page._bundles["picture"]
+    assert page._code.value and page._shown.value == 1
+
+
+def test_a_page_outlives_the_loop_that_it_ran_in():
+    page = quick()
+
+    async def begin():
+        page.run()
+
+    asyncio.run(begin())
+    page.wait()
+    assert len({run.recipe.seed for run in [*page.runs, ran(page)]}) == 1 and len(page.runs) == 2
+
+
+def test_a_further_run_is_looked_into_once_and_the_comparison_stays(monkeypatch):
+    page, ways = quick(), []
+    ran(page)
+    page._against.value = 1
+    monkeypatch.setattr(page, "_look", lambda look=page._look: (ways.append(page._shown.value), look()))
+    ran(page)
+    assert ways == [2] and page._against.value == 1 and "acc − 1" in page._bundles["table"]["text/plain"]
+    page._shown.value = 1
+    assert ways == [2, 1]
+    with pytest.raises(ValueError, match="number: 0 is unknown; choose one of 1, 2"):
+        page.script(0)
+
+
+def test_a_run_stopped_while_data_are_read_trains_nothing(monkeypatch):
+    page = quick()
+    monkeypatch.setattr(parts.Recipe, "model", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(parts.Recipe, "stream", lambda recipe, read=parts.Recipe.stream: (page.stop(), read(recipe))[1])
+    page.run()
+    page.wait()
+    assert page._status.value == "stopped" and page.runs == []

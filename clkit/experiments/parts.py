@@ -75,6 +75,11 @@ def makes(thing: Any) -> bool:
     return isinstance(thing, type | partial) or inspect.isroutine(thing)
 
 
+def named(thing: Any) -> bool:
+    """Whether a choice is a class or a function that has a name of its own, as a lambda has not."""
+    return makes(thing) and "<lambda>" not in getattr(checks.innermost(thing), "__qualname__", "<lambda>")
+
+
 def about(maker: Any) -> str:
     """The first sentence of a choice's documentation."""
     text = inspect.getdoc(checks.innermost(maker) if makes(maker) else maker) or ""
@@ -174,13 +179,23 @@ class _Script:
         self.recipe, self.imports = recipe, dict[str, set[str]]()
 
     def name(self, thing: Any) -> str:
-        """What a class or function is called once it is imported, from the shortest module that hands it on."""
-        module, name = thing.__module__, thing.__qualname__
+        """What a class or function is called once it is imported, from the shortest module that hands it on.
+
+        What was made within a function goes by its own name, and one without a name by that of the choice.
+        """
+        module, within, name = thing.__module__, *thing.__qualname__.rpartition("<locals>.")[::2]
+        if name == "<lambda>":
+            choices = ((self.recipe.names[part], maker) for part, maker in self.recipe.makers.items())
+            return next((choice for choice, maker in choices if checks.innermost(maker) is thing), name)
+        if within:
+            return name
+        first = name.partition(".")[0]
         ends = [i for i, letter in enumerate(module) if letter == "."]
         places = [module[:end] for end in ends] + [module]
-        place = next((p for p in places if getattr(sys.modules.get(p), name, None) is thing), module)
+        outer = getattr(sys.modules.get(module), first, thing)
+        place = next((p for p in places if getattr(sys.modules.get(p), first, None) is outer), module)
         if place != "__main__":
-            self.imports.setdefault(place, set()).add(name)
+            self.imports.setdefault(place, set()).add(first)
         return name
 
     def call(self, function: Any, *first: str, **settings: Any) -> str:

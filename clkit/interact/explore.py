@@ -54,8 +54,8 @@ def explorer(
     """A page of controls to choose a run by, to start and to stop it, to look into it and to compare it with others.
 
     Choices and settings are all that the library has. One's own stand beside them by name: a class or a function, whose
-    parameters become settings (`learners={"mine": Mine}`), or a thing as it is (`data={"mine": dataset}`). The last
-    expression of a cell shows it; from code it does the same:
+    parameters become settings (`learners={"mine": Mine}`), or a thing as it is (`data={"mine": dataset}`), whose name
+    code has for it, too, or ValueError is raised. The last expression of a cell shows it; from code it does the same:
 
     ```python
     page = interact.explorer()
@@ -66,6 +66,12 @@ def explorer(
     ```
     """
     given = {"stream": data, "model": models, "learner": learners, "consolidation": consolidations}
+    for label, own in zip(("data", "models", "learners", "consolidations"), given.values(), strict=True):
+        for name, thing in (own or {}).items():
+            if not parts.named(thing) and not str(name).isidentifier():
+                raise ValueError(
+                    f"{label}: {name!r} is no name that code has for it; give one without blanks and signs"
+                )
     return Explorer({part: dict(own or {}) for part, own in given.items()})
 
 
@@ -108,8 +114,9 @@ class Explorer:
         self._line = w.VBox()
         self._run.on_click(lambda _: self._pressed())
         self._halt.on_click(lambda _: self.stop())
-        self._shown.observe(lambda _: self._look(), "value")
-        self._against.observe(lambda _: self._tabulate(), "value")
+        self._menus = {self._shown: lambda _: self._look(), self._against: lambda _: self._tabulate()}
+        for menu, see in self._menus.items():
+            menu.observe(see, "value")
         row = w.HBox([self._run, self._halt, self._bar, self._status], layout={"margin": "6px 0"})
         found = w.HBox([self._shown, self._against, toggle])
         self.widget: Any = w.VBox([w.HBox(boxes, layout={"width": "100%"}), row, found, self._code, self._line])
@@ -118,7 +125,7 @@ class Explorer:
         """Chooses for a part by name, and sets settings of the choice.
 
         Parts are "stream" (the dataset), "split" (into tasks), "model", "rule", "learner", "consolidation" and
-        "training". Raises ValueError for a name that there is none of.
+        "training". Raises ValueError for a name that there is none of, and for what a menu or a box cannot take.
         """
         self._choices[checks.choice("part", part, self._choices)].choose(name, settings)
 
@@ -138,6 +145,7 @@ class Explorer:
             raise ValueError("run: another one goes on; stop it, or wait for it")
         recipe = self.recipe()
         made = [recipe.made(part) for part in ("learner", "consolidation", "training")]
+        self._loop = None
         with suppress(RuntimeError):  # a script has no loop: `wait` takes the messages
             self._loop = asyncio.get_running_loop()
         self._stop.clear()
@@ -185,7 +193,7 @@ class Explorer:
         if number is None and not self.runs:
             return self.recipe().script()
         known = dict(enumerate(self.runs, 1))
-        return known[checks.choice("number", number or len(known), known)].recipe.script()
+        return known[checks.choice("number", len(known) if number is None else number, known)].recipe.script()
 
     def _pressed(self) -> None:
         try:
@@ -197,14 +205,16 @@ class Explorer:
         """What the thread does."""
         try:
             stream = recipe.stream()
+            if self._stop.is_set():
+                raise _Stopped
             told = _Told(rule, self._progress(len(stream)))
             rows = _with_rows(learner, stream, lambda row: self._send("row", row))
             result = training.run(stream, recipe.model(), rows, told, settings, seed=recipe.seed, progress=False)
-            vars(result.learner).pop("calibrate")
+            vars(result.learner).pop("calibrate", None)
             self._send("made", Run(recipe, stream, result))
         except _Stopped:
             self._send("ended", None)
-        except Exception as error:
+        except BaseException as error:  # what ends a thread silently would be waited for without end
             self._send("ended", error)
 
     def _progress(self, tasks: int) -> Callable[[Any], None]:
@@ -221,7 +231,7 @@ class Explorer:
 
     def _send(self, kind: str, value: Any) -> None:
         self._events.put((kind, value))
-        if self._loop is not None:
+        if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._taken)
 
     def _taken(self) -> None:
@@ -255,9 +265,13 @@ class Explorer:
         self._status.value = f"{run.result.summary()['acc']:.1%} on average, in {run.result.seconds:.1f} s"
         labels = [f"{number}: {row.method}, seed {row.seed}" for number, row in self.table().iterrows()]
         numbered = [(label, number) for number, label in enumerate(labels, 1)]
-        self._against.options = [("none", None), *numbered]
-        self._shown.options = numbered
-        self._shown.value = len(numbered)
+        offered = {self._against: [("none", None), *numbered], self._shown: numbered}
+        chosen = {self._against: self._against.value, self._shown: len(numbered)}
+        for menu, see in self._menus.items():
+            menu.unobserve(see, "value")  # or it acts on the first option, too
+            menu.options = offered[menu]
+            menu.value = chosen[menu]
+            menu.observe(see, "value")
         self._look()
         self._tabulate()
 
@@ -270,9 +284,15 @@ class Explorer:
         tasks = range(2, len(run.stream) + 1)
         if not tasks:
             return self._show("picture", _image(picture(_matrix(run.result.accuracy)[0], DPI), "1 task"))
-        way = _Way(run)
         knobs = {"α": ALPHAS, "after task": tasks, "line": landscape.VARIANTS}
-        line = handles(way.draw, knobs, start={"after task": len(run.stream), "line": way.variant}, dpi=DPI)
+        try:
+            way = _Way(run)
+            line = handles(way.draw, knobs, start={"after task": len(run.stream), "line": way.variant}, dpi=DPI)
+        except Exception as error:  # a network of one's own may have no line; the run counts all the same
+            self._line.children, self._status.value = (), message(error)
+            return self._show(
+                "picture", _image(picture(_matrix(run.result.accuracy)[0], DPI), f"{len(tasks) + 1} tasks")
+            )
         line.shown += self._places["picture"]
         self._line.children = (line.widget,)
         self.line = line
@@ -331,7 +351,7 @@ class _Choice:
         for key, value in settings.items():
             option, field = self.fields[checks.choice("settings", key, self.fields)]
             as_text = field.has_trait("placeholder")
-            field.value = option._replace(default=value).shown if as_text else value
+            field.value = option._replace(default=value).shown if as_text else checks.value(key, value, option.hint)
 
     def settings(self) -> dict[str, Any]:
         """What is not at its default."""
@@ -354,10 +374,10 @@ def _field(option: parts.Option) -> Any:
     shape: dict[str, Any] = {"description": option.name, "style": LABELS, "layout": WIDE}
     shape["tooltip"] = f"{option.name}: {checks.expects(option.hint)}"
     if option.hint is bool:
-        return w.Checkbox(option.default, indent=False, **shape)
+        return w.Checkbox(option.default is True, indent=False, **shape)
     if words := checks.words(option.hint):
         return w.Dropdown(options=[(str(word).lower() if word is None else word, word) for word in words],
-                          value=option.default, **shape)  # fmt: skip
+                          value=words[0] if option.required else option.default, **shape)  # fmt: skip
     return w.Text("" if option.required else option.shown, continuous_update=False, **shape)
 
 

@@ -205,6 +205,6 @@ def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def message(error: Exception) -> str:
+def message(error: BaseException) -> str:
     """An error as it is shown on a page: in HTML."""
     return f"<span style='color: var(--jp-error-color1, #b00)'>{html.escape(f'{type(error).__name__}: {error}')}</span>"

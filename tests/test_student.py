@@ -106,11 +106,15 @@ def test_a_class_gets_exercises_and_a_teacher_their_solutions(lesson, tmp_path, 
 
 
 def test_the_folder_has_what_notebooks_read_and_link_to_and_no_more(lesson, tmp_path):
+    write(lesson / "tests" / "a.csv")
+    book = nbformat.read(lesson / "notebooks" / "00-zero.ipynb", 4)
+    book.cells.append(new_code_cell('open(page.root / "tests" / "a.csv")'))
+    nbformat.write(book, lesson / "notebooks" / "00-zero.ipynb")
     assert student([lesson / "notebooks" / "00-zero.ipynb"], tmp_path / "class") == [
         Handout("00-zero", 1, "20", "half a minute")
     ]
     beside = {"README.md", "pyproject.toml", teaching.RECORD, "clkit/__init__.py", "notebooks/00-zero.ipynb"}
-    beside |= {"notebooks/studies/__init__.py", "notebooks/studies/a.csv", "notebooks/more.md"}
+    beside |= {"notebooks/studies/__init__.py", "notebooks/studies/a.csv", "notebooks/more.md", "tests/a.csv"}
     beside |= {f"figures/{name}" for name in ("a-runs.json", "a-claims.json", "a-b.png", "more.png")}
     assert files(tmp_path / "class") == beside
     assert repository(tmp_path / "class" / "notebooks") == tmp_path / "class"

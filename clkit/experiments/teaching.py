@@ -25,6 +25,7 @@ FOLD, CODE = re.compile(r"<(/?)details\b[^>]*>", re.I), re.compile(r"```python\n
 SUMMARY = re.compile(r"<summary>(.*?)</summary>", re.S | re.I)
 EMPTY = re.compile(r"<details><summary>.*?</summary>\s*</details>", re.S)
 LINK = re.compile(r"(?:\]\(<?|\bsrc=[\"'])(?!\w+:)([^)#\s\"'>]+)")
+READ = re.compile(r"\bpage\.root((?: / \"[^\"]+\")+)")
 TIME = re.compile(r"\*\*Time:\*\* about (.+?) minutes for you, (.+?) for the machine")
 
 README = """# Notebooks for a class
@@ -201,6 +202,9 @@ def _beside(root: Path, books: Iterable[Any], out: Path) -> dict[str, Path]:
     for file in (root / "figures").glob("*.json"):
         content = store.read_json(file)
         found += [file] if isinstance(content, dict) and content.keys() & {"results", "claims"} else []
+    books = list(books)
+    named = READ.findall("\n".join(cell.source for book in books for cell in book.cells if cell.cell_type == "code"))
+    found += [root.joinpath(*re.findall(r'"([^"]+)"', parts)) for parts in named]
     texts = [(root / "notebooks", cell.source) for book in books for cell in book.cells if cell.cell_type == "markdown"]
     for folder, text in texts:
         linked = {(folder / unquote(link)).resolve() for link in LINK.findall(text)}

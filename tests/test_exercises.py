@@ -193,5 +193,9 @@ def test_what_a_class_gets_is_not_yet_and_its_solutions_are_right(path, handed_o
         unsolved = [line for line in checked(source, space, fixed, shared) if line.startswith("not yet: ")]
         assert unsolved, f"right as it stands: {source}"
         assert not [line for line in unsolved if line.rstrip().endswith(";")], "a check without a hint"
+        if ends := re.search(r"a number between (\d+) and (\d+)", str(marked(source))):
+            guesses = (source.replace("guess = None", f"guess = {end}.0") for end in ends.groups())
+            said = [line for guess in guesses for line in checked(guess, space, fixed, shared)]
+            assert any(line.startswith("not yet: ") for line in said), "every guess is right"
         for solution in solutions:
             assert all(line.startswith("right: ") for line in checked(solution, space, fixed, shared)), solution

@@ -1,6 +1,7 @@
 """Statistics over tables, a notebook's page with its claims and files, and the execution of notebooks."""
 
 import json
+import math
 from contextlib import suppress
 
 import nbformat
@@ -431,6 +432,15 @@ def test_a_prediction_is_compared_and_the_truth_is_told_only_then(capsys):
         assert out.startswith(f"{words}: the share") and ("0.4" in out) is (guess is not None)
     with pytest.raises(ValueError, match="guess: 'half'; give"):
         page("03-x").predict("the share", "half", 0.4, within=0.1)  # type: ignore[arg-type]
+    for within in (math.inf, math.nan, 0.0, -0.1):  # every guess would be right, or none
+        with pytest.raises(ValueError, match=r"within: .*; give a number, above 0"):
+            page("03-x").predict("the share", None, 0.4, within=within)
+
+
+@pytest.mark.parametrize("right", [len, lambda: False, (x > 1 for x in (0, 1)), "no", math.nan, np.float64("nan")])
+def test_an_exercise_is_not_right_by_what_is_true_whatever_was_written(right):
+    with pytest.raises(TypeError, match="counts as true whatever it says; give True or False"):
+        page("03-x").check("it is so", right, "look again")
 
 
 def test_checks_take_one_truth_value_each(place):

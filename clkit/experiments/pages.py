@@ -4,10 +4,11 @@ import ast
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -212,14 +213,21 @@ class Page:
         display(Markdown(f"```python\n{_narrow(textwrap.dedent(inspect.getsource(inspect.unwrap(thing))))}\n```"))
 
     def check(self, text: str, right: Any, hint: str) -> None:
-        """Prints of the answer to an exercise whether it is right yet; where it is not, `hint`, what to try next."""
+        """Prints of the answer to an exercise whether it is right yet; where it is not, `hint`, what to try next.
+
+        Raises TypeError for what is true whatever the answer: a function, a generator, a text, NaN.
+        """
+        kind, nan = type(right).__name__, isinstance(right, float) and math.isnan(right)
+        if nan or callable(right) or (isinstance(right, str | Iterator) and right):
+            raise TypeError(f"right: {right!r:.60} ({kind}) counts as true whatever it says; give True or False")
         print(f"right: {text}" if right else f"not yet: {text}; {hint}")
 
     def predict(self, text: str, guess: float | None, found: float, within: float) -> None:
         """Compares the number that the reader wrote down before with what was `found`, which it tells only then.
 
-        It is right if it is off by at most `within`. Raises ValueError for a guess that is no number.
+        It is right if it is off by at most `within`. Raises ValueError for a guess or a `within` that is no number.
         """
+        within = checks.value("within", within, checks.Positive)
         if guess is None:
             self.check(text, False, "write a number down first, then run this cell")
             return

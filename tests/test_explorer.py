@@ -265,6 +265,15 @@ def test_picture_and_table_are_outputs_of_their_own(monkeypatch):
     count = len(shown)
     page.line.move({"α": 0.5})
     assert len(shown) == count + 1 and shown[-1]["image/png"] == page.line.png
+    page._ipython_display_()
+    count = len(shown)
+    page.line.move({"α": 0.1})
+    assert [bundle["image/png"] for bundle in shown[count:]] == 2 * [page.line.png]  # in both places
+    before = page.line
+    ran(page)
+    count = len(shown)
+    before.move({"α": 0.9})  # a key that was pressed before the run ended
+    assert len(shown) == count
 
 
 def test_numbers_that_overflow_are_told():

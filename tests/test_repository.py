@@ -238,4 +238,4 @@ class TestNotebook:
         assert not {name: words(said) for name, said in texts.items() if words(said) > 150}
         assert not {name for name, said in texts.items() if len(re.findall(r"^##? ", said, re.M)) > 1}
         assert any(cell["metadata"].get("jupyter", {}).get("source_hidden") for cell in every.values())
-        assert any("interact." in text(cell) for cell in cells(path))
+        assert any(re.search(r"^(\w+ = )?interact\.(handles|explorer)\(", text(cell), re.M) for cell in cells(path))

@@ -20,7 +20,7 @@ import pandas as pd
 
 from clkit import alignment, checks, data, landscape, plotting, training
 from clkit.experiments import parts
-from clkit.interact.knobs import handles, message, picture
+from clkit.interact.knobs import Handles, handles, message, picture
 
 COLUMNS = {"data": ("stream", "split"), "model": ("model", "rule"), "learner": ("learner",)}
 COLUMNS |= {"consolidation": ("consolidation",), "training": ("training",)}
@@ -111,7 +111,7 @@ class Explorer:
         self._against = w.Dropdown(options=[("none", None)], description="minus", layout={"width": "420px"})
         self._code = w.HTML(layout={"display": "none"})
         toggle = _toggle("Show the code", self._code, {"width": "150px"})
-        self._line = w.VBox()
+        self.line, self._line = None, w.VBox()
         self._run.on_click(lambda _: self._pressed())
         self._halt.on_click(lambda _: self.stop())
         self._menus = {self._shown: lambda _: self._look(), self._against: lambda _: self._tabulate()}
@@ -248,7 +248,7 @@ class Explorer:
             self.rows.append(value)
             matrix = np.full((len(value), len(value)), np.nan)
             matrix[: len(self.rows)] = self.rows
-            self._line.children = ()
+            self._lay(None)
             self._show("picture", _image(picture(_matrix(matrix)[0], DPI), f"{len(self.rows)} of {len(value)} tasks"))
         else:
             self._run.disabled, self._halt.disabled = False, True
@@ -283,20 +283,27 @@ class Explorer:
         self._code.value = f"<pre>{html.escape(self.script(number))}</pre>"
         tasks = range(2, len(run.stream) + 1)
         if not tasks:
+            self._lay(None)
             return self._show("picture", _image(picture(_matrix(run.result.accuracy)[0], DPI), "1 task"))
         knobs = {"α": ALPHAS, "after task": tasks, "line": landscape.VARIANTS}
         try:
             way = _Way(run)
             line = handles(way.draw, knobs, start={"after task": len(run.stream), "line": way.variant}, dpi=DPI)
         except Exception as error:  # a network of one's own may have no line; the run counts all the same
-            self._line.children, self._status.value = (), message(error)
+            self._lay(None)
+            self._status.value = message(error)
             return self._show(
                 "picture", _image(picture(_matrix(run.result.accuracy)[0], DPI), f"{len(tasks) + 1} tasks")
             )
-        line.shown += self._places["picture"]
-        self._line.children = (line.widget,)
-        self.line = line
+        line.shown = self._places["picture"]  # the list itself: where the page is shown later, it moves, too
+        self._lay(line)
         self._show("picture", line.bundle())
+
+    def _lay(self, line: Handles | None) -> None:
+        """Puts a line in the place of the one before, whose knobs may still be on their way and change nothing now."""
+        if self.line is not None:
+            self.line.shown = []
+        self.line, self._line.children = line, (line.widget,) if line else ()
 
     def _tabulate(self) -> None:
         table = self.table(self._against.value).round(3)
@@ -488,7 +495,7 @@ def _matrix(accuracy: np.ndarray) -> tuple[Any, Any, Any]:
     from matplotlib.figure import Figure
 
     with plotting.style():
-        fig = Figure(figsize=(12, 3.2), layout="constrained")
+        fig = Figure(figsize=(11.6, 3.2), layout="constrained")
         left, *others = fig.subplots(1, 3)
         plotting.accuracy_matrix(left, accuracy)
         for ax in others:

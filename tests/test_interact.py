@@ -22,6 +22,12 @@ from clkit.interact import handles, knobs
 VALUES = (0.0, 0.5, 1.0)
 
 
+@pytest.fixture(autouse=True)
+def no_figure_before():
+    """Other tests of the process may have left some open."""
+    plt.close("all")
+
+
 @pytest.fixture
 def drawing():
     """A function that moves one artist of one figure, and the values it was called with."""

@@ -255,16 +255,15 @@ def test_errors_name_argument_value_and_remedy_and_nothing_is_written(lesson, tm
 
 def test_a_notebook_runs_whole_from_inside_either_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    first = NOTEBOOKS[0]
+    [first] = [path for path in NOTEBOOKS if path.stem == "10-ledger"]  # the quickest, which reads most
     halves = {half: tmp_path / half for half in ("class", "teacher")}
     for half, folder in halves.items():
         student([first], folder, solutions=half == "teacher")
     stored = {name: (halves["class"] / name).read_bytes() for name in files(halves["class"]) if "-runs" in name}
     monkeypatch.chdir(halves["class"])
     outcomes = execute([folder / "notebooks" / first.name for folder in halves.values()], progress=False)
-    recorded = json.loads((ROOT / "figures" / f"{first.stem}-claims.json").read_text())["claims"]
     for outcome, folder in zip(outcomes, halves.values(), strict=True):
-        assert outcome.error == "" and outcome.figures > 1 and outcome.holds + outcome.open == len(recorded)
+        assert outcome.error == "" and outcome.figures == 1
         assert stored == {name: (folder / name).read_bytes() for name in stored}  # nothing was computed again
 
 

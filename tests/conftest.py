@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks gain nothing from more; kernels of notebooks inherit it
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,3 +42,16 @@ def one_symmetry():
 @pytest.fixture(scope="session")
 def digits() -> data.Dataset:
     return data.digits()
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """The bundles that are displayed, those exchanged later behind them."""
+    bundles = []
+
+    def display(bundle, *, raw, display_id=False):
+        bundles.append(bundle)
+        return SimpleNamespace(update=display) if display_id else None
+
+    monkeypatch.setattr("IPython.core.display_functions.display", display)
+    return bundles

@@ -3,7 +3,6 @@
 import asyncio
 import re
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal
 
 import matplotlib as mpl
@@ -247,14 +246,8 @@ def test_one_task_has_no_line():
     assert page._line.children == () and "image/png" in page._bundles["picture"]
 
 
-def test_picture_and_table_are_outputs_of_their_own(monkeypatch):
-    shown = []
-
-    def display(bundle, *, raw, display_id=False):
-        shown.append(bundle)
-        return SimpleNamespace(update=display) if display_id else None
-
-    monkeypatch.setattr("IPython.core.display_functions.display", display)
+def test_picture_and_table_are_outputs_of_their_own(displayed):
+    shown = displayed
     page = quick()
     page._ipython_display_()
     assert WIDGET in shown[0] and len(shown) == 3

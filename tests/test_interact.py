@@ -222,19 +222,6 @@ def test_what_is_saved_is_the_picture_last_shown_in_its_own_size(tmp_path, monke
     assert not moved.outputs
 
 
-@pytest.fixture
-def displayed(monkeypatch):
-    """The bundles that are displayed, those exchanged later behind them."""
-    bundles = []
-
-    def display(bundle, *, raw, display_id=False):
-        bundles.append(bundle)
-        return SimpleNamespace(update=display) if display_id else None
-
-    monkeypatch.setattr("IPython.core.display_functions.display", display)
-    return bundles
-
-
 def test_the_knobs_and_the_picture_are_outputs_of_their_own(drawing, displayed):
     shown = handles(drawing[0], {"α": VALUES, "β": (1, 2)}, start={"α": 0.5})
     shown._ipython_display_()

@@ -76,9 +76,9 @@ def student(notebooks: Sequence[Path], out: Path | str, *, solutions: bool = Fal
 
     Without `solutions` these are taken out, with all else that is folded between an exercise and the next cell of code,
     and the answers to the questions of "## Recall"; checks stay. With them they are pasted in place of the marked
-    statements, and explanations stay. The folder stands alone: it has the
-    packages and stored results that notebooks read, the pictures and pages that they link to, and the package to
-    install. Notebooks that were handed out to it before stay.
+    statements, and explanations stay. The folder stands alone: it has the packages and stored results that notebooks
+    read, the pictures and pages that they link to, and the package to install. Notebooks that were handed out to it
+    before stay.
 
     Raises ValueError before anything is written: for notebooks that are not those of one repository, for an exercise
     without its mark or its solution, and for an `out` that was not made by this function or is the other half, or in
@@ -146,8 +146,8 @@ def version(book: Any, name: str, *, solutions: bool) -> bytes:
 
 
 def is_exercise(cell: Any) -> bool:
-    """Whether a cell of a notebook, None for none, is an exercise."""
-    return cell is not None and cell.cell_type == "code" and "exercise" in cell.metadata.get("tags", [])
+    """Whether a cell of a notebook is an exercise."""
+    return cell.cell_type == "code" and "exercise" in cell.metadata.get("tags", [])
 
 
 def marked(source: str) -> str | None:

@@ -248,8 +248,7 @@ class Explorer:
             self.rows.append(value)
             matrix = np.full((len(value), len(value)), np.nan)
             matrix[: len(self.rows)] = self.rows
-            self._lay(None)
-            self._show("picture", _image(picture(_matrix(matrix)[0], DPI), f"{len(self.rows)} of {len(value)} tasks"))
+            self._show_matrix(matrix, f"{len(self.rows)} of {len(value)} tasks")
         else:
             self._run.disabled, self._halt.disabled = False, True
             if kind == "made":
@@ -283,21 +282,22 @@ class Explorer:
         self._code.value = f"<pre>{html.escape(self.script(number))}</pre>"
         tasks = range(2, len(run.stream) + 1)
         if not tasks:
-            self._lay(None)
-            return self._show("picture", _image(picture(_matrix(run.result.accuracy)[0], DPI), "1 task"))
+            return self._show_matrix(run.result.accuracy, "1 task")
         knobs = {"α": ALPHAS, "after task": tasks, "line": landscape.VARIANTS}
         try:
             way = _Way(run)
             line = handles(way.draw, knobs, start={"after task": len(run.stream), "line": way.variant}, dpi=DPI)
         except Exception as error:  # a network of one's own may have no line; the run counts all the same
-            self._lay(None)
             self._status.value = message(error)
-            return self._show(
-                "picture", _image(picture(_matrix(run.result.accuracy)[0], DPI), f"{len(tasks) + 1} tasks")
-            )
+            return self._show_matrix(run.result.accuracy, f"{len(run.stream)} tasks")
         line.shown = self._places["picture"]  # the list itself: where the page is shown later, it moves, too
         self._lay(line)
         self._show("picture", line.bundle())
+
+    def _show_matrix(self, accuracy: np.ndarray, text: str) -> None:
+        """Shows a matrix alone, without a line."""
+        self._lay(None)
+        self._show("picture", {"image/png": picture(_matrix(accuracy)[0], DPI), "text/plain": text})
 
     def _lay(self, line: Handles | None) -> None:
         """Puts a line in the place of the one before, whose knobs may still be on their way and change nothing now."""
@@ -501,7 +501,3 @@ def _matrix(accuracy: np.ndarray) -> tuple[Any, Any, Any]:
         for ax in others:
             ax.axis("off")
     return fig, *others
-
-
-def _image(png: bytes, text: str) -> dict[str, Any]:
-    return {"image/png": png, "text/plain": text}
